@@ -1,0 +1,59 @@
+"""What a rank may know of the others. Everything works without a process group, as a world of one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def _grouped() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    return dist.get_rank() if _grouped() else 0
+
+
+def world() -> int:
+    return dist.get_world_size() if _grouped() else 1
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def barrier() -> None:
+    if _grouped():
+        dist.barrier()
+
+
+def sum_over_ranks(tensors: list[Tensor]) -> None:
+    """Add tensors of one device up over all ranks, in place, in one collective a data type."""
+    if not _grouped() or not tensors:
+        return
+    for dtype in sorted({t.dtype for t in tensors}, key=str):
+        same = [t for t in tensors if t.dtype == dtype]
+        flat = torch.cat([t.reshape(-1) for t in same])
+        dist.all_reduce(flat)
+        torch._foreach_copy_(same, [part.view_as(t) for part, t in zip(flat.split([t.numel() for t in same]), same)])
+
+
+def agree_max(value: int, device: torch.device | str = "cpu") -> int:
+    """The largest `value` of all ranks: the way control-flow decisions are taken together."""
+    if not _grouped():
+        return value
+    flag = torch.tensor([value], dtype=torch.int64, device=device)
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    return int(flag.item())
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Plain data of every rank, in rank order, on every rank."""
+    if not _grouped():
+        return [value]
+    values: list[Any] = [None] * world()
+    dist.all_gather_object(values, value)
+    return values

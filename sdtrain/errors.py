@@ -1,0 +1,26 @@
+"""Mistakes a user can mend. Entry points print them as one sentence and exit with code 2; anything else is a fault."""
+
+
+class UserError(ValueError):
+    """What happened, where, and what to do, in that order, as a sentence."""
+
+
+class ConfigError(UserError):
+    """A configuration that cannot work."""
+
+
+class DataError(UserError):
+    """Shards, images or labels that cannot be used."""
+
+
+class WeightsError(UserError):
+    """A weights file that is missing, damaged or of another network."""
+
+
+class RunError(UserError):
+    """A run folder that cannot be used or resumed."""
+
+
+EXIT_OK = 0
+EXIT_USER_ERROR = 2
+EXIT_REQUEUE = 75

@@ -1,0 +1,214 @@
+"""State that advances once per pass of the global batch, and the layers that have such state.
+
+Official code advances spectral-norm vectors, batch-norm statistics and w_avg at every forward call. Here a pass over the
+global batch may be cut into chunks and spread over ranks, so advancing is split in two: every forward writes what it saw
+into a ledger (one entry a pass), and the end of the phase, when all ranks have summed their entries, applies them.
+Outside a phase (`open_phase` not called) a train-mode forward advances at once, exactly like the official layers.
+
+    open_phase(G, D)
+    for chunk in chunks:
+        next_chunk(G, D)          # the n-th forward of every chunk belongs to pass n
+        ... forward, backward ...
+    close_phase(G, D, sum_over_ranks=...)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+SumOverRanks = Callable[[list[Tensor]], None]
+
+
+class Advancing(nn.Module):
+    """A layer with pass state. Subclasses call `_enter` for the entry of the current pass and implement `_advance`."""
+
+    _ledger: list[list[Tensor]] | None = None
+    _pass: int = 0
+
+    def _enter(self) -> list[Tensor] | None:
+        """The ledger entry of the pass this forward belongs to (empty when it is the first chunk), None outside a phase."""
+        if self._ledger is None:
+            return None
+        if self._pass == len(self._ledger):
+            self._ledger.append([])
+        entry = self._ledger[self._pass]
+        self._pass += 1
+        return entry
+
+    def _sums(self) -> list[Tensor]:
+        """The ledger's tensors that ranks must add up before `_advance`."""
+        return [tensor for entry in self._ledger or [] for tensor in entry]
+
+    def _advance(self, entry: list[Tensor]) -> None:
+        raise NotImplementedError  # abstract
+
+
+def advancing_layers(*nets: nn.Module) -> Iterator[Advancing]:
+    for net in nets:
+        yield from (layer for layer in net.modules() if isinstance(layer, Advancing))
+
+
+def open_phase(*nets: nn.Module) -> None:
+    for layer in advancing_layers(*nets):
+        layer._ledger, layer._pass = [], 0
+
+
+def next_chunk(*nets: nn.Module) -> None:
+    for layer in advancing_layers(*nets):
+        layer._pass = 0
+
+
+def close_phase(*nets: nn.Module, sum_over_ranks: SumOverRanks | None = None, apply: bool = True) -> None:
+    """Add the ledgers up over ranks and advance the layers, pass by pass. `apply=False` forgets a phase that was skipped."""
+    layers = list(advancing_layers(*nets))
+    if apply and sum_over_ranks is not None:
+        sum_over_ranks([tensor for layer in layers for tensor in layer._sums()])
+    for layer in layers:
+        entries, layer._ledger, layer._pass = layer._ledger or [], None, 0
+        for entry in entries if apply else []:
+            layer._advance(entry)
+
+
+class GhostBatchNorm2d(Advancing, nn.BatchNorm2d):
+    """Batch norm with statistics per ghost of `ghost_batch` consecutive samples and one shared affine transform.
+
+    Equals `nn.BatchNorm2d` on as many devices as there are ghosts (Hoffer et al. 2017; the official 8-GPU behaviour of
+    ProjectedGAN). `ghost_batch=None` takes the whole input as one ghost. The running statistics move once per pass, by the
+    mean over all ghosts of the global batch, so they are the same on every rank.
+    """
+
+    ghost_batch: int | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise [N, C, H, W]; in training N must be a multiple of `ghost_batch`."""
+        if not self.training:
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+        ghosts = x.split(self.ghost_batch or len(x))
+        # momentum 1 makes the kernel hand back the statistics it has used (mean, unbiased variance)
+        stats = [(torch.zeros_like(self.running_mean), torch.ones_like(self.running_var)) for _ in ghosts]
+        out = [F.batch_norm(g, *s, self.weight, self.bias, True, 1.0, self.eps) for g, s in zip(ghosts, stats)]
+        self._record(stats)
+        return out[0] if len(out) == 1 else torch.cat(out)
+
+    def _record(self, stats: list[tuple[Tensor, Tensor]]) -> None:
+        mean, var = (torch.stack(s).sum(0) for s in zip(*stats))
+        count = torch.full((1,), float(len(stats)), device=mean.device)
+        seen = [mean, var, count]
+        entry = self._enter()
+        if entry is None:
+            self._advance(seen)
+        elif entry:
+            torch._foreach_add_(entry, seen)
+        else:
+            entry.extend(seen)
+
+    def _advance(self, entry: list[Tensor]) -> None:
+        mean, var, count = entry
+        self.running_mean.lerp_(mean / count, self.momentum)
+        self.running_var.lerp_(var / count, self.momentum)
+        self.num_batches_tracked += 1
+
+
+def set_ghost_batch(net: nn.Module, ghost_batch: int) -> None:
+    """Tell every layer of `net` whose result depends on batch composition how many samples a ghost has."""
+    for layer in net.modules():
+        if hasattr(layer, "ghost_batch"):
+            layer.ghost_batch = ghost_batch
+
+
+class SpectralNorm(Advancing):
+    """Spectral normalisation under the names of the old torch utility: weight_orig, weight_u, weight_v.
+
+    One power iteration per training pass, none in eval; u and v are constants of the graph. The iteration depends on the
+    weight alone, so later chunks of a pass reuse the vectors of the first and nothing needs summing over ranks.
+    """
+
+    out_dim = 0  # ConvTranspose counts its outputs along dimension 1
+
+    def _init_spectral(self, weight: Tensor, generator: torch.Generator | None = None) -> None:
+        self.weight_orig = nn.Parameter(weight)
+        rows, cols = self._matrix(weight).shape
+        self.register_buffer("weight_u", F.normalize(torch.randn(rows), dim=0, eps=1e-12))
+        self.register_buffer("weight_v", F.normalize(torch.randn(cols), dim=0, eps=1e-12))
+
+    def _matrix(self, weight: Tensor) -> Tensor:
+        return weight.transpose(0, self.out_dim).flatten(1)
+
+    def _vectors(self) -> tuple[Tensor, Tensor]:
+        if not self.training:
+            return self.weight_u, self.weight_v
+        entry = self._enter()
+        if entry is None:
+            self._advance(list(self._iterate(self.weight_u)))
+            return self.weight_u.clone(), self.weight_v.clone()
+        if not entry:
+            done = self._ledger[self._pass - 2][0] if self._pass > 1 else self.weight_u
+            entry.extend(self._iterate(done))
+        return entry[0], entry[1]
+
+    @torch.no_grad()
+    def _iterate(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        matrix = self._matrix(self.weight_orig)
+        v = F.normalize(matrix.t() @ u, dim=0, eps=1e-12)
+        return F.normalize(matrix @ v, dim=0, eps=1e-12), v
+
+    def _sums(self) -> list[Tensor]:
+        return []
+
+    @torch.no_grad()
+    def _advance(self, entry: list[Tensor]) -> None:
+        self.weight_u.copy_(entry[0])
+        self.weight_v.copy_(entry[1])
+
+    @property
+    def weight(self) -> Tensor:
+        """W / (u^T W v); reading it in train mode is one pass."""
+        u, v = self._vectors()
+        return self.weight_orig / torch.dot(u, self._matrix(self.weight_orig) @ v)
+
+
+class SpectralConv2d(SpectralNorm):
+    """`spectral_norm(nn.Conv2d(...))` with the same tensors and initial distribution."""
+
+    def __init__(self, c_in: int, c_out: int, kernel: int, stride: int = 1, padding: int = 0, groups: int = 1, bias: bool = True):
+        super().__init__()
+        plain = nn.Conv2d(c_in, c_out, kernel, stride, padding, groups=groups, bias=bias)
+        self.bias = plain.bias
+        self.stride, self.padding, self.groups = stride, padding, groups
+        self._init_spectral(plain.weight.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight, self.bias, self.stride, self.padding, groups=self.groups)
+
+
+class SpectralConvTranspose2d(SpectralNorm):
+    """`spectral_norm(nn.ConvTranspose2d(...))` with the same tensors and initial distribution."""
+
+    out_dim = 1
+
+    def __init__(self, c_in: int, c_out: int, kernel: int, stride: int = 1, padding: int = 0, bias: bool = True):
+        super().__init__()
+        plain = nn.ConvTranspose2d(c_in, c_out, kernel, stride, padding, bias=bias)
+        self.bias = plain.bias
+        self.stride, self.padding = stride, padding
+        self._init_spectral(plain.weight.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv_transpose2d(x, self.weight, self.bias, self.stride, self.padding)
+
+
+class SpectralLinear(SpectralNorm):
+    """`spectral_norm(nn.Linear(...))` with the same tensors and initial distribution."""
+
+    def __init__(self, c_in: int, c_out: int, bias: bool = True):
+        super().__init__()
+        plain = nn.Linear(c_in, c_out, bias=bias)
+        self.bias = plain.bias
+        self._init_spectral(plain.weight.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)

@@ -1,0 +1,33 @@
+"""Helpers every test file shares: where optional data lies, and how to run real ranks."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[1]
+GOLDEN = REPO / "tests" / "golden"
+
+
+def shared_dir(*parts: str) -> Path:
+    """A folder of the optional shared data (`SDTRAIN_SHARED`, else ../shared); skips the test when it is absent."""
+    root = Path(os.environ.get("SDTRAIN_SHARED", REPO.parent / "shared"))
+    path = root.joinpath(*parts)
+    if not path.exists():
+        pytest.skip(f"optional data is absent: {path.name} (set SDTRAIN_SHARED to the folder that holds it)")
+    return path
+
+
+def run_python(*args: str, env: dict[str, str] | None = None, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    """Run this interpreter on `args` from the repository root, one thread a process, and return what it printed."""
+    full_env = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
+    return subprocess.run([sys.executable, *args], capture_output=True, text=True, cwd=REPO, env=full_env, timeout=timeout)
+
+
+def run_ranks(num_ranks: int, *args: str, env: dict[str, str] | None = None, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    """Run a script on real processes through torchrun; the script must assert the world size it expects."""
+    return run_python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_ranks), *args, env=env, timeout=timeout)
