@@ -1,0 +1,41 @@
+"""The exponential moving average of a generator, Eq. (1) of the SD-GAN paper; it is also the teacher of Eq. (2)."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from sdtrain.options import Ema
+
+
+def ema_beta(half_life_img: float, rampup: float | None, seen_img: int, batch_size: int) -> float:
+    """beta of Eq. (1) for one step of `batch_size` images (specs: beta = 0.5 ** (batch / half-life)).
+
+    The half-life is in images and, while training is young, at most `rampup` times the images seen before this step, so
+    that the first step copies G.
+    """
+    if rampup is not None:
+        half_life_img = min(half_life_img, seen_img * rampup)
+    return 0.5 ** (batch_size / max(half_life_img, 1e-8))
+
+
+def beta_of(options: Ema, seen_img: int, batch_size: int) -> float:
+    if options.decay is not None:
+        return options.decay
+    return ema_beta(float(options.half_life_img), options.rampup, seen_img, batch_size)
+
+
+@torch.no_grad()
+def update_ema(ema: nn.Module, net: nn.Module, beta: float) -> None:
+    """theta_ema <- beta * theta_ema + (1 - beta) * theta, Eq. (1). Buffers (statistics, u, v, w_avg) are copied."""
+    ours, theirs = list(ema.parameters()), list(net.parameters())
+    torch._foreach_lerp_(ours, [p.to(o.dtype) for o, p in zip(ours, theirs)], 1.0 - beta)
+    for kept, seen in zip(ema.buffers(), net.buffers()):
+        kept.copy_(seen)
+
+
+def freeze(net: nn.Module) -> nn.Module:
+    """Teachers and averages are in eval mode for good: no gradients, and a parent's `.train()` does not reach them."""
+    net.eval().requires_grad_(False)
+    net.train = lambda mode=True: net  # type: ignore[method-assign]
+    return net

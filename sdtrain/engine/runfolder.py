@@ -1,0 +1,156 @@
+"""What a run leaves behind.
+
+    runs/NAME/
+      config.yaml        resolved configuration, every default written out
+      plan.json          what --plan prints, as data
+      environment.json   versions, command line, world size, hashes of weights; one entry a start
+      metrics.jsonl      one JSON object a row, append only, cut back to the resumed position on resume
+      tensorboard/       the same scalars, image grids, figures
+      samples/           fixed-latent grids
+      checkpoints/       see checkpoint.py
+      best/              best-by-validation weights and the metrics that chose them
+
+Only the main rank writes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from sdtrain.engine.checkpoint import write_atomically
+from sdtrain.engine.ranks import is_main, world
+from sdtrain.errors import RunError
+
+
+class RunFolder:
+    """Paths and writers of one run."""
+
+    def __init__(self, path: Path, tensorboard: bool = True) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.metrics = path / "metrics.jsonl"
+        self._tensorboard = tensorboard
+        self._board: Any = None
+        self._rows: Any = None
+
+    def create(self) -> None:
+        """Make the folders. Raises `RunError` when they cannot be written."""
+        try:
+            for sub in ("checkpoints", "samples", "best"):
+                (self.path / sub).mkdir(parents=True, exist_ok=True)
+            write_atomically(self.path / ".writable", b"")
+            (self.path / ".writable").unlink()
+        except OSError as error:
+            raise RunError(f"{self.path}: the run folder cannot be written ({error.strerror}); choose another with --out") from None
+
+    def open_log(self, resumed_img: int) -> None:
+        """Cut `metrics.jsonl` back to rows at or before `resumed_img`, open the writers."""
+        if not is_main():
+            return
+        if self.metrics.exists():
+            kept = [line for line in self.metrics.read_text().splitlines() if _position(line) <= resumed_img]
+            write_atomically(self.metrics, "".join(f"{line}\n" for line in kept).encode())
+        self._rows = open(self.metrics, "a", encoding="utf-8")
+        if self._tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=resumed_img + 1)
+
+    def row(self, **values: Any) -> None:
+        """Append one row; TensorBoard gets its numbers under the same names."""
+        if not is_main():
+            return
+        self._rows.write(json.dumps({k: _plain(v) for k, v in values.items()}) + "\n")
+        self._rows.flush()
+        if self._board is not None:
+            skip = {"kind", "seen_img", "stage", "split", "weights", "step", "protocol"}
+            prefix = {"train": "", "perf": "perf/"}.get(values["kind"], f"{values['kind']}/{values.get('split', '')}/")
+            for name, value in values.items():
+                if name not in skip and isinstance(value, (int, float)):
+                    self._board.add_scalar(f"{prefix}{name}".replace("//", "/"), value, values["seen_img"])
+
+    def image(self, tag: str, picture: Any, seen_img: int) -> None:
+        """Store a uint8 HWC picture as PNG under samples/ and in TensorBoard."""
+        if not is_main():
+            return
+        from PIL import Image
+
+        path = self.path / "samples" / f"{tag.replace('/', '_')}_{seen_img:09d}.png"
+        tmp = path.with_name(f".{path.name}")
+        Image.fromarray(picture).save(tmp, format="PNG")
+        os.replace(tmp, path)
+        if self._board is not None:
+            self._board.add_image(tag, picture, seen_img, dataformats="HWC")
+
+    def histogram(self, tag: str, values: Any, seen_img: int) -> None:
+        if is_main() and self._board is not None:
+            self._board.add_histogram(tag, values, seen_img, bins=20)
+
+    def write_json(self, name: str, value: Any) -> None:
+        if is_main():
+            write_atomically(self.path / name, (json.dumps(value, indent=2, default=str) + "\n").encode())
+
+    def note_environment(self, weights: dict[str, Any]) -> None:
+        """Add this start to environment.json; earlier starts are kept."""
+        path = self.path / "environment.json"
+        starts = json.loads(path.read_text())["starts"] if path.exists() else []
+        self.write_json("environment.json", {"starts": [*starts, environment(weights)]})
+
+    def close(self) -> None:
+        for writer in (self._rows, self._board):
+            if writer is not None:
+                writer.close()
+        self._rows = self._board = None
+
+
+def environment(weights: dict[str, Any]) -> dict[str, Any]:
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    def installed(name: str) -> str:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return "absent"
+
+    packages = ("sdtrain", "torch", "torchvision", "accelerate", "webdataset", "lpips", "torch-fidelity", "timm", "numpy")
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "host": platform.node(),
+        "world_size": world(),
+        "packages": {name: installed(name) for name in packages},
+        "git_commit": git_commit(),
+        "weights": weights,
+    }
+
+
+def git_commit() -> str | None:
+    """The commit of the code in use, None outside a git checkout."""
+    import subprocess
+
+    here = Path(__file__).resolve().parents[2]
+    try:
+        found = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None
+
+
+def _position(line: str) -> float:
+    """Where a row belongs; a row cut short by a crash belongs nowhere."""
+    try:
+        return float(json.loads(line)["seen_img"])
+    except (ValueError, KeyError):
+        return math.inf
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if hasattr(value, "item") else value
