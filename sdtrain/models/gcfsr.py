@@ -1,8 +1,8 @@
 """GCFSR (He et al. 2022): face super-resolution with a controllable factor, and its discriminator; official names.
 
 The generator takes a face already enlarged to output size and the factor it was enlarged by. Width follows `narrow`;
-the layer that makes the style codes has the input width its tensor really has, so narrow networks run and official files
-(narrow 1) still load.
+the layer that makes the style codes has the input width its tensor really has, so narrow networks run and official
+files (narrow 1) still load.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def channels(options: GeneratorOptions | DiscriminatorOptions, resolution: int) 
 
 
 def fir(x: Tensor, pad: tuple[int, int], up: bool = False) -> Tensor:
-    """Smooth [N, C, H, W] with the normalised outer product of [1, 3, 3, 1]; `up` inserts zeros first (2 x size, gain 4)."""
+    """Smooth [N, C, H, W] by the normalised outer product of [1, 3, 3, 1]; `up` inserts zeros first (2 x size)."""
     taps = torch.tensor([1.0, 3.0, 3.0, 1.0], dtype=x.dtype, device=x.device)
     kernel = torch.outer(taps, taps) / (16 if up else 64)
     n, c, h, w = x.shape
@@ -380,7 +380,7 @@ def minibatch_stddev(x: Tensor, group: int) -> Tensor:
 
 
 class Discriminator(nn.Module):
-    """[N, 3, R, R] in [-1, 1] -> logits [N, 1]: StyleGAN2's residual discriminator, without minibatch stddev by default."""
+    """[N, 3, R, R] in [-1, 1] -> logits [N, 1]: StyleGAN2's residual discriminator, by default no minibatch stddev."""
 
     ghost_batch: int | None = None
 

@@ -29,7 +29,7 @@ class GeneratorOptions:
 def scaled(
     options: GeneratorOptions, C: float | str, growth: Literal["scaled", "fixed"] = "scaled"
 ) -> GeneratorOptions:
-    """A student's options: C of the trunk's channels and, unless `growth` is fixed, of the growth channels. Depth stays."""
+    """A student's options: C of the trunk's channels and, unless `growth` is fixed, of the growth channels."""
     grow = options.num_grow_ch if growth == "fixed" else narrowed("num_grow_ch", options.num_grow_ch, C)
     return replace(options, num_feat=narrowed("num_feat", options.num_feat, C), num_grow_ch=grow)
 
@@ -51,14 +51,15 @@ class ResidualDenseBlock(nn.Module):
             conv = _conv(num_feat + (i - 1) * num_grow_ch, num_feat if i == 5 else num_grow_ch)
             nn.init.kaiming_normal_(conv.weight)
             conv.weight.data.mul_(0.1)
-            nn.init.zeros_(conv.bias)
+            nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
             self.add_module(f"conv{i}", conv)
 
     def forward(self, x: Tensor) -> Tensor:
         seen = [x]
-        for conv in (self.conv1, self.conv2, self.conv3, self.conv4):
+        *dense, last = self.children()
+        for conv in dense:
             seen.append(_lrelu(conv(torch.cat(seen, 1))))
-        return torch.add(x, self.conv5(torch.cat(seen, 1)), alpha=RESIDUAL)
+        return torch.add(x, last(torch.cat(seen, 1)), alpha=RESIDUAL)
 
 
 class RRDB(nn.Module):
@@ -77,8 +78,8 @@ class RRDB(nn.Module):
 class Generator(nn.Module):
     """[N, 3, H, W] in [0, 1] -> [N, 3, scale H, scale W], neither clamped nor skipped.
 
-    Layers that `forward(x, layers=...)` returns beside the image: `conv_first`, `body.B` (RRDB number B from 0), `conv_body`
-    (raw), `trunk` (conv_first + conv_body, the map SDAKD distils) and `conv_hr` (after its leaky ReLU, at output size).
+    Layers that `forward(x, layers=...)` returns beside the image: `conv_first`, `body.B` (RRDB number B from 0),
+    `conv_body` (raw), `trunk` (conv_first + conv_body, the map SDAKD distils) and `conv_hr` (after its leaky ReLU).
     """
 
     fm_layer = "trunk"

@@ -1,4 +1,4 @@
-"""SRVGGNetCompact, the small generator of realesr-general-x4v3 and animevideov3, at any width, under the official names."""
+"""SRVGGNetCompact, the small generator of realesr-general-x4v3 and animevideov3, at any width; official names."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def _activation(kind: str, channels: int) -> nn.Module:
 
 
 class Generator(nn.Module):
-    """[N, 3, H, W] in [0, 1] -> [N, 3, sH, sW]: a plain stack at input size, pixel-shuffle, plus the nearest-enlarged input.
+    """[N, 3, H, W] in [0, 1] -> [N, 3, sH, sW]: a plain stack at input size, pixel-shuffle, plus the enlarged input.
 
-    The layer `trunk` is the last hidden map, after its activation.
+    The input is enlarged by nearest neighbour. The layer `trunk` is the last hidden map, after its activation.
     """
 
     fm_layer = "trunk"

@@ -21,7 +21,7 @@ def fraction(C: float | int | str) -> Fraction:
 
 
 def narrowed(name: str, channels: int, C: float | int | str) -> int:
-    """int(channels * C); ConfigError when no channel is left, naming the layer's option and the narrowest C that works."""
+    """int(channels * C); ConfigError when no channel is left, naming the option and the narrowest C that works."""
     width = int(channels * fraction(C))
     if width < 1:
         raise ConfigError(
