@@ -1,8 +1,8 @@
 """State that advances once per pass of the global batch, and the layers that have such state.
 
-Official code advances spectral-norm vectors, batch-norm statistics and w_avg at every forward call. Here a pass over the
-global batch may be cut into chunks and spread over ranks, so advancing is split in two: every forward writes what it saw
-into a ledger (one entry a pass), and the end of the phase, when all ranks have summed their entries, applies them.
+Official code advances spectral-norm vectors, batch-norm statistics and w_avg at every forward call. Here a pass over
+the global batch may be cut into chunks and spread over ranks, so advancing is split in two: every forward writes what
+it saw into a ledger (one entry a pass), and the end of the phase, when all ranks have summed their entries, applies them.
 Outside a phase (`open_phase` not called) a train-mode forward advances at once, exactly like the official layers.
 
     open_phase(G, D)
@@ -30,7 +30,7 @@ class Advancing(nn.Module):
     _pass: int = 0
 
     def _enter(self) -> list[Tensor] | None:
-        """The ledger entry of the pass this forward belongs to (empty when it is the first chunk), None outside a phase."""
+        """The ledger entry of the pass this forward belongs to (empty for its first chunk), None outside a phase."""
         if self._ledger is None:
             return None
         if self._pass == len(self._ledger):
@@ -38,6 +38,16 @@ class Advancing(nn.Module):
         entry = self._ledger[self._pass]
         self._pass += 1
         return entry
+
+    def _record(self, seen: list[Tensor]) -> None:
+        """Add what this forward saw to its pass; outside a phase advance at once."""
+        entry = self._enter()
+        if entry is None:
+            self._advance(seen)
+        elif entry:
+            torch._foreach_add_(entry, seen)
+        else:
+            entry.extend(seen)
 
     def _sums(self) -> list[Tensor]:
         """The ledger's tensors that ranks must add up before `_advance`."""
@@ -63,7 +73,7 @@ def next_chunk(*nets: nn.Module) -> None:
 
 
 def close_phase(*nets: nn.Module, sum_over_ranks: SumOverRanks | None = None, apply: bool = True) -> None:
-    """Add the ledgers up over ranks and advance the layers, pass by pass. `apply=False` forgets a phase that was skipped."""
+    """Add the ledgers up over ranks and advance the layers, pass by pass. `apply=False` forgets a skipped phase."""
     layers = list(advancing_layers(*nets))
     if apply and sum_over_ranks is not None:
         sum_over_ranks([tensor for layer in layers for tensor in layer._sums()])
@@ -73,12 +83,30 @@ def close_phase(*nets: nn.Module, sum_over_ranks: SumOverRanks | None = None, ap
             layer._advance(entry)
 
 
+def normalise_ghosts(
+    x: Tensor, ghost_batch: int | None, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, list[Tensor]]:
+    """Batch norm of [N, C, H, W] with the statistics of each ghost, and [sum of means, sum of variances, ghosts].
+
+    The variances are the unbiased ones that running statistics follow. Raises ValueError when N is not a multiple of
+    `ghost_batch`; None takes the whole input as one ghost.
+    """
+    if len(x) % (ghost_batch or len(x)):
+        raise ValueError(f"batch norm got {len(x)} samples, which is not a multiple of the ghost batch {ghost_batch}")
+    ghosts = x.split(ghost_batch or len(x))
+    # momentum 1 makes the kernel hand back the statistics it has used
+    stats = torch.zeros(len(ghosts), 2, x.shape[1], device=x.device)
+    out = [F.batch_norm(g, s[0], s[1], weight, bias, True, 1.0, eps) for g, s in zip(ghosts, stats, strict=True)]
+    mean, var = stats.sum(0)
+    return out[0] if len(out) == 1 else torch.cat(out), [mean, var, stats.new_full((1,), float(len(ghosts)))]
+
+
 class GhostBatchNorm2d(Advancing, nn.BatchNorm2d):
     """Batch norm with statistics per ghost of `ghost_batch` consecutive samples and one shared affine transform.
 
     Equals `nn.BatchNorm2d` on as many devices as there are ghosts (Hoffer et al. 2017; the official 8-GPU behaviour of
-    ProjectedGAN). `ghost_batch=None` takes the whole input as one ghost. The running statistics move once per pass, by the
-    mean over all ghosts of the global batch, so they are the same on every rank.
+    ProjectedGAN). `ghost_batch=None` takes the whole input as one ghost. The running statistics move once per pass, by
+    the mean over all ghosts of the global batch, so they are the same on every rank.
     """
 
     ghost_batch: int | None = None
@@ -87,24 +115,9 @@ class GhostBatchNorm2d(Advancing, nn.BatchNorm2d):
         """Normalise [N, C, H, W]; in training N must be a multiple of `ghost_batch`."""
         if not self.training:
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
-        ghosts = x.split(self.ghost_batch or len(x))
-        # momentum 1 makes the kernel hand back the statistics it has used (mean, unbiased variance)
-        stats = [(torch.zeros_like(self.running_mean), torch.ones_like(self.running_var)) for _ in ghosts]
-        out = [F.batch_norm(g, *s, self.weight, self.bias, True, 1.0, self.eps) for g, s in zip(ghosts, stats)]
-        self._record(stats)
-        return out[0] if len(out) == 1 else torch.cat(out)
-
-    def _record(self, stats: list[tuple[Tensor, Tensor]]) -> None:
-        mean, var = (torch.stack(s).sum(0) for s in zip(*stats))
-        count = torch.full((1,), float(len(stats)), device=mean.device)
-        seen = [mean, var, count]
-        entry = self._enter()
-        if entry is None:
-            self._advance(seen)
-        elif entry:
-            torch._foreach_add_(entry, seen)
-        else:
-            entry.extend(seen)
+        out, seen = normalise_ghosts(x, self.ghost_batch, self.weight, self.bias, self.eps)
+        self._record(seen)
+        return out
 
     def _advance(self, entry: list[Tensor]) -> None:
         mean, var, count = entry
@@ -123,13 +136,13 @@ def set_ghost_batch(net: nn.Module, ghost_batch: int) -> None:
 class SpectralNorm(Advancing):
     """Spectral normalisation under the names of the old torch utility: weight_orig, weight_u, weight_v.
 
-    One power iteration per training pass, none in eval; u and v are constants of the graph. The iteration depends on the
-    weight alone, so later chunks of a pass reuse the vectors of the first and nothing needs summing over ranks.
+    One power iteration per training pass, none in eval; u and v are constants of the graph. The iteration depends on
+    the weight alone, so later chunks of a pass reuse the vectors of the first and nothing needs summing over ranks.
     """
 
     out_dim = 0  # ConvTranspose counts its outputs along dimension 1
 
-    def _init_spectral(self, weight: Tensor, generator: torch.Generator | None = None) -> None:
+    def _init_spectral(self, weight: Tensor) -> None:
         self.weight_orig = nn.Parameter(weight)
         rows, cols = self._matrix(weight).shape
         self.register_buffer("weight_u", F.normalize(torch.randn(rows), dim=0, eps=1e-12))
@@ -152,7 +165,7 @@ class SpectralNorm(Advancing):
 
     @torch.no_grad()
     def _iterate(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        matrix = self._matrix(self.weight_orig)
+        matrix = self._matrix(self.weight_orig.detach())
         v = F.normalize(matrix.t() @ u, dim=0, eps=1e-12)
         return F.normalize(matrix @ v, dim=0, eps=1e-12), v
 
@@ -166,15 +179,18 @@ class SpectralNorm(Advancing):
 
     @property
     def weight(self) -> Tensor:
-        """W / (u^T W v); reading it in train mode is one pass."""
-        u, v = self._vectors()
-        return self.weight_orig / torch.dot(u, self._matrix(self.weight_orig) @ v)
+        """W / (u^T W v); reading it in train mode is one pass. Stays float32 under autocast: sigma is a long sum."""
+        with torch.autocast(self.weight_orig.device.type, enabled=False):
+            u, v = self._vectors()
+            return self.weight_orig / torch.dot(u, self._matrix(self.weight_orig) @ v)
 
 
 class SpectralConv2d(SpectralNorm):
     """`spectral_norm(nn.Conv2d(...))` with the same tensors and initial distribution."""
 
-    def __init__(self, c_in: int, c_out: int, kernel: int, stride: int = 1, padding: int = 0, groups: int = 1, bias: bool = True):
+    def __init__(
+        self, c_in: int, c_out: int, kernel: int, stride: int = 1, padding: int = 0, groups: int = 1, bias: bool = True
+    ):
         super().__init__()
         plain = nn.Conv2d(c_in, c_out, kernel, stride, padding, groups=groups, bias=bias)
         self.bias = plain.bias

@@ -18,10 +18,11 @@ Adapters. A module `adapters_NAME.py` beside this file knows how to compute the 
 
     ADAPTERS = {"pg_fastgan*.safetensors": generator}       # exact file names win over patterns, longer over shorter
 
-Values may be tensors, numbers or bools. Expectations that the manifest itself holds (calls, expected, sums) and refusals
-use the form with a reference: `yield "refused", True, True, 0.0`. Stored outputs (`out.`, `mid.`, `after*`, `grad.`) that
-no adapter yields are listed as 'not compared' and counted as not here yet. An adapter that raises is short; one whose
-import of a sdtrain module fails for want of that module is not here yet. `rules.py` has the seeded inputs and weights.
+Values may be tensors, numbers or bools. Expectations that the manifest itself holds (calls, expected, sums) and
+refusals use the form with a reference: `yield "refused", True, True, 0.0`. Stored outputs (`out.`, `mid.`, `after*`,
+`grad.`) that no adapter yields are listed as 'not compared' and counted as not here yet. An adapter that raises is
+short; one whose import of a sdtrain module fails for want of that module is not here yet. `rules.py` has the seeded
+inputs and weights.
 """
 
 from __future__ import annotations
