@@ -45,9 +45,10 @@ def scaled(
 ) -> GeneratorOptions | DiscriminatorOptions:
     """A student's options: C of every level's channels and, for a generator with `style` scaled, of the style width."""
     narrow = options.narrow * float(fraction(C))
-    if isinstance(options, DiscriminatorOptions) or style == "fixed":
+    if style == "fixed" or not hasattr(options, "num_style_feat"):
         return replace(options, narrow=narrow)
-    return replace(options, narrow=narrow, num_style_feat=narrowed("num_style_feat", options.num_style_feat, C))
+    width = narrowed("num_style_feat", options.num_style_feat, C)
+    return replace(options, narrow=narrow, num_style_feat=width)  # type: ignore[arg-type]
 
 
 def channels(options: GeneratorOptions | DiscriminatorOptions, resolution: int) -> dict[int, int]:

@@ -47,12 +47,14 @@ class ResidualDenseBlock(nn.Module):
 
     def __init__(self, num_feat: int, num_grow_ch: int):
         super().__init__()
-        for i in range(1, 6):
-            conv = _conv(num_feat + (i - 1) * num_grow_ch, num_feat if i == 5 else num_grow_ch)
-            nn.init.kaiming_normal_(conv.weight)
-            conv.weight.data.mul_(0.1)
+        widths = [num_grow_ch] * 4 + [num_feat]
+        for i, width in enumerate(widths):
+            self.add_module(f"conv{i + 1}", _conv(num_feat + i * num_grow_ch, width))
+        # after all five exist, so that a seed gives the weights it gives upstream
+        for conv in self.children():
+            nn.init.kaiming_normal_(conv.weight)  # type: ignore[arg-type]
+            conv.weight.data.mul_(0.1)  # type: ignore[operator]
             nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
-            self.add_module(f"conv{i}", conv)
 
     def forward(self, x: Tensor) -> Tensor:
         seen = [x]
