@@ -1,0 +1,212 @@
+"""Weights of frozen networks: which files exist, where they come from, and loading them without a network or a pickle.
+
+    $SDTRAIN_WEIGHTS or ~/.cache/sdtrain/
+      vgg16-397923af.pth        written by `sdtrain fetch-weights`, complete or absent
+      vgg16-397923af.pth.part   an interrupted download; the next attempt continues it
+
+A source is `random` (a seeded stand-in), `download` (the cached file; nothing is ever fetched here) or a path. The file
+names end in the first digits of the file's sha256, which is what a download is checked against. Importing this module
+and `check_weights` need no torch, so a plan can complain before anything is built.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import zipfile
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+from sdtrain.errors import WeightsError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CACHE_VARIABLE = "SDTRAIN_WEIGHTS"
+SOURCES = ("random", "download")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightsFile:
+    """One published file: what it is for, its address, and how to know it."""
+
+    what: str
+    url: str
+    sha256: str  # leading hex digits, all that the publisher states
+    marks: tuple[str, ...]  # one of these tensors must be in the file
+
+    @property
+    def file(self) -> str:
+        return self.url.rsplit("/", 1)[1]
+
+    @property
+    def place(self) -> Path:
+        return cache_folder() / self.file
+
+
+VGG16_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
+
+WEIGHTS: dict[str, WeightsFile] = {
+    "lpips_vgg": WeightsFile(
+        what="trunk of LPIPS (the linear heads come with the lpips package)",
+        url=VGG16_URL,
+        sha256="397923af",
+        marks=("features.26.weight", "net.slice5.26.weight"),
+    ),
+    "alex": WeightsFile(
+        what="trunk of the LPIPS metric of super-resolution",
+        url="https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
+        sha256="7be5be79",
+        marks=("features.10.weight", "net.slice5.10.weight"),
+    ),
+    "inception": WeightsFile(
+        what="FID, KID: the 2015-12-05 TensorFlow Inception as torch-fidelity publishes it",
+        url="https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
+        sha256="6726825d",
+        marks=("Mixed_7c.branch1x1.conv.weight",),
+    ),
+    "efficientnet_lite0": WeightsFile(
+        what="feature network of the projected discriminator",
+        url="https://github.com/huggingface/pytorch-image-models/releases/download/v0.1-weights/tf_efficientnet_lite0-0aa007d2.pth",
+        sha256="0aa007d2",
+        marks=("conv_stem.weight",),
+    ),
+    "vgg16": WeightsFile(
+        what="features of improved precision and recall, perceptual loss of GCFSR",
+        url=VGG16_URL,
+        sha256="397923af",
+        marks=("features.26.weight",),
+    ),
+    "vgg19": WeightsFile(
+        what="perceptual loss of Real-ESRGAN",
+        url="https://download.pytorch.org/models/vgg19-dcbb9e9d.pth",
+        sha256="dcbb9e9d",
+        marks=("features.34.weight",),
+    ),
+}
+
+
+def cache_folder() -> Path:
+    """Where fetched files lie: `$SDTRAIN_WEIGHTS`, else ~/.cache/sdtrain."""
+    return Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "sdtrain")
+
+
+def known(name: str) -> WeightsFile:
+    """The entry of `name`; raises WeightsError that lists the names."""
+    if name not in WEIGHTS:
+        raise WeightsError(f"No weights are called {name!r}; the names are {', '.join(WEIGHTS)}.")
+    return WEIGHTS[name]
+
+
+def weights_path(name: str, source: str) -> Path | None:
+    """The file that `source` means for `name`; None for `random`. Does not look whether it exists."""
+    if source == "random":
+        return None
+    return known(name).place if source == "download" else Path(source).expanduser()
+
+
+def check_weights(needs: dict[str, str]) -> list[str]:
+    """Every problem with the sources in `needs` (name -> source), a sentence each; no torch, no file read whole."""
+    return [problem for name, source in needs.items() if (problem := _problem(name, source))]
+
+
+def load_weights(name: str, source: str) -> dict[str, Tensor] | None:
+    """The tensors of `name` on the CPU, or None for `random`. WeightsError: missing, damaged, another network."""
+    if problem := _problem(name, source):
+        raise WeightsError(problem)
+    path = weights_path(name, source)
+    if path is None:
+        return None
+    state = _read(name, path)
+    if not any(mark in state for mark in known(name).marks):
+        raise WeightsError(
+            f"{path} was given as {name} weights but holds another network (no tensor {known(name).marks[0]}); "
+            f"`sdtrain fetch-weights {name}` gets the right file."
+        )
+    return state
+
+
+def weights_digest(name: str, source: str) -> str:
+    """What to store beside a result: `random` or the file's sha256."""
+    path = weights_path(name, source)
+    return "random" if path is None else sha256_of(path, path.stat().st_mtime_ns)
+
+
+@lru_cache
+def sha256_of(path: Path, _mtime_ns: int = 0) -> str:
+    """Hex digest of a file; remembered until the file's time changes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _problem(name: str, source: str) -> str | None:
+    entry = known(name)
+    path = weights_path(name, source)
+    if path is None:
+        return None
+    if not path.is_file():
+        origin = "are not in the cache" if source == "download" else f"are not at {path}"
+        return (
+            f"The {name} weights ({entry.what}) {origin}; put {entry.file} at {entry.place} with "
+            f"`sdtrain fetch-weights {name}` (needs a network), or give weights.{name} a path or `random`."
+        )
+    with path.open("rb") as file:
+        whole = _looks_whole(file, path)
+    if not whole:
+        return (
+            f"{path} is not a complete .pth or .safetensors file; delete it and run `sdtrain fetch-weights {name}` "
+            "or copy it again."
+        )
+    return None
+
+
+def _looks_whole(file: BinaryIO, path: Path) -> bool:
+    """Cheap test of the container: a zip with its directory, an old pickle, or a fitting safetensors header."""
+    head = file.read(8)
+    if head[:2] == b"PK":
+        return zipfile.is_zipfile(path)
+    if head[:2] == b"\x80\x02":
+        return path.stat().st_size > 1 << 10
+    length = int.from_bytes(head, "little")
+    if len(head) < 8 or not 2 <= length <= path.stat().st_size - 8:
+        return False
+    try:
+        entries = json.loads(file.read(length))
+        ends = [entry["data_offsets"][1] for key, entry in entries.items() if key != "__metadata__"]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return False
+    return path.stat().st_size == 8 + length + max(ends, default=0)
+
+
+def _read(name: str, path: Path) -> dict[str, Tensor]:
+    import torch
+
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch, zip and pickle readers raise many kinds for a damaged or unsafe file
+        raise WeightsError(
+            f"{path} cannot be read as {name} weights ({type(error).__name__}); it is damaged or holds more than "
+            f"tensors. Delete it and run `sdtrain fetch-weights {name}`, or copy it again."
+        ) from error
+    while isinstance(content, dict) and (
+        inner := next((k for k in WRAPPERS if isinstance(content.get(k), dict)), None)
+    ):
+        content = content[inner]
+    if not isinstance(content, dict):
+        raise WeightsError(
+            f"{path} holds a {type(content).__name__}, not a table of tensors; give a state dict for {name}."
+        )
+    return {key: value for key, value in content.items() if torch.is_tensor(value)}
+
+
+WRAPPERS = ("params_ema", "params", "state_dict")

@@ -1,0 +1,189 @@
+"""Without this file a missing, truncated or foreign weights file would be a traceback in the middle of a run."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import http.server
+import pickle
+import threading
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from conftest import run_python
+from safetensors.torch import save_file
+
+from sdtrain import weights
+from sdtrain.commands import fetch_weights
+from sdtrain.errors import WeightsError
+from sdtrain.weights import WEIGHTS, check_weights, load_weights, weights_digest
+
+STATE = {"features.26.weight": torch.arange(6.0)}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("SDTRAIN_WEIGHTS", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_random_needs_no_file():
+    assert load_weights("inception", "random") is None
+    assert weights_digest("inception", "random") == "random"
+    assert check_weights({"inception": "random"}) == []
+
+
+@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"params": s}, lambda s: {"state_dict": s, "epoch": 3}])
+def test_a_pth_file_loads_with_or_without_its_wrapper(tmp_path, wrap):
+    path = tmp_path / "vgg.pth"
+    torch.save(wrap(STATE), path)
+    assert check_weights({"vgg16": str(path)}) == []
+    assert torch.equal(load_weights("vgg16", str(path))["features.26.weight"], STATE["features.26.weight"])
+    assert weights_digest("vgg16", str(path)) == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_the_old_pth_container_and_safetensors_load(tmp_path):
+    old, flat = tmp_path / "old.pth", tmp_path / "flat.safetensors"
+    torch.save({**STATE, "pad": torch.zeros(1000)}, old, _use_new_zipfile_serialization=False)
+    save_file(STATE, flat)
+    assert check_weights({"vgg16": str(old), "lpips_vgg": str(flat)}) == []
+    assert "features.26.weight" in load_weights("vgg16", str(old))
+    assert "features.26.weight" in load_weights("lpips_vgg", str(flat))
+
+
+def test_a_missing_download_names_the_place_and_the_command(cache):
+    message = check_weights({"inception": "download"})[0]
+    assert f"{cache}/weights-inception-2015-12-05-6726825d.pth" in message
+    assert "sdtrain fetch-weights inception" in message
+    with pytest.raises(WeightsError, match="are not in the cache"):
+        load_weights("inception", "download")
+
+
+def test_all_problems_are_reported_together(tmp_path):
+    torn = tmp_path / "torn.safetensors"
+    save_file(STATE, torn)
+    torn.write_bytes(torn.read_bytes()[:-4])
+    problems = check_weights({"vgg16": str(tmp_path / "absent.pth"), "lpips_vgg": str(torn), "alex": "random"})
+    assert len(problems) == 2
+    assert "absent.pth" in problems[0] and "not a complete .pth or .safetensors file" in problems[1]
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>sign in</html>", b"PK\x03\x04 and then nothing", b"\x80\x02short"])
+def test_a_damaged_file_is_named_before_torch_reads_it(tmp_path, content):
+    path = tmp_path / "bad.pth"
+    path.write_bytes(content)
+    with pytest.raises(WeightsError, match="is not a complete .pth or .safetensors file; delete it"):
+        load_weights("vgg16", str(path))
+
+
+def test_a_pickle_that_would_run_code_is_not_run(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "touched"), "w"))
+
+    path = tmp_path / "evil.pth"
+    path.write_bytes(pickle.dumps({"features.26.weight": Evil(), "pad": "x" * 2000}, protocol=2))
+    with pytest.raises(WeightsError, match="damaged or holds more than tensors"):
+        load_weights("vgg16", str(path))
+    assert not (tmp_path / "touched").exists()
+
+
+def test_another_networks_file_is_refused(tmp_path):
+    path = tmp_path / "resnet.pth"
+    torch.save({"conv1.weight": torch.zeros(1)}, path)
+    with pytest.raises(WeightsError, match="holds another network .no tensor features.34.weight."):
+        load_weights("vgg19", str(path))
+
+
+def test_an_unknown_name_lists_the_known_ones():
+    with pytest.raises(WeightsError, match="No weights are called 'vgg'; the names are lpips_vgg, alex, inception"):
+        check_weights({"vgg": "random"})
+
+
+def test_checking_and_fetching_commands_import_no_torch():
+    code = """
+import sys, sdtrain.weights, sdtrain.commands.fetch_weights
+sdtrain.weights.check_weights({"vgg16": "download"})
+assert "torch" not in sys.modules"""
+    done = run_python("-c", code)
+    assert done.returncode == 0, done.stderr
+
+
+class RangeServer(http.server.SimpleHTTPRequestHandler):
+    """Serves `body`; understands `Range: bytes=N-`."""
+
+    body = b""
+    seen: list[str] = []
+
+    def do_GET(self) -> None:
+        start = int((self.headers.get("Range") or "bytes=0-")[6:-1])
+        self.seen.append(str(start))
+        if start >= len(self.body):
+            self.send_error(416)
+            return
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(self.body) - start))
+        self.end_headers()
+        self.wfile.write(self.body[start:])
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    torch.save(STATE, tmp_path / "body")
+    handler = type("Handler", (RangeServer,), {"body": (tmp_path / "body").read_bytes(), "seen": []})
+    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=str(tmp_path)))
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    digest = hashlib.sha256(handler.body).hexdigest()[:8]
+    entry = replace(WEIGHTS["vgg16"], url=f"http://127.0.0.1:{httpd.server_port}/vgg16-{digest}.pth", sha256=digest)
+    monkeypatch.setitem(weights.WEIGHTS, "vgg16", entry)
+    yield handler
+    httpd.shutdown()
+
+
+def fetch(*names: str) -> int:
+    parser = argparse.ArgumentParser()
+    fetch_weights.add_arguments(parser)
+    return fetch_weights.run(parser.parse_args(names))
+
+
+def test_fetching_writes_a_checked_file_that_download_then_finds(server, cache, capsys):
+    assert fetch("vgg16") == 0
+    assert "sha256" in capsys.readouterr().out
+    assert torch.equal(load_weights("vgg16", "download")["features.26.weight"], STATE["features.26.weight"])
+    assert not list(cache.glob("*.part"))
+    fetch("vgg16")
+    assert server.seen == ["0"]
+
+
+def test_an_interrupted_download_is_continued(server, cache):
+    cache.mkdir()
+    part = WEIGHTS["vgg16"].place.with_name(WEIGHTS["vgg16"].file + ".part")
+    part.write_bytes(server.body[:100])
+    fetch("vgg16")
+    assert server.seen == ["100"]
+    assert WEIGHTS["vgg16"].place.read_bytes() == server.body
+
+
+def test_a_wrong_file_is_deleted_and_reported(server, cache):
+    server.body = b"<html>please sign in</html>"
+    with pytest.raises(WeightsError, match="it was deleted, a proxy may have answered"):
+        fetch("vgg16")
+    assert list(cache.iterdir()) == []
+
+
+def test_being_offline_is_one_sentence_with_the_place(monkeypatch, cache):
+    entry = replace(WEIGHTS["vgg16"], url="http://127.0.0.1:9/vgg16-397923af.pth")
+    monkeypatch.setitem(weights.WEIGHTS, "vgg16", entry)
+    with pytest.raises(WeightsError, match="could not be fetched .*copy it to .*vgg16-397923af.pth"):
+        fetch("vgg16")
+
+
+def test_without_names_the_command_lists_what_there_is(capsys):
+    assert fetch() == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in WEIGHTS) and "absent" in out
