@@ -1,0 +1,228 @@
+"""Read YAML together with the place of every key, and merge the files and `--set` overrides that make one configuration.
+
+Differences from PyYAML's own loader, all towards fewer surprises: `1e-3` is a number, only true and false are booleans
+(`on`, `yes` are text), `010` and dates are text, a key given twice is an error, and tags and aliases are refused.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sdtrain.errors import ConfigError
+
+KeyPath = tuple[str, ...]
+Tree = dict[str, Any]
+
+PLAIN = {f"tag:yaml.org,2002:{name}": name for name in ("str", "int", "float", "bool", "null", "map", "seq")}
+PATTERNS = {
+    "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    "int": (r"[-+]?(?:0|[1-9][0-9_]*)", "-+0123456789"),
+    "float": (
+        r"[-+]?(?:(?:0|[1-9][0-9_]*)(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf)|\.(?:nan|NaN)",
+        "-+0123456789.",
+    ),
+}
+
+
+class _Loader(yaml.SafeLoader):
+    """Composes nodes only; `yaml_implicit_resolvers` is filled below."""
+
+    yaml_implicit_resolvers: dict = {}
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.MarkedYAMLError(problem="aliases (*name) are refused: write the value out", problem_mark=mark)
+        return super().compose_node(parent, index)
+
+
+class Dumper(yaml.SafeDumper):
+    """Quotes text that either this loader or a YAML 1.1 reader would take for something else."""
+
+    yaml_implicit_resolvers: dict = {}
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+for _name, (_pattern, _first) in PATTERNS.items():
+    for _class in (_Loader, Dumper):
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(rf"(?:{_pattern})\Z"), list(_first))
+for _char, _resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items():
+    Dumper.yaml_implicit_resolvers.setdefault(_char, []).extend(_resolvers)
+
+
+@dataclass
+class Source:
+    """A tree of plain values, where each key was given, and what is wrong already."""
+
+    tree: Tree = field(default_factory=dict)
+    places: dict[KeyPath, str] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+    def place(self, path: KeyPath) -> str:
+        """FILE:LINE or `--set ...` of a key, else of the nearest section around it."""
+        while path and path not in self.places:
+            path = path[:-1]
+        return self.places.get(path, "config")
+
+
+def dump_tree(tree: Tree) -> str:
+    return yaml.dump(tree, Dumper=Dumper, sort_keys=False, default_flow_style=None, allow_unicode=False, width=100)
+
+
+def read_file(path: Path, shown: str | None = None) -> Source:
+    """The tree of one file. Problems that leave the rest readable are collected; ConfigError if nothing can be read."""
+    shown = shown or str(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = "it is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else error.strerror
+        raise ConfigError(f"{shown}: cannot read this configuration: {reason}") from error
+    return read_text(text, shown)
+
+
+def read_text(text: str, shown: str) -> Source:
+    node = compose(text, shown)
+    source = Source(places={(): shown})
+    if isinstance(node, yaml.MappingNode):
+        source.tree = _value(node, (), shown, source)
+    elif node is not None:
+        source.problems.append(f"{shown}: a configuration is a list of 'key: value' lines, this file is not")
+    return source
+
+
+def compose(text: str, shown: str) -> yaml.Node | None:
+    """The node tree; ConfigError with the line when the text is not YAML."""
+    try:
+        return yaml.compose(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f":{mark.line + 1}" if mark else ""
+        raise ConfigError(f"{shown}{line}: not valid YAML: {error.problem or error.context}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{shown}: not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def _value(node: yaml.Node, path: KeyPath, shown: str, source: Source) -> Any:
+    kind = PLAIN.get(node.tag)
+    if kind is None:
+        line = node.start_mark.line + 1
+        source.problems.append(f"{shown}:{line}: tag '{node.tag}' is refused: a configuration holds plain values only")
+        return None
+    if isinstance(node, yaml.MappingNode):
+        return _mapping(node, path, shown, source)
+    if isinstance(node, yaml.SequenceNode):
+        return [_value(item, (*path, str(i)), shown, source) for i, item in enumerate(node.value)]
+    return _scalar(kind, str(node.value))
+
+
+def _mapping(node: yaml.MappingNode, path: KeyPath, shown: str, source: Source) -> Tree:
+    tree: Tree = {}
+    lines: dict[str, int] = {}
+    for key_node, value_node in node.value:
+        key, line = str(key_node.value), key_node.start_mark.line + 1
+        here = (*path, key)
+        if not isinstance(key_node, yaml.ScalarNode):
+            source.problems.append(f"{shown}:{line}: a key must be a word, not a list or a section")
+        elif key in lines:
+            source.problems.append(
+                f"{shown}:{line}: key '{'.'.join(here)}' is given twice, first on line {lines[key]}: keep one"
+            )
+        else:
+            lines[key] = line
+            source.places[here] = f"{shown}:{line}"
+            tree[key] = _value(value_node, here, shown, source)
+    return tree
+
+
+def _scalar(kind: str, text: str) -> Any:
+    if kind == "int":
+        return int(text.replace("_", ""))
+    if kind == "float":
+        return float(text.replace("_", "").lower().replace(".inf", "inf").replace(".nan", "nan"))
+    return {"bool": text.lower() == "true", "null": None}.get(kind, text)
+
+
+def merge(below: Source, above: Source) -> Source:
+    """`above` wins key by key; a section whose `kind` changes is replaced as a whole, since its keys belong to the kind."""
+    kept = dict(below.places)
+    tree = _merge_tree(below.tree, above.tree, (), kept)
+    root = {(): above.places.get((), below.place(()))}
+    return Source(tree, {**above.places, **kept, **root}, below.problems + above.problems)
+
+
+def _merge_tree(below: Tree, above: Tree, path: KeyPath, places: dict[KeyPath, str]) -> Tree:
+    tree = dict(below)
+    for key, value in above.items():
+        old, here = below.get(key), (*path, key)
+        if isinstance(old, dict) and isinstance(value, dict) and value.get("kind") in (None, old.get("kind")):
+            tree[key] = _merge_tree(old, value, here, places)
+        else:
+            tree[key] = value
+            for stale in [place for place in places if place[: len(here)] == here]:
+                del places[stale]
+    return tree
+
+
+def read_with_bases(path: Path, seen: tuple[Path, ...] = ()) -> Source:
+    """A file laid over the file its `base:` names (relative to it), and so on. Run names are not inherited."""
+    source = read_file(path, _shown(path))
+    base = source.tree.pop("base", None)
+    if base is None:
+        return source
+    seen = (*seen, path.resolve())
+    place = source.place(("base",))
+    if not isinstance(base, str):
+        raise ConfigError(f"{place}: key 'base' must be the name of one YAML file, not {base!r}")
+    below = path.parent / base
+    if below.resolve() in seen:
+        raise ConfigError(f"{place}: base '{base}' leads back to {seen[-1].name}: a configuration cannot extend itself")
+    if not below.is_file():
+        raise ConfigError(f"{place}: base '{base}' does not exist (looked for {_shown(below)})")
+    lower = read_with_bases(below, seen)
+    lower.tree.pop("name", None)
+    return merge(lower, source)
+
+
+def _shown(path: Path) -> str:
+    try:
+        return str(path.resolve().relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
+
+
+def parse_overrides(overrides: Iterable[str]) -> Iterator[Source]:
+    """One source for each `key.path=value`; the value is YAML."""
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        shown = f"--set {text}"
+        path = tuple(key.strip().split("."))
+        if not equals or not all(path):
+            yield Source(problems=[f"{shown}: write it as --set key.path=value"])
+            continue
+        yield _override(path, value, shown)
+
+
+def _override(path: KeyPath, value: str, shown: str) -> Source:
+    source = Source(places={path[:i]: shown for i in range(1, len(path) + 1)})
+    try:
+        node = compose(value, shown)
+    except ConfigError as error:
+        source.problems.append(str(error))
+        return source
+    inner = Source()
+    tree = None if node is None else _value(node, path, shown, inner)
+    source.problems.extend(problem.replace(f"{shown}:1:", f"{shown}:") for problem in inner.problems)
+    source.places.update(dict.fromkeys(inner.places, shown))
+    for key in reversed(path):
+        tree = {key: tree}
+    source.tree = tree or {}
+    return source
