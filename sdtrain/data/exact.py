@@ -1,0 +1,26 @@
+"""float32 results whatever precision the training around has chosen: no autocast, no TF32, no graph.
+
+Degradations end in rounding to 8 bits and to JPEG coefficients, where ten bits of mantissa are not enough.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+
+def matmul_exact(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in full float32. On CUDA it goes through float64, which no TF32 switch of the process can lower."""
+    if a.is_cuda:
+        return (a.double() @ b.double()).float()
+    return a @ b
+
+
+@contextmanager
+def exact_math(device: torch.device) -> Iterator[None]:
+    """A region without gradients and without autocast."""
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        yield
