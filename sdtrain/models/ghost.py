@@ -2,7 +2,7 @@
 
 Official code advances spectral-norm vectors, batch-norm statistics and w_avg at every forward call. Here a pass over
 the global batch may be cut into chunks and spread over ranks, so advancing is split in two: every forward writes what
-it saw into a ledger (one entry a pass), and the end of the phase, when all ranks have summed their entries, applies them.
+it saw into a ledger (one entry a pass), and the end of the phase, when ranks have summed their entries, applies them.
 Outside a phase (`open_phase` not called) a train-mode forward advances at once, exactly like the official layers.
 
     open_phase(G, D)
