@@ -35,7 +35,7 @@ class PairedAugment:
         hflip: float = 0.5,
         degrees: float = 5.0,
         translate: float = 0.01,
-        padding: Literal["zeros", "reflection"] = "reflection",
+        padding: Literal["zeros", "border", "reflection"] = "reflection",
     ):
         self.hflip, self.degrees, self.translate, self.padding = hflip, degrees, translate, padding
 
