@@ -3,7 +3,7 @@
     config = load_config("sdgan_projected.yaml", ["sd.alpha=0.5"])
     config.sd.alpha, config.model.generator.kind, config.optimizer.G.lr
 
-A method adds its own top-level keys, a model the keys of its section: see `config_schema.py`. Nothing here imports torch.
+A method adds its own top-level keys, a model the keys of its section: see `config_schema.py`. Torch is not imported.
 """
 
 import dataclasses
@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -35,7 +36,7 @@ HARMLESS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Keys of every configuration; a loaded one is a subclass with those of its method. A `base:` key names a file to extend."""
+    """Keys of every configuration (a loaded one has those of its method too). A `base:` key names a file to extend."""
 
     name: str
     """Name of the run folder; default: the file's name without .yaml (never inherited through `base`)."""
@@ -198,12 +199,15 @@ def _pruned(source: Source, broken: Iterable[KeyPath]) -> Source:
 def _broken_rules(
     config: Any, schema: Schema, world: int | None, source: Source, broken: set[KeyPath]
 ) -> dict[KeyPath, str]:
+    """Rules across keys; those that involve a key already at fault are left out."""
     found: dict[KeyPath, str] = {}
-    for keys, sentence in (*common_problems(config, world), *(schema.rules(config) if schema.rules else ())):
+    own = schema.rules(config) if schema.rules else ()
+    for keys, sentence in chain(common_problems(config, world), own):
         paths = [tuple(key.strip().split(".")) for key in keys.split(",")]
         if not any(path[: len(bad)] == bad or bad[: len(path)] == path for path in paths for bad in broken):
             given = [path for path in paths if path in source.places]
-            found[(*paths[0], sentence)] = f"{source.place((given or paths)[0])}: {sentence}"
+            at = (*paths[0], sentence)
+            found[at] = f"{source.place((given or paths)[0])}: {sentence}"
     return found
 
 

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from sdtrain.options import Images
 from sdtrain.yaml_source import KeyPath, Source, Tree
 
-PLAIN_TYPES = {
+PLAIN_TYPES: dict[Any, str] = {
     int: "a whole number",
     float: "a number",
     bool: "true or false",

@@ -10,8 +10,8 @@ A method file declares, all optional:
     def problems(config): ...                yields (key, sentence) for combinations that cannot work
     def weights_needed(config): ...          frozen networks in use: {name in sdtrain.weights: key of `weights`}
 
-A model file declares `GeneratorOptions` and/or `DiscriminatorOptions`. Only these definitions, literal constants and other
-dataclasses of the file are run; they may name whatever `sdtrain.options` offers.
+A model file declares `GeneratorOptions` and/or `DiscriminatorOptions`. Only these definitions, literal constants and
+other dataclasses of the file are run; they may name whatever `sdtrain.options` offers.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import ast
 import dataclasses
 import typing
 from collections.abc import Callable, Iterator
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -54,7 +54,7 @@ def declared(folder: str, name: str) -> dict[str, Any]:
     return _evaluate(PACKAGE / folder / f"{name}.py")
 
 
-@lru_cache(maxsize=None)
+@cache
 def _evaluate(path: Path) -> dict[str, Any]:
     names = {**NAMES, "__name__": f"options of {path.stem}"}
     for node in ast.parse(path.read_text(encoding="utf-8"), str(path)).body:
@@ -122,7 +122,7 @@ def make_class(name: str, fields: dict[str, tuple[str, Any, Any]], base: type | 
     return dataclasses.make_dataclass(name, list(fields.values()), bases=bases, frozen=True, kw_only=True)
 
 
-@lru_cache(maxsize=None)
+@cache
 def role_class(options_class: str, kind: str) -> Any:
     """The option class of a model kind, with its `kind`."""
     fields = {"kind": ("kind", Literal[kind], dataclasses.field())}
@@ -137,9 +137,9 @@ class Schema:
     rules: Callable[[Any], Iterator[tuple[str, str]]] | None
 
 
-@lru_cache(maxsize=None)
+@cache
 def schema(common: type, method: str | None, chosen: tuple[tuple[str, str | None], ...]) -> Schema:
-    """Lay the fields of `method` over those of `common`. A role without a known kind accepts anything (reported elsewhere)."""
+    """Lay the fields of `method` over those of `common`. A role without a known kind accepts anything."""
     names = declared("methods", method) if method else {}
     roles = names.get("ROLES", ROLES)
     own = copied_fields(names["Options"]) if "Options" in names else {}

@@ -14,7 +14,7 @@ IMAGE_UNITS = {"": 1, "ki": 1_000, "Mi": 1_000_000}
 
 
 def parse_images(value: Any) -> Any:
-    """Turn 4000, 4e3, '200ki' or '1.5Mi' into a count of images; anything else is handed on for the type check to refuse.
+    """Turn 4000, 4e3, '200ki' or '1.5Mi' into a count of images; hand anything else on, for the type check to refuse.
 
     The suffixes are the kimg and Mimg of the GAN papers, so powers of ten: 1ki = 1000 images, 1Mi = 1000 ki.
     """

@@ -1,4 +1,4 @@
-"""Read YAML together with the place of every key, and merge the files and `--set` overrides that make one configuration.
+"""Read YAML together with the place of every key, and merge the files and `--set` overrides of one configuration.
 
 Differences from PyYAML's own loader, all towards fewer surprises: `1e-3` is a number, only true and false are booleans
 (`on`, `yes` are text), `010` and dates are text, a key given twice is an error, and tags and aliases are refused.
@@ -152,10 +152,10 @@ def _scalar(kind: str, text: str) -> Any:
 
 
 def merge(below: Source, above: Source) -> Source:
-    """`above` wins key by key; a section whose `kind` changes is replaced as a whole, since its keys belong to the kind."""
+    """`above` wins key by key; a section whose `kind` changes is replaced whole, since its keys belong to the kind."""
     kept = dict(below.places)
     tree = _merge_tree(below.tree, above.tree, (), kept)
-    root = {(): above.places.get((), below.place(()))}
+    root: dict[KeyPath, str] = {(): above.places.get((), below.place(()))}
     return Source(tree, {**above.places, **kept, **root}, below.problems + above.problems)
 
 
