@@ -1,6 +1,6 @@
 """PSNR and SSIM as super-resolution papers report them (BasicSR's definitions), for batches of 8-bit images.
 
-Images are RGB, uint8 or whole numbers 0..255 as float, [N, 3, H, W]. Everything is float64 after the luminance; the border
+Images are RGB, uint8 or whole numbers 0..255 as float, [N, 3, H, W]. All is float64 after the luminance; the border
 is cropped first. `psnr_of_unit` and `ssim_of_unit` are the variants upstream applies to tensors in [0, 1].
 """
 
