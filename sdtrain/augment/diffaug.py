@@ -1,7 +1,7 @@
 """DiffAugment (Zhao et al. 2020) with ProjectedGAN's numbers: differentiable augmentation of real and fake images.
 
-Every transform is a pure function of images [N, C, H, W] and explicit draws, one row a sample. x is the row axis (dim 2)
-and y the column axis (dim 3), as in the reference implementation.
+Every transform is a pure function of images [N, C, H, W] and explicit draws, one row a sample. x is the row axis (dim
+2) and y the column axis (dim 3), as in the reference implementation.
 """
 
 from __future__ import annotations

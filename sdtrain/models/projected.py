@@ -5,8 +5,8 @@ random 1x1 convolutions; one head a scale turns them into logits. Images in [-1,
 network's own mean 0.5, std 0.5 preprocessing. Parameter names are the official ones.
 
 The official heads are made for images of 256 pixels; smaller data is enlarged to 224. With `interpolate_to=None` and
-data below 128 pixels this file offers small siblings of our own: features of the small image itself, and heads with only
-as many down blocks as the small feature maps allow. They are what makes a quick run on a CPU possible.
+data below 128 pixels this file offers small siblings of our own: features of the small image itself, and heads with
+only as many down blocks as the small feature maps allow. They are what makes a quick run on a CPU possible.
 """
 
 from __future__ import annotations

@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+# some files hold the state dict as it was after the train-mode call; v and running statistics before it are lost
+OVERWRITTEN = "the file stores the state after the train call"
+
 
 def fastgan(case: Any) -> Iterator[tuple]:
     """One generator: eval image, one train-mode call and the state after it, gradient to z."""
@@ -88,16 +91,26 @@ def _down_blocks(case: Any) -> Iterator[tuple]:
 
 
 def _spectral_conv(case: Any) -> Iterator[tuple]:
+    from check import Skip
+
     from sdtrain.models.ghost import SpectralConv2d
 
     state, x = case.group("sd.snconv."), case.tensors["in.sn.x"]
     c_out, c_in, kernel, _ = state["weight_orig"].shape
     conv = SpectralConv2d(c_in, c_out, kernel, padding=kernel // 2)
-    conv.load_state_dict(state)
-    yield "out.snconv.eval", conv.eval()(x)
+    overwritten = torch.equal(state["weight_u"], case.tensors["after.snconv.weight_u"])
+    conv.load_state_dict(_before_power_iteration(state) if overwritten else state)
+    yield "out.snconv.eval", Skip(OVERWRITTEN) if overwritten else conv.eval()(x)
     yield "out.snconv.train", conv.train()(x)
     yield "after.snconv.weight_u", conv.weight_u
     yield "after.snconv.weight_v", conv.weight_v
+
+
+def _before_power_iteration(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The u from which one iteration made the stored v: v ~ W^T u has one solution when W has full row rank."""
+    matrix = state["weight_orig"].flatten(1).double()
+    u = torch.linalg.lstsq(matrix.T, state["weight_v"].double()[:, None]).solution[:, 0]
+    return {**state, "weight_u": (u / u.norm()).float()}
 
 
 def _ghost_norm(case: Any) -> Iterator[tuple]:
@@ -126,12 +139,16 @@ def _ghost_norm(case: Any) -> Iterator[tuple]:
 
 def single_heads(case: Any) -> Iterator[tuple]:
     """Heads on their own; widths and kinds come from the stored weights."""
+    from check import Skip
+
     for name in [n for n in case.entry["configs"] if f"in.{n}" in case.tensors]:
-        net = single_head(case.group(f"sd.{name}."))
-        x, c = case.tensors[f"in.{name}"], case.tensors.get(f"in.{name}_c")
+        state = case.group(f"sd.{name}.")
+        net, x, c = single_head(state), case.tensors[f"in.{name}"], case.tensors.get(f"in.{name}_c")
+        overwritten = any(int(v) for n, v in state.items() if n.endswith("num_batches_tracked"))
         for mode in ("eval", "train"):
             if f"out.{name}.{mode}" in case.tensors:
-                yield f"out.{name}.{mode}", net.train(mode == "train")(x, c)
+                lost = overwritten and mode == "eval"
+                yield f"out.{name}.{mode}", Skip(OVERWRITTEN) if lost else net.train(mode == "train")(x, c)
 
 
 def single_head(state: dict[str, Tensor]) -> nn.Module:
@@ -204,7 +221,7 @@ def _full(case: Any, net: nn.Module, x: Tensor) -> Iterator[tuple]:
     x = x.requires_grad_()
     logits = net(x)
     yield "out.full.logits", logits
-    (dx,) = torch.autograd.grad(logits.sum(), x)
+    (dx,) = torch.autograd.grad(logits.mean(), x)
     stride = x.shape[-1] // case.tensors["out.full.dx_strided"].shape[-1]
     yield "out.full.dx_strided", dx[:, :, ::stride, ::stride]
     yield "out.full.dx_norm", dx.norm()

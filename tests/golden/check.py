@@ -20,9 +20,9 @@ Adapters. A module `adapters_NAME.py` beside this file knows how to compute the 
 
 Values may be tensors, numbers or bools. Expectations that the manifest itself holds (calls, expected, sums) and
 refusals use the form with a reference: `yield "refused", True, True, 0.0`. Stored outputs (`out.`, `mid.`, `after*`,
-`grad.`) that no adapter yields are listed as 'not compared' and counted as not here yet. An adapter that raises is
-short; one whose import of a sdtrain module fails for want of that module is not here yet. `rules.py` has the seeded
-inputs and weights.
+`grad.`) that no adapter yields are listed as 'not compared' and counted as not here yet; `yield name, Skip(reason)`
+(`from check import Skip`) says why an output cannot be compared. An adapter that raises is short; one whose import of a
+sdtrain module fails for want of that module is not here yet. `rules.py` has the seeded inputs and weights.
 """
 
 from __future__ import annotations
@@ -119,6 +119,13 @@ class Case:
         return rules.norm_limit(self.manifest, norm)
 
 
+@dataclass(frozen=True)
+class Skip:
+    """Yielded in place of a value: this output cannot be computed from what the folder holds."""
+
+    reason: str
+
+
 Adapter = Callable[[Case], Iterator[tuple]]
 
 
@@ -193,6 +200,8 @@ def _check_file(case: Case, adapter: Adapter | None) -> list[Line]:
 
 
 def _compare(case: Case, output: str, got: Any, reference: Any = None, allowed: float | None = None) -> Line:
+    if isinstance(got, Skip):
+        return Line(case.name, output, ABSENT, f"not comparable: {got.reason}")
     got = _tensor(got)
     if reference is None:
         reference = case.tensors[output]

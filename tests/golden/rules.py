@@ -77,9 +77,10 @@ def fill(state: Mapping[str, Tensor], seed: int, family: str) -> dict[str, Tenso
         done[key] = torch.from_numpy(np.asarray(_filled(family, key, leaf, x)).astype(np.float32)).reshape(value.shape)
     for key in [key for key in state if key.endswith("weight_u")]:
         stem = key[: -len("weight_u")]
-        done[key], done[stem + "weight_v"] = _power(
-            normal(seed, key, tuple(state[key].shape)), done[stem + "weight_orig"]
-        )
+        weight = done[stem + "weight_orig"]
+        transposed = stem.endswith("init.init.0.")  # the one ConvTranspose: its outputs are dimension 1
+        matrix = (weight.transpose(0, 1) if transposed else weight).flatten(1)
+        done[key], done[stem + "weight_v"] = _power(normal(seed, key, tuple(state[key].shape)), matrix)
     return done
 
 
