@@ -1,0 +1,91 @@
+"""The `sdtrain` command: find the module that owns a subcommand, import only that one, and turn mistakes into sentences.
+
+Exit codes: 0 finished, 2 a mistake of the user (one sentence, no traceback), 75 stopped on request with a checkpoint
+saved, 130 interrupted, anything else a fault.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from sdtrain import __version__
+from sdtrain.errors import EXIT_OK, EXIT_USER_ERROR, UserError
+
+EXIT_INTERRUPTED = 130
+PACKAGE = Path(__file__).resolve().parent
+
+# name: (module, help line); the module has add_arguments(parser) and run(args) -> int, and is importable without torch
+COMMANDS = {
+    "train": ("sdtrain.main", "train, or go on with a run; --plan only says what it would take"),
+    "pack": ("sdtrain.data.pack", "make tar shards from a folder or zip of images"),
+    "verify": ("sdtrain.data.verify", "find damaged shards and samples before a run does"),
+    "evaluate": ("sdtrain.commands.evaluate", "measure a run, a checkpoint or a folder of images"),
+    "sample": ("sdtrain.commands.sample", "draw images from a run"),
+    "upscale": ("sdtrain.commands.upscale", "enlarge images with a super-resolution student"),
+    "import": ("sdtrain.commands.importing", "take over an official checkpoint"),
+    "export": ("sdtrain.commands.exporting", "write a network for other tools"),
+    "bench": ("sdtrain.commands.bench", "time a configuration: seconds and memory per 1000 images"),
+    "report": ("sdtrain.commands.report", "put the figures of runs into one page"),
+    "doctor": ("sdtrain.commands.doctor", "check this machine, its ranks, weights and a configuration"),
+    "fetch-weights": ("sdtrain.commands.fetch_weights", "download weights of frozen networks, on a machine with a network"),
+}
+
+
+def present(module: str) -> bool:
+    """Whether the file of a command module is there (without importing it)."""
+    return PACKAGE.joinpath(*module.split(".")[1:]).with_suffix(".py").is_file()
+
+
+def build_parser(chosen: str | None) -> argparse.ArgumentParser:
+    """The parser with all command names; only the chosen command's module is imported and adds its arguments."""
+    parser = argparse.ArgumentParser(
+        prog="sdtrain",
+        description="Training of distilled GANs: SD-GAN and SDAKD.",
+        epilog="`sdtrain COMMAND --help` explains one. Several ranks: accelerate launch sdtrain/main.py --cfg NAME",
+    )
+    parser.add_argument("--version", action="version", version=f"sdtrain {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, (module, help_line) in COMMANDS.items():
+        if present(module):
+            command = commands.add_parser(name, help=help_line, description=f"{help_line[0].upper()}{help_line[1:]}.")
+            if name == chosen:
+                _fill(command, module)
+    return parser
+
+
+def _fill(command: argparse.ArgumentParser, module: str) -> None:
+    owner = importlib.import_module(module)
+    owner.add_arguments(command)
+    command.set_defaults(run=owner.run)
+
+
+def run_command(command: Callable[[], int]) -> int:
+    """Call it and return an exit code; a `UserError` becomes one sentence on stderr (of rank 0 only)."""
+    try:
+        return command()
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"sdtrain: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print("sdtrain: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # the reader of our output has left, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_OK
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    given = list(sys.argv[1:] if argv is None else argv)
+    chosen = next((word for word in given if not word.startswith("-")), None)
+    args = build_parser(chosen).parse_args(given)
+    return run_command(lambda: args.run(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
