@@ -10,7 +10,7 @@ class g = i mod d, position j = i // d and class length Lg = ceil((L - g) / d):
 
 `neighborhood_attention` cuts each class into tiles of queries, gathers for a tile the block of keys its windows touch,
 and runs one masked `scaled_dot_product_attention` per distinct mask. Tiles that see the same mask (nearly all of them)
-share it, so memory grows with L * (tile + k)^2 and not with L * L. `full_mask_attention` is the same thing said naively.
+share it, so memory grows with L * (tile + k)^2 and not with L * L. `full_mask_attention` says the same thing naively.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def pair_bias(rpb: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
 def neighborhood_attention(q: Tensor, k: Tensor, v: Tensor, rpb: Tensor, dilation: int, tile: int = TILE) -> Tensor:
     """softmax(q k^T + bias over the window) v, tile by tile.
 
-    q, k, v [N, H, W, heads * D] with q already scaled; rpb [heads, 2 kernel - 1, 2 kernel - 1]. Returns [N, H, W, heads * D].
+    q, k, v and the result [N, H, W, heads * D], q already scaled; rpb [heads, 2 kernel - 1, 2 kernel - 1].
     Raises ConfigError when kernel * dilation exceeds H or W.
     """
     n, height, width, _ = q.shape

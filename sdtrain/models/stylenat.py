@@ -2,7 +2,7 @@
 
 The generator is a pyramid of transformer blocks whose heads look at neighbourhoods of different dilation (Hydra); the
 discriminator works on Haar wavelets with spectral norm (StyleSwin). The official networks live in ImageNet-normalised
-space: `forward` speaks [-1, 1] like every GAN here, `Generator.render` and `Discriminator.score` speak the official one.
+space: `forward` speaks [-1, 1] like every GAN here, `Generator.render` and `Discriminator.score` the official one.
 A gradient penalty taken on [-1, 1] images is (2 std)^-2, about 4.9 times, the official one: scale gamma by 0.204.
 """
 
@@ -392,8 +392,8 @@ class Generator(nn.Module):
         for name in ("kernels", "dilations"):
             if (given := len(getattr(self.options, name))) < self.num_levels:
                 raise ConfigError(
-                    f"StyleNAT generator has {given} entries in {name}, but {self.resolution} px has {self.num_levels} levels: "
-                    "give one entry a level from 4x4 up"
+                    f"StyleNAT generator has {given} entries in {name}, but {self.resolution} px has "
+                    f"{self.num_levels} levels: give one entry a level from 4x4 up"
                 )
 
     def _width(self, level: int) -> int:

@@ -1,0 +1,278 @@
+"""A pickle interpreter that can only build plain data.
+
+The standard unpickler calls whatever a file names. This one decodes opcodes with `pickletools` (which runs nothing) and
+acts on them itself: containers, numbers and text become Python values; a global becomes a `Token` only if the caller's
+table knows it, and is refused by name otherwise; calling a token means calling our own function from that table. There
+is no import, no attribute access and no `__setstate__` anywhere, so nothing in a file can run.
+"""
+
+from __future__ import annotations
+
+import io
+import pickletools
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from sdtrain.errors import WeightsError
+
+MAX_OPCODES = 20_000_000
+MAX_INTEGER_BITS = 512
+# what reading a malformed file can raise inside this interpreter and its table of plain functions
+MALFORMED = (
+    ValueError,
+    LookupError,
+    TypeError,
+    ArithmeticError,
+    AttributeError,
+    RuntimeError,
+    MemoryError,
+    struct.error,
+)
+KEY_TYPES = (str, bytes, int, float, bool, type(None))
+
+
+@dataclass(frozen=True)
+class Token:
+    """An allowed global. `call` makes plain data of the arguments; None means it is a value and may not be called."""
+
+    name: str
+    call: Callable[..., Any] | None = None
+
+
+@dataclass(eq=False)
+class Record:
+    """An object that was pickled by class: its class name, constructor arguments and attributes, and no behaviour."""
+
+    name: str
+    args: tuple = ()
+    attributes: dict[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return f"Record({self.name})"
+
+
+FindGlobal = Callable[[str], Token | None]
+LoadPersistent = Callable[[Any], Any]
+
+
+def refuse(source: str, what: str) -> WeightsError:
+    return WeightsError(f"{source}: {what}; nothing of the file was run, use a file from a source you trust")
+
+
+class Machine:
+    """Reads one pickle from a stream. `find` maps 'module.name' to a Token or None; `persistent` resolves storage ids."""
+
+    def __init__(self, source: str, find: FindGlobal, persistent: LoadPersistent | None = None):
+        self.source, self.find, self.persistent = source, find, persistent
+        self.stack: list[Any] = []
+        self.marks: list[int] = []
+        self.memo: dict[int, Any] = {}
+        self.globals: set[str] = set()
+
+    def load(self, stream: io.BytesIO) -> Any:
+        """The object of the next pickle in `stream`, left behind its STOP. Raises WeightsError for anything unexpected."""
+        try:
+            return self._run(stream)
+        except WeightsError:
+            raise
+        except MALFORMED as error:
+            raise refuse(self.source, f"is truncated or not a valid pickle ({error})") from error
+
+    def _run(self, stream: io.BytesIO) -> Any:
+        for count, (opcode, arg, _) in enumerate(pickletools.genops(stream)):
+            if count > MAX_OPCODES:
+                raise refuse(self.source, f"has more than {MAX_OPCODES} pickle opcodes")
+            if opcode.name == "STOP":
+                return self._pop()
+            self._act(opcode.name, arg)
+        raise refuse(self.source, "is truncated")
+
+    def _act(self, name: str, arg: Any) -> None:
+        if name in IGNORED:
+            return
+        if name in LITERALS:
+            self._push_literal(arg)
+        elif name in CONSTANTS:
+            self.stack.append(CONSTANTS[name]())
+        elif name in ACTIONS:
+            ACTIONS[name](self, arg)
+        else:
+            named = f" of {arg.replace(' ', '.')}" if isinstance(arg, str) and arg else ""
+            raise refuse(self.source, f"uses pickle opcode {name}{named}, which is not allowed")
+
+    def _push_literal(self, value: Any) -> None:
+        if isinstance(value, int) and value.bit_length() > MAX_INTEGER_BITS:
+            raise refuse(self.source, f"holds an integer of {value.bit_length()} bits")
+        self.stack.append(value)
+
+    def _pop(self) -> Any:
+        if len(self.stack) <= (self.marks[-1] if self.marks else 0):
+            raise ValueError("stack is empty")
+        return self.stack.pop()
+
+    def _top(self, kind: type) -> Any:
+        if len(self.stack) <= (self.marks[-1] if self.marks else 0) or type(self.stack[-1]) is not kind:
+            raise ValueError(f"expected a {kind.__name__} to fill")
+        return self.stack[-1]
+
+    def _pop_mark(self) -> list[Any]:
+        at = self.marks.pop()
+        items = self.stack[at:]
+        del self.stack[at:]
+        return items
+
+    def mark(self, _: Any) -> None:
+        self.marks.append(len(self.stack))
+
+    def dup(self, _: Any) -> None:
+        self.stack.append(self.stack[-1])
+
+    def tuple_of(self, count: int) -> None:
+        items = [self._pop() for _ in range(count)]
+        self.stack.append(tuple(reversed(items)))
+
+    def fill_dict(self, target: dict, items: list[Any]) -> None:
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            if not isinstance(key, KEY_TYPES):
+                raise ValueError(f"a {type(key).__name__} as dictionary key")
+            target[key] = value
+
+    def set_items(self, items: list[Any]) -> None:
+        self.fill_dict(self._top(dict), items)
+
+    def add_items(self, items: list[Any]) -> None:
+        self._top(set).update(checked_keys(items))
+
+    def setitem(self, _: Any) -> None:
+        value, key = self._pop(), self._pop()
+        self.set_items([key, value])
+
+    def append(self, _: Any) -> None:
+        value = self._pop()
+        self._top(list).append(value)
+
+    def extend(self, _: Any) -> None:
+        items = self._pop_mark()
+        self._top(list).extend(items)
+
+    def make_dict(self, _: Any) -> None:
+        made: dict = {}
+        self.fill_dict(made, self._pop_mark())
+        self.stack.append(made)
+
+    def put(self, index: int | None) -> None:
+        self.memo[len(self.memo) if index is None else index] = self.stack[-1]
+
+    def get(self, index: int) -> None:
+        self.stack.append(self.memo[index])
+
+    def push_global(self, name: str) -> None:
+        self.globals.add(name)
+        token = self.find(name)
+        if token is None:
+            raise refuse(self.source, f"wants the global {name!r}, which no known checkpoint needs")
+        self.stack.append(token)
+
+    def stack_global(self, _: Any) -> None:
+        name, module = self._pop(), self._pop()
+        if not (isinstance(name, str) and isinstance(module, str)):
+            raise ValueError("a global without a name")
+        self.push_global(f"{module}.{name}")
+
+    def _call(self, target: Any, args: Any) -> None:
+        if not isinstance(args, tuple):
+            raise ValueError("arguments are not a tuple")
+        if not isinstance(target, Token) or target.call is None:
+            name = target.name if isinstance(target, Token) else type(target).__name__
+            raise refuse(self.source, f"calls {name!r}, which is not allowed")
+        self.stack.append(target.call(*args))
+
+    def reduce(self, _: Any) -> None:
+        args, target = self._pop(), self._pop()
+        self._call(target, args)
+
+    def new_with_keywords(self, _: Any) -> None:
+        keywords, args, target = self._pop(), self._pop(), self._pop()
+        if keywords:
+            raise ValueError("keyword arguments for a constructor")
+        self._call(target, args)
+
+    def build(self, _: Any) -> None:
+        """Attach a state to a record. A dictionary's own attributes (a state dict's version numbers) are dropped."""
+        state = self._pop()
+        target = self.stack[-1]
+        if isinstance(target, Record):
+            target.attributes.update(attributes_of(state))
+        elif not isinstance(target, dict):
+            raise ValueError(f"a state for a {type(target).__name__}")
+
+    def persistent_id(self, _: Any) -> None:
+        if self.persistent is None:
+            raise refuse(self.source, "refers to data outside the file")
+        self.stack.append(self.persistent(self._pop()))
+
+
+def checked_keys(items: list[Any]) -> list[Any]:
+    """Members of a set, which must hash without calling anything of depth."""
+    if not all(isinstance(item, KEY_TYPES) for item in items):
+        raise ValueError("a set of containers")
+    return items
+
+
+def attributes_of(state: Any) -> dict[str, Any]:
+    """The attribute dict of a pickled object state: a dict, a (dict, slots) pair, or anything else under 'state'."""
+    if isinstance(state, dict):
+        return {str(key): value for key, value in state.items()}
+    if isinstance(state, tuple) and len(state) == 2 and all(isinstance(s, (dict, type(None))) for s in state):
+        return {str(key): value for part in state if part for key, value in part.items()}
+    return {"state": state}
+
+
+IGNORED = frozenset(("PROTO", "FRAME"))
+LITERALS = frozenset(
+    "INT BININT BININT1 BININT2 LONG LONG1 LONG4 STRING BINSTRING SHORT_BINSTRING BINBYTES SHORT_BINBYTES BINBYTES8 "
+    "UNICODE SHORT_BINUNICODE BINUNICODE BINUNICODE8 FLOAT BINFLOAT".split()
+)
+CONSTANTS: Mapping[str, Callable[[], Any]] = {
+    "NONE": lambda: None,
+    "NEWTRUE": lambda: True,
+    "NEWFALSE": lambda: False,
+    "EMPTY_LIST": list,
+    "EMPTY_TUPLE": tuple,
+    "EMPTY_DICT": dict,
+    "EMPTY_SET": set,
+}
+ACTIONS: Mapping[str, Callable[[Machine, Any], object]] = {
+    "MARK": Machine.mark,
+    "POP": lambda m, _: m._pop() if len(m.stack) > (m.marks[-1] if m.marks else 0) else m.marks.pop(),
+    "POP_MARK": lambda m, _: m._pop_mark(),
+    "DUP": Machine.dup,
+    "LIST": lambda m, _: m.stack.append(m._pop_mark()),
+    "TUPLE": lambda m, _: m.stack.append(tuple(m._pop_mark())),
+    "DICT": Machine.make_dict,
+    "FROZENSET": lambda m, _: m.stack.append(frozenset(checked_keys(m._pop_mark()))),
+    "TUPLE1": lambda m, _: m.tuple_of(1),
+    "TUPLE2": lambda m, _: m.tuple_of(2),
+    "TUPLE3": lambda m, _: m.tuple_of(3),
+    "APPEND": Machine.append,
+    "APPENDS": Machine.extend,
+    "SETITEM": Machine.setitem,
+    "SETITEMS": lambda m, _: m.set_items(m._pop_mark()),
+    "ADDITEMS": lambda m, _: m.add_items(m._pop_mark()),
+    "PUT": Machine.put,
+    "BINPUT": Machine.put,
+    "LONG_BINPUT": Machine.put,
+    "MEMOIZE": Machine.put,
+    "GET": Machine.get,
+    "BINGET": Machine.get,
+    "LONG_BINGET": Machine.get,
+    "GLOBAL": lambda m, arg: m.push_global(arg.replace(" ", ".", 1)),
+    "STACK_GLOBAL": Machine.stack_global,
+    "REDUCE": Machine.reduce,
+    "NEWOBJ": Machine.reduce,
+    "NEWOBJ_EX": Machine.new_with_keywords,
+    "BUILD": Machine.build,
+    "BINPERSID": Machine.persistent_id,
+}
