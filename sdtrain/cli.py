@@ -1,4 +1,4 @@
-"""The `sdtrain` command: find the module that owns a subcommand, import only that one, and turn mistakes into sentences.
+"""The `sdtrain` command: find the module of a subcommand, import only that one, turn mistakes into sentences.
 
 Exit codes: 0 finished, 2 a mistake of the user (one sentence, no traceback), 75 stopped on request with a checkpoint
 saved, 130 interrupted, anything else a fault.
@@ -32,7 +32,7 @@ COMMANDS = {
     "bench": ("sdtrain.commands.bench", "time a configuration: seconds and memory per 1000 images"),
     "report": ("sdtrain.commands.report", "put the figures of runs into one page"),
     "doctor": ("sdtrain.commands.doctor", "check this machine, its ranks, weights and a configuration"),
-    "fetch-weights": ("sdtrain.commands.fetch_weights", "download weights of frozen networks, on a machine with a network"),
+    "fetch-weights": ("sdtrain.commands.fetch_weights", "download weights of frozen networks where there is a network"),
 }
 
 
