@@ -76,6 +76,8 @@ class Draws:
         return generator(self.seed, f"{self.path}/{purpose}", self.step, ghost, device=device)
 
     def _each(self, purpose: str, shape: tuple[int, ...], draw: Callable[..., Tensor]) -> Tensor:
+        if torch.device(self.device).type == "meta":  # a plan asks for shapes only
+            return torch.empty((len(self.ghosts) * shape[0], *shape[1:]), device="meta")
         on_host = torch.Size(shape).numel() <= HOST_NUMBERS_MAX
         device = torch.device("cpu" if on_host else self.device)
         rows = [draw(shape, generator=self.generator(purpose, g, device), device=device) for g in self.ghosts]

@@ -10,18 +10,17 @@ discriminator called as D(x, c).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from sdtrain.augment.ada import update_p
 from sdtrain.losses.adversarial import ADVERSARIAL, r1_penalty
-from sdtrain.losses.consistency import bcr
-from sdtrain.losses.regularizers import path_length_penalty
+from sdtrain.losses.consistency import balanced_consistency
+from sdtrain.losses.regularizers import path_length_penalty, path_lengths
 from sdtrain.methods.phase import Chunk, Loss, Phase, Stage, Terms
-from sdtrain.options import Augment, PathLength, R1, SelfDistillation
+from sdtrain.options import R1, Augment, PathLength, SelfDistillation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +35,10 @@ class Options:
     d_passes: Literal["separate", "together"] = "separate"  # real and fake through D in two calls, or one
 
 
+ROLES = {"generator": "GeneratorOptions", "discriminator": "DiscriminatorOptions"}
+PLAYERS = ("G", "D")
+
+
 def problems(config: Any) -> list[tuple[str, str]]:
     """Combinations that cannot work, as (key, sentence)."""
     found = []
@@ -48,6 +51,12 @@ def problems(config: Any) -> list[tuple[str, str]]:
     return found
 
 
+def weights_needed(config: Any) -> dict[str, str]:
+    """Frozen networks in use: file -> key of `weights`."""
+    distils = config.sd.alpha or config.sd.log
+    return {"lpips_vgg": "lpips"} if distils and config.sd.loss == "lpips-vgg" else {}
+
+
 class SDGAN:
     """The phases of SD-GAN.
 
@@ -58,25 +67,55 @@ class SDGAN:
     def __init__(
         self,
         options: Any,
-        nets: Mapping[str, Callable[..., Any]],
+        nets: Mapping[str, Any],
         *,
         batch_size: int,
         total_img: int,
         distance: Callable[[Tensor, Tensor], Tensor] | None = None,
         T: Callable[[Tensor, Tensor, Any], tuple[Tensor, Tensor]] | None = None,
         augment: Callable[[Tensor, Any, float], Tensor] | None = None,
+        consistent: Callable[[Tensor, Any], Tensor] | None = None,
     ) -> None:
+        self.nets = dict(nets)
         self.o, self.G, self.D, self.G_ema = options, nets["G"], nets["D"], nets["G_ema"]
         self.batch_size = batch_size
-        self.distance, self.T, self._augment = distance, T, augment
-        self.adversarial = ADVERSARIAL[options.adversarial]
+        self.distance, self.T, self._augment, self.consistent = distance, T, augment, consistent
+        self.z_dim = self.G_ema.module.z_dim
+        self.adversarial = ADVERSARIAL[options.adversarial.replace("-", "_")]
         self.stages = [Stage(name="main", end_img=total_img)]
         self.p = options.augment.p  # ADA's augmentation probability
         self.signs = [0.0, 0.0]  # sum and count of sign(D(real)) since p last moved
-        self.pl_mean = 0.0  # running mean of path lengths, `a` of the fact sheet
+        self.pl_mean = self.pl_mean_before = 0.0  # running mean of path lengths, `a` of the fact sheet
         self.pl_global_mean: Tensor | None = None
 
+    @classmethod
+    def build(cls, config: Any, kit: Any) -> SDGAN:
+        """G, D and the average of G from the configuration."""
+        G, D = kit.generator(config.model.generator), kit.discriminator(config.model.discriminator)
+        nets = {"G": G, "D": D, "G_ema": kit.average_of(G)}
+        distils = bool(config.sd.alpha) or config.sd.log
+        return cls(
+            config,
+            nets,
+            batch_size=config.batch_size,
+            total_img=config.total_img,
+            distance=kit.distance(config.sd) if distils else None,
+            T=kit.paired_augment(config.sd) if distils else None,
+            augment=kit.augmentation(config.augment),
+            consistent=kit.consistency_augmentation() if config.bcr else None,
+        )
+
     # What the loop asks ------------------------------------------------------------------------------------------------
+
+    teachers: tuple[str, ...] = ()  # networks that never change and are in no checkpoint
+    task = "generation"
+    students = ("G",)
+    evaluated = "G_ema"  # what validation, samples and `best/` are about
+
+    @staticmethod
+    def to_range(images: Tensor) -> Tensor:
+        """uint8 in [0, 255] -> float32 in [-1, 1]."""
+        return images.float().div_(127.5).sub_(1.0)
 
     def players(self, stage: str) -> dict[str, tuple[str, ...]]:
         return {"G": ("G",), "D": ("D",)}
@@ -101,7 +140,7 @@ class SDGAN:
         """Eq. (2): L_G = L_adv + alpha * L_SD(T(G(z)), T(G_ema(z)))."""
         draws = x.draws.sub("G")
         fake = self.generate(self.G, x, draws)
-        L_adv = self.adversarial.generator(self.D(self.augment(fake, draws), x.labels))
+        L_adv = self.adversarial.g(self.D(self.augment(fake, draws), x.labels))
         if self.o.sd.alpha:
             L_SD = self.L_SD(fake, x, draws)
             return L_adv + self.o.sd.alpha * L_SD, {"G/adv": L_adv, "G/sd": L_SD}
@@ -126,13 +165,13 @@ class SDGAN:
             fake = self.generate(self.G, x, draws)
         real, fake = self.augment(x.real, draws.sub("real")), self.augment(fake, draws.sub("fake"))
         fake_logits, real_logits = self.judge(fake, real, x.labels)
-        on_real, on_fake = self.adversarial.discriminator(real_logits, fake_logits)
+        on_real, on_fake = self.adversarial.d(real_logits, fake_logits)
         terms = {"D/real": on_real, "D/fake": on_fake}
         terms |= {"D/real_logit": real_logits.mean(), "D/fake_logit": fake_logits.mean()}
         terms["D/real_sign"] = real_logits.detach().sign().mean()
         loss = on_real + on_fake
         if self.o.bcr:
-            terms["D/bcr"] = bcr(self.D, x.real, fake, fake_logits, real_logits, draws.sub("bcr"), x.labels)
+            terms["D/bcr"] = self.consistency(x, fake, real_logits, fake_logits, draws.sub("bcr"))
             loss = loss + self.o.bcr * terms["D/bcr"]
         return loss, terms
 
@@ -153,33 +192,42 @@ class SDGAN:
 
     def loss_path_length(self, x: Chunk) -> Loss:
         """weight * E (|J^T y| - a)^2 with `a` already moved by the mean length of the global batch, times the interval."""
-        lengths = self.path_lengths(x)
-        penalty = path_length_penalty(lengths, self.pl_mean_before, self.o.path_length.decay, 1.0, self.pl_global_mean)
-        return penalty * (self.o.path_length.weight * self.o.path_length.every), {"G/pl": penalty}
+        o = self.o.path_length
+        penalty, _ = path_length_penalty(self.path_lengths(x), self.pl_mean_before, o.decay, 1.0, self.pl_global_mean)
+        return penalty * (o.weight * o.every), {"G/pl": penalty}
+
+    def consistency(self, x: Chunk, fake: Tensor, real_logits: Tensor, fake_logits: Tensor, draws: Any) -> Tensor:
+        """Balanced consistency: D should say the same of an image and of its augmentation, real and fake alike."""
+        assert self.consistent is not None
+        real_aug, fake_aug = self.consistent(x.real, draws.sub("real")), self.consistent(fake, draws.sub("fake"))
+        fake_aug_logits, real_aug_logits = self.judge(fake_aug, real_aug, x.labels)
+        return balanced_consistency(real_logits, real_aug_logits, fake_logits, fake_aug_logits, 1.0, 1.0)
 
     # Pieces ------------------------------------------------------------------------------------------------------------
 
-    def generate(self, G: Callable[..., Tensor], x: Chunk, draws: Any, teacher: bool = False) -> Tensor:
+    def generate(self, G: Callable[..., Any], x: Chunk, draws: Any, teacher: bool = False) -> Tensor:
         """Images of the latents that `draws` holds; a teacher sees the same latents and, unless told otherwise, noise."""
-        net = getattr(G, "module", G)
-        z = draws.normal("z", net.z_dim)
-        noise = draws.sub("noise/teacher" if teacher and self.o.sd.noise == "independent" else "noise")
+        z = draws.normal("z", self.z_dim)
+        independent = teacher and self.o.sd.noise == "independent"
         if not self.o.style_mixing:
-            return G(z, x.labels, noise)
+            return G(z, x.labels, draws.sub("noise/teacher" if independent else "noise"))
         mixing = 0.0 if teacher and self.o.sd.mixing == "none" else self.o.style_mixing
-        return G(z, x.labels, noise, mixing=mixing)
+        if not independent:
+            return G(z, x.labels, draws.sub("noise"), mixing=mixing)
+        net = self.G_ema.module  # same mixing by the same draws, other noise
+        return net.synthesis(net.styles(z, x.labels, draws.sub("noise"), mixing), draws.sub("noise/teacher"))
 
     def augment(self, x: Tensor, draws: Any) -> Tensor:
         return x if self._augment is None else self._augment(x, draws.sub("augment"), self.p)
 
     def path_lengths(self, x: Chunk) -> Tensor:
-        """Path lengths of the first `1/shrink` of every ghost, [num_samples / shrink]."""
-        from sdtrain.losses.regularizers import path_lengths
-
-        draws = x.draws.sub("G_pl")
-        keep = torch.arange(draws.num_samples, device=x.real.device).view(len(draws.ghosts), -1)
-        keep = keep[:, : max(draws.ghost_batch // self.o.path_length.shrink, 1)].reshape(-1)
-        return path_lengths(self.G, draws, x.labels, keep, self.o.style_mixing)
+        """Path lengths of smaller ghosts, [num_samples / shrink]; latents, noise and direction y have draws of their own."""
+        few = max(x.draws.ghost_batch // self.o.path_length.shrink, 1)
+        draws = replace(x.draws, ghost_batch=few).sub("G_pl")
+        labels = None if x.labels is None else x.labels.unflatten(0, (len(draws.ghosts), -1))[:, :few].flatten(0, 1)
+        z, noise = draws.normal("z", self.z_dim), draws.sub("noise")
+        images, ws = self.G(z, labels, noise, mixing=self.o.style_mixing, return_ws=True)
+        return path_lengths(ws, images, draws.normal("y", *images.shape[1:]))
 
     def mean_path_length(self, x: Chunk) -> Terms:
         return {"pl": self.path_lengths(x).mean().detach()}
@@ -197,6 +245,8 @@ class SDGAN:
 
     def control(self, step: int, means: dict[str, float]) -> dict[str, float]:
         """ADA: every `interval` steps move p by the sign of r_t - target. Returns numbers for the log."""
+        from sdtrain.augment.ada import update_p
+
         self.signs[0] += means["D/real_sign"] * self.batch_size
         self.signs[1] += self.batch_size
         a = self.o.augment
@@ -210,3 +260,6 @@ class SDGAN:
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.p, self.signs, self.pl_mean = state["p"], list(state["signs"]), state["pl_mean"]
+
+
+METHOD = SDGAN

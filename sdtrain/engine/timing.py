@@ -1,0 +1,54 @@
+"""Where the time of a step goes: seconds a section, without making the device wait."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+class Stopwatch:
+    """Adds up seconds by section. On CUDA the device's own events are used and read only when the figures are asked for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.on_gpu = device.type == "cuda"
+        self.restart()
+
+    def restart(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self.began = time.perf_counter()
+
+    @contextmanager
+    def section(self, name: str, host: bool = False) -> Iterator[None]:
+        """Time a block; `host=True` for work that does not involve the device (waiting for data)."""
+        if self.on_gpu and not host:
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            yield
+            end.record()
+            self._events.append((name, start, end))
+            return
+        began = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+
+    def read(self) -> tuple[float, dict[str, float]]:
+        """(seconds since `restart`, seconds by section)."""
+        if self._events:
+            torch.cuda.synchronize()
+        for name, start, end in self._events:
+            self.seconds[name] = self.seconds.get(name, 0.0) + start.elapsed_time(end) / 1000
+        self._events = []
+        return time.perf_counter() - self.began, dict(self.seconds)
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Largest memory in use so far: of the device, or of this process where there is none."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

@@ -1,0 +1,174 @@
+"""The training loop. `train` is the whole of it; everything done once in a while is a function below, called in order."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import Any
+
+from sdtrain.engine.checkpoint import Checkpoint
+from sdtrain.engine.phases import Meter, NonFinite
+from sdtrain.engine.ranks import gather_objects, is_main, world
+from sdtrain.engine.timing import peak_memory_gb
+from sdtrain.errors import EXIT_OK, EXIT_REQUEUE
+from sdtrain.methods.phase import Chunk
+from sdtrain.run import Run
+
+log = logging.getLogger("sdtrain")
+
+
+def train(run: Run, checkpoint: Checkpoint | None) -> int:
+    """Train from the present position to the end of the last stage. Returns the exit code."""
+    c = run.config
+    for stage in run.remaining_stages():
+        run.enter(stage, checkpoint)
+        for batch in run.batches():
+            advance(run, run.chunks(batch))
+            if run.due(c.log_img):
+                tick(run)
+            if run.due(c.sample_img):
+                run.task.pictures()
+            if run.due(run.task.eval_img):
+                run.task.evaluate("val")
+            stop = run.stop_agreed()
+            if stop or run.due(c.save_img):
+                run.save()
+            if stop:
+                return stopped(run, stop)
+        run.task.leave_stage()
+    return finish(run)
+
+
+def advance(run: Run, chunks: list[Chunk]) -> None:
+    """One step of the clock: every phase of the method, controllers, averages."""
+    backup = snapshot(run) if run.config.on_nonfinite == "skip" else None
+    try:
+        means: dict[str, float] = {}
+        for phase in run.method.phases(run.stage.name, run.step):
+            with run.watch.section(phase.name):
+                terms = run.engine.run(phase, chunks)
+            means |= {n: terms[n] for n in terms if n in run.method.controls}
+        if run.method.controls:
+            run.engine.meter.add(controls(run, means))
+        with run.watch.section("ema"):
+            run.average()
+    except NonFinite as problem:
+        if backup is None:
+            raise
+        log.warning("%s; this step is undone on every rank and training goes on", problem)
+        undo(run, backup)
+        run.skipped += 1
+    run.step += 1
+
+
+def controls(run: Run, terms: dict[str, Any]) -> dict[str, Any]:
+    """Hand the method the global means it steers by; returns what it wants logged."""
+    meter = Meter()
+    meter.add(terms)
+    meter.count(list(terms))
+    import torch
+
+    moved = run.method.control(run.step, meter.means())
+    run.engine.meter.count(list(moved))
+    return {n: torch.tensor(v, device=run.device) for n, v in moved.items()}
+
+
+def snapshot(run: Run) -> dict[str, Any]:
+    """Copies of everything a step may change, so that a bad step can be undone as a whole."""
+    return {
+        "nets": {n: copy.deepcopy(net.module.state_dict()) for n, net in run.nets.items() if n not in run.method.teachers},
+        "players": {n: {k: v.clone() for k, v in player.state().items()} for n, player in run.players.items()},
+        "method": copy.deepcopy(run.method.state()),
+    }
+
+
+def undo(run: Run, backup: dict[str, Any]) -> None:
+    for name, tensors in backup["nets"].items():
+        run.nets[name].module.load_state_dict(tensors)
+    for name, tensors in backup["players"].items():
+        run.players[name].load_state(tensors)
+    run.method.load_state(backup["method"])
+
+
+def tick(run: Run) -> None:
+    """Write the loss means and the timing since the last tick, and the progress line."""
+    losses = run.engine.meter.means()
+    run.engine.meter.clear()
+    seconds, sections = run.watch.read()
+    run.watch.restart()
+    images = (run.seen_img - run.last_tick_img) or run.config.batch_size
+    run.last_tick_img = run.seen_img
+    waits = [s.get("data", 0.0) / max(seconds, 1e-9) for s in gather_objects(sections)]
+    perf = {
+        "sec_per_kimg": seconds / images * 1000,
+        "data_wait_frac": max(waits),
+        "peak_mem_gb": max(gather_objects(peak_memory_gb(run.device))),
+        "bad_samples": sum(len(b) for b in gather_objects(run.bad_samples)),
+        "skipped_steps": run.skipped,
+    }
+    perf |= {f"sec/{name}": s / images * 1000 for name, s in sections.items()}
+    where = {"seen_img": run.seen_img, "stage": run.stage.name}
+    run.folder.row(kind="train", **where, **losses)
+    run.folder.row(kind="perf", **where, **perf)
+    progress(run, losses, perf)
+
+
+def progress(run: Run, losses: dict[str, float], perf: dict[str, float]) -> None:
+    """One line a tick: where, how fast, how long still, and the losses."""
+    if not is_main():
+        return
+    total = run.method.stages[-1].end_img
+    left = (total - run.seen_img) / 1000 * perf["sec_per_kimg"]
+    shown = "  ".join(f"{n} {v:.3f}" for n, v in losses.items() if n.count("/") == 1 and not n.endswith(("/loss", "_sign")))
+    log.info(
+        "%s %s of %s (%.1f%%)  %.1f s/kimg  wait %.0f%%  ETA %s  %s",
+        run.stage.name,
+        count(run.seen_img),
+        count(total),
+        100 * run.seen_img / total,
+        perf["sec_per_kimg"],
+        100 * perf["data_wait_frac"],
+        duration(left),
+        shown,
+    )
+
+
+def stopped(run: Run, signal_number: int) -> int:
+    import signal
+
+    if is_main():
+        name = signal.Signals(signal_number).name
+        log.info("%s: stopped at %s with a checkpoint; the same command goes on from here", name, count(run.seen_img))
+    run.folder.close()
+    return EXIT_REQUEUE
+
+
+def finish(run: Run) -> int:
+    """The last save and the test list, once."""
+    if run.config.save_img and not run.due(run.config.save_img):
+        run.save()
+    run.task.finish()
+    run.folder.close()
+    if is_main():
+        log.info("finished at %s on %d rank(s); everything is in %s", count(run.seen_img), world(), run.folder.path)
+    return EXIT_OK
+
+
+def count(images: float) -> str:
+    """12800 -> '12.8ki', 3200000 -> '3.2Mi'."""
+    for unit, size in (("Mi", 1e6), ("ki", 1e3)):
+        if images >= size:
+            return f"{images / size:.4g}{unit}"
+    return f"{images:g}"
+
+
+def duration(seconds: float) -> str:
+    """90 -> '1m30s', 90000 -> '1d01h'."""
+    minutes, sec = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days}d{hours:02d}h"
+    if hours:
+        return f"{hours}h{minutes:02d}m"
+    return f"{minutes}m{sec:02d}s"

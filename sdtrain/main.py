@@ -1,0 +1,140 @@
+"""Train: `accelerate launch sdtrain/main.py --cfg NAME_OR_FILE`. The same command resumes. torchrun and python work too."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":  # run as a script: the repository root takes the place of this folder on the import path
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from sdtrain.errors import EXIT_OK, EXIT_USER_ERROR, UserError
+
+log = logging.getLogger("sdtrain")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--cfg", required=True, metavar="FILE|NAME", help="configuration: a path, or a name in configs/")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one key; repeat as you like")
+    parser.add_argument("--out", metavar="DIR", help="run folder (default: runs/NAME); holds a run already? it goes on from there")
+    parser.add_argument("--plan", action="store_true", help="print what the run would need and do, touch nothing")
+    parser.add_argument("--allow", action="append", default=[], metavar="KEY", help="resume although this key has changed")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Plan or train. Returns the exit code; raises `UserError` for what the user can mend."""
+    from sdtrain.config import load_config
+
+    config = load_config(args.cfg, args.set, world=int(os.environ.get("WORLD_SIZE", "1")))
+    out = Path(args.out or f"runs/{config.name}")
+    if args.plan:
+        from sdtrain.plan import make_plan, render
+
+        print(render(make_plan(config)))
+        return EXIT_OK
+    return train(config, out, args.allow)
+
+
+def train(config: Any, out: Path, allow: list[str]) -> int:
+    """Check everything that can be checked cheaply, join the other ranks, resume, train."""
+    from sdtrain.plan import check_data, check_weights_needed, make_plan
+
+    dataset = check_data(config)
+    used = check_weights_needed(config)
+    if getattr(config, "simulation", None):  # a method that is a system of equations, not a training run
+        return simulate(config, out)
+    check_folder(config, out, allow)
+    device = start(config)
+    from sdtrain.loop import train as train_loop
+    from sdtrain.run import Run
+
+    run = Run(config, out, device, dataset)
+    run.folder.create()
+    checkpoint, refused = run.resume()
+    write_down(run, make_plan(config, run) if not run.step else None, used)
+    announce(run, checkpoint, refused)
+    run.folder.open_log(run.seen_img)
+    run.stop.listen()
+    return train_loop(run, checkpoint)
+
+
+def simulate(config: Any, out: Path) -> int:
+    import importlib
+
+    return importlib.import_module(f"sdtrain.methods.{config.method}").simulate(config, out)
+
+
+def start(config: Any) -> Any:
+    """Logging and the process group. Returns this rank's device."""
+    from sdtrain.run import start_ranks
+
+    device = start_ranks()
+    from sdtrain.engine.ranks import is_main
+
+    logging.basicConfig(level=logging.INFO if is_main() else logging.WARNING, format="%(asctime)s  %(message)s", datefmt="%H:%M:%S")
+    return device
+
+
+def check_folder(config: Any, out: Path, allow: list[str]) -> None:
+    """Raises `ConfigError` when the folder holds a run whose configuration differs in what decides weights."""
+    from sdtrain.config import differences, read_tree, to_tree
+    from sdtrain.errors import ConfigError
+
+    written = out / "config.yaml"
+    if not written.exists() or not any((out / "checkpoints").glob("img_*")):
+        return
+    changed = [d for d in differences(read_tree(written), to_tree(config)) if not d.harmless and d.key not in allow]
+    if changed:
+        listed = "".join(f"\n  {d}" for d in changed)
+        raise ConfigError(
+            f"{out} holds a run of another configuration:{listed}\n"
+            "go back to these values, choose another folder with --out, or name each changed key with --allow KEY"
+        )
+
+
+def write_down(run: Any, plan: dict[str, Any] | None, used: dict[str, Any]) -> None:
+    from sdtrain.config import dump
+    from sdtrain.engine.checkpoint import write_atomically
+    from sdtrain.engine.ranks import is_main
+
+    if is_main():
+        write_atomically(run.folder.path / "config.yaml", dump(run.config).encode())
+        run.folder.note_environment(used)
+    if plan is not None:
+        run.folder.write_json("plan.json", plan)
+
+
+def announce(run: Any, checkpoint: Any, refused: list[str]) -> None:
+    """Say where the run starts, with what, and why newer checkpoints were not used."""
+    from sdtrain.engine.ranks import world
+    from sdtrain.loop import count
+
+    for reason in refused:
+        log.warning("checkpoint %s", reason)
+    log.info("%s on %d rank(s), %s", run.dataset.describe(), world(), run.device)
+    log.info("%d ghosts of %d images a step, %d here at once", run.num_ghosts, run.config.ghost_batch, run.ghosts_at_once)
+    if checkpoint is None:
+        log.info("starting in %s", run.folder.path)
+    else:
+        log.info("going on at %s from %s", count(run.seen_img), checkpoint.path)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point with the exit codes of the contract: 0, 2 for a user error, 75 for a stop on request."""
+    parser = argparse.ArgumentParser(prog="sdtrain/main.py", description=__doc__)
+    add_arguments(parser)
+    args = parser.parse_args(argv)
+    try:
+        return run(args)
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"sdtrain: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+
+
+if __name__ == "__main__":
+    sys.exit(main())

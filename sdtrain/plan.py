@@ -1,0 +1,169 @@
+"""What a run needs and will do, before it does anything: `--plan`, and the checks that come before the first step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sdtrain.config import config_hash, valid_world_sizes
+from sdtrain.config_schema import declared
+from sdtrain.errors import ConfigError, DataError, WeightsError
+
+
+def check_data(config: Any) -> Any:
+    """Open the training data. Raises `DataError` for too few samples, `ConfigError` for a resolution that cannot be."""
+    from sdtrain.data.dataset import open_dataset
+
+    dataset = open_dataset(config.data.train, cache=config.data.cache)
+    if dataset.num_samples < config.batch_size:
+        raise DataError(
+            f"{dataset.source} has {dataset.num_samples} samples, fewer than one batch of {config.batch_size}; "
+            "lower batch_size or pack more images"
+        )
+    if not (config.data.resolution or dataset.resolution):
+        raise ConfigError(f"{dataset.source} holds images of mixed sizes; set data.resolution or pack them to one size")
+    return dataset
+
+
+def weights_needed(config: Any) -> dict[str, str]:
+    """Frozen networks this run uses: file name in the weights registry -> source."""
+    needs: dict[str, str | None] = {}
+    method = declared("methods", config.method)
+    if "weights_needed" in method:
+        needs |= {name: getattr(config.weights, key) for name, key in method["weights_needed"](config).items()}
+    for section in vars(config.model).values():
+        name = declared("models", section.kind).get("FEATURE_WEIGHTS") if hasattr(section, "kind") else None
+        if name:
+            needs[name] = config.weights.features
+    if config.eval_img and config.metrics.extractor == "inception" and {"fid", "kid"} & set(config.metrics.names):
+        needs["inception"] = config.weights.inception
+    return {name: source or "download" for name, source in needs.items()}
+
+
+def check_weights_needed(config: Any) -> dict[str, Any]:
+    """Raises `WeightsError` listing every file that is missing, where to put it, and how to fetch it."""
+    from sdtrain.weights import check_weights
+
+    needs = weights_needed(config)
+    problems = check_weights(needs)
+    if problems:
+        raise WeightsError("\n  ".join(problems))
+    return {name: describe_source(name, source) for name, source in needs.items()}
+
+
+def describe_source(name: str, source: str) -> dict[str, Any]:
+    """Where a frozen network's tensors come from, and the hash of the file when it is there."""
+    from sdtrain.weights import sha256_of, weights_path
+
+    path = weights_path(name, source)
+    if path is None:
+        return {"source": "random"}
+    return {"source": source, "place": str(path), "sha256": sha256_of(path) if path.is_file() else "missing"}
+
+
+def make_plan(config: Any, run: Any = None) -> dict[str, Any]:
+    """The plan as data. Builds the networks (on the CPU) unless a `run` that has them is given."""
+    from sdtrain.weights import check_weights
+
+    dataset = check_data(config)
+    steps = config.total_img // config.batch_size
+    needs = weights_needed(config)
+    networks = _networks(config, dataset, run)
+    memory = _memory(networks)
+    return {
+        "name": config.name,
+        "config_hash": config_hash(config),
+        "data": {
+            "what": dataset.describe(),
+            "samples": dataset.num_samples,
+            "shards": len(dataset.shards),
+            "hash": dataset.hash,
+            "epochs": config.total_img / dataset.num_samples,
+        },
+        "steps": steps,
+        "images_per_tick": config.log_img,
+        "steps_per_tick": config.log_img // config.batch_size,
+        "ghosts": config.num_ghosts,
+        "valid_world_sizes": valid_world_sizes(config),
+        "networks": networks,
+        "memory_gb_per_rank": memory,
+        "checkpoint_gb": sum(n["checkpoint_gb"] for n in networks.values()),
+        "disk_gb": sum(n["checkpoint_gb"] for n in networks.values()) * (config.keep_checkpoints + 1),
+        "weights": {name: describe_source(name, source) for name, source in needs.items()},
+        "weights_missing": check_weights(needs),
+        "switched_off": _switched_off(config),
+    }
+
+
+def _networks(config: Any, dataset: Any, run: Any) -> dict[str, dict[str, Any]]:
+    """Parameters and bytes of every network the method holds."""
+    method = run.method if run is not None else _build(config, dataset)
+    trained = {net: p for stage in method.stages for p, nets in method.players(stage.name).items() for net in nets}
+    table = {}
+    for name, net in method.nets.items():
+        parameters = list(net.module.parameters())
+        live = sum(p.numel() for p in parameters if p.requires_grad or name in trained and p.requires_grad)
+        total = sum(p.numel() for p in parameters)
+        kept = 0 if name in method.teachers else live + (total - live if name not in trained else 0)
+        table[name] = {
+            "role": "trained" if name in trained else "teacher, frozen" if name in method.teachers else "average",
+            "parameters": total,
+            "trainable": live,
+            "weights_gb": total * 4 / 1e9,
+            "gradients_gb": live * 4 / 1e9,
+            "optimizer_gb": live * 8 / 1e9,
+            "checkpoint_gb": (kept * 4 + live * 8) / 1e9,
+        }
+    return table
+
+
+def _build(config: Any, dataset: Any) -> Any:
+    import torch
+
+    from sdtrain.kit import Kit
+
+    kit = Kit(config, torch.device("cpu"), config.data.resolution or dataset.resolution, dataset.num_classes)
+    kit.steps_per_epoch = dataset.num_samples / config.batch_size
+    kit.random_weights = True
+    return kit.method()
+
+
+def _memory(networks: dict[str, dict[str, Any]]) -> dict[str, float]:
+    parts = {part: sum(n[f"{part}_gb"] for n in networks.values()) for part in ("weights", "gradients", "optimizer")}
+    return {**parts, "total_without_activations": sum(parts.values())}
+
+
+def _switched_off(config: Any) -> list[str]:
+    """Terms with weight zero: not computed at all."""
+    weights = {
+        "sd.alpha": getattr(getattr(config, "sd", None), "alpha", None),
+        "r1.gamma": getattr(getattr(config, "r1", None), "gamma", None),
+        "path_length.weight": getattr(getattr(config, "path_length", None), "weight", None),
+        "bcr": getattr(config, "bcr", None),
+        "eval_img": config.eval_img,
+        "save_img": config.save_img,
+    }
+    return [key for key, value in weights.items() if value == 0]
+
+
+def render(plan: dict[str, Any]) -> str:
+    """The plan for people."""
+    data, memory = plan["data"], plan["memory_gb_per_rank"]
+    lines = [
+        f"plan of {plan['name']}  (config {plan['config_hash'][:12]}, data {data['hash'][:12]})",
+        f"  data        {data['what']}",
+        f"              {data['samples']} samples in {data['shards']} shards, {data['epochs']:.1f} epochs",
+        f"  time        {plan['steps']} steps, {plan['images_per_tick']} images = {plan['steps_per_tick']} steps a tick",
+        f"  ranks       {plan['ghosts']} ghosts: run on {', '.join(map(str, plan['valid_world_sizes']))} ranks, same curve",
+    ]
+    for name, n in plan["networks"].items():
+        counts = f"{n['parameters'] / 1e6:9.3f} M parameters, {n['trainable'] / 1e6:9.3f} M trained"
+        lines.append(f"  {name:<11} {counts}  {n['role']}")
+    lines += [
+        f"  memory      {memory['weights']:.2f} GB weights + {memory['gradients']:.2f} gradients + {memory['optimizer']:.2f} "
+        f"optimizer = {memory['total_without_activations']:.2f} GB a rank, activations not counted",
+        f"  disk        {plan['checkpoint_gb']:.2f} GB a checkpoint, {plan['disk_gb']:.2f} GB at most",
+    ]
+    lines += [f"  weights     {name}: {' '.join(where.values())}" for name, where in plan["weights"].items()]
+    lines += [f"  MISSING     {problem}" for problem in plan["weights_missing"]]
+    lines += [f"  off         {', '.join(plan['switched_off'])}: not computed"] if plan["switched_off"] else []
+    return "\n".join(lines)

@@ -1,0 +1,210 @@
+"""A run: configuration, process group, data, networks, players and position, put together and kept in step."""
+
+from __future__ import annotations
+
+import datetime
+import importlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdtrain.engine.checkpoint import Checkpoint, newest, save_checkpoint
+from sdtrain.engine.ema import beta_of, update_ema
+from sdtrain.engine.phases import Engine
+from sdtrain.engine.player import Net, Player
+from sdtrain.engine.preempt import StopRequest
+from sdtrain.engine.ranks import agree_max, gather_objects, rank, world
+from sdtrain.engine.runfolder import RunFolder
+from sdtrain.engine.timing import Stopwatch
+from sdtrain.errors import RunError
+from sdtrain.kit import Kit
+from sdtrain.methods.phase import Chunk, Stage
+from sdtrain.rng import Draws
+
+RANK_TIMEOUT = datetime.timedelta(minutes=30)  # a collective waits this long for the slowest rank before the run fails
+
+
+def start_ranks() -> torch.device:
+    """Join the process group that accelerate or torchrun announced, and return this rank's device."""
+    from accelerate import PartialState
+
+    on_gpu = torch.cuda.is_available() and not os.environ.get("SDTRAIN_CPU")
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    state = PartialState(cpu=not on_gpu, **({} if alone else {"timeout": RANK_TIMEOUT, "backend": "nccl" if on_gpu else "gloo"}))
+    if state.device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+    return state.device
+
+
+class Run:
+    """Everything a loop moves. Build it, `resume()`, then `enter` stages in order."""
+
+    def __init__(self, config: Any, out: Path, device: torch.device, dataset: Any) -> None:
+        self.config, self.device = config, device
+        self.folder = RunFolder(out, config.tensorboard)
+        self.dataset = dataset
+        self.num_ghosts = config.batch_size // config.ghost_batch
+        share = self.num_ghosts // world()
+        self.ghosts_at_once = config.ghosts_at_once or share
+        self.ghosts = tuple(range(rank() * share, (rank() + 1) * share))
+        self.kit = Kit(config, device, config.data.resolution or self.dataset.resolution, self.dataset.num_classes)
+        self.kit.steps_per_epoch = self.dataset.num_samples / config.batch_size
+        self.method = self.kit.method()
+        self.nets: dict[str, Net] = self.method.nets
+        self.task = importlib.import_module(f"sdtrain.tasks.{self.method.task}").Task(self)
+        self.step = self.skipped = self.last_tick_img = 0
+        self.bad_samples: list = []
+        self.best: dict[str, float] = {}
+        self.stop = StopRequest()
+        self.watch = Stopwatch(device)
+
+    # Position ----------------------------------------------------------------------------------------------------------
+
+    @property
+    def seen_img(self) -> int:
+        return self.step * self.config.batch_size
+
+    def due(self, interval_img: int) -> bool:
+        """Whether this step crossed a multiple of `interval_img` images (0 = never)."""
+        before = self.seen_img - self.config.batch_size
+        return bool(interval_img) and self.seen_img // interval_img > before // interval_img
+
+    def remaining_stages(self) -> Iterator[Stage]:
+        for stage in self.method.stages:
+            if self.seen_img < stage.end_img:
+                yield stage
+
+    # A stage -----------------------------------------------------------------------------------------------------------
+
+    def enter(self, stage: Stage, checkpoint: Checkpoint | None = None) -> None:
+        """Make the stage's players, with fresh optimizers or those of the checkpoint that lies inside the stage."""
+        inside = checkpoint is not None and checkpoint.state["stage"] == stage.name
+        self.stage = stage
+        if not inside and hasattr(self.method, "enter"):
+            self.method.enter(stage.name, self.folder.path)
+        options = self.config.optimizer
+        members = self.method.players(stage.name)
+        self.players = {n: Player(n, [self.nets[m] for m in nets], getattr(options, n)) for n, nets in members.items()}
+        self.engine = Engine(self.players, self.nets, self.device, self.config.precision)
+        if inside and checkpoint is not None:
+            for name, player in self.players.items():
+                player.load_state(checkpoint.tensors(f"{name}.optim"))
+            self.engine.meter.load_state(checkpoint.state["meters"].get(str(rank()), {}), self.device)
+        self.watch.restart()
+
+    def batches(self) -> Iterator[Any]:
+        """The steps of this stage from the present position, with the time spent waiting for each on the watch."""
+        from sdtrain.data.stream import Stream
+
+        c = self.config
+        stream = Stream(
+            self.dataset,
+            seed=c.seed,
+            batch_size=c.batch_size,
+            ghost_batch=c.ghost_batch,
+            ghosts=self.ghosts,
+            xflip=c.data.xflip,
+            workers=c.data.workers,
+            prefetch=c.data.prefetch,
+            start_step=self.step,
+            max_bad=c.data.max_bad,
+            **getattr(self.method, "stream_options", {}),
+        )
+        with stream:
+            while self.seen_img < self.stage.end_img:
+                with self.watch.section("data", host=True):
+                    batch = next(stream)
+                yield batch
+                self.bad_samples = stream.bad
+
+    def chunks(self, batch: Any) -> list[Chunk]:
+        """This rank's share of the global batch, cut into pieces of `ghosts_at_once` ghosts, on the device."""
+        at_once = self.ghosts_at_once
+        size = at_once * self.config.ghost_batch
+        images = batch.images.to(self.device, non_blocking=True)
+        labels = None if batch.labels is None else batch.labels.to(self.device, non_blocking=True)
+        made = []
+        for i, first in enumerate(range(0, len(self.ghosts), at_once)):
+            part = slice(i * size, (i + 1) * size)
+            draws = self.draws(self.ghosts[first : first + at_once])
+            real = self.method.to_range(images[part])
+            chunk_labels = None if labels is None else labels[part]
+            chunk = Chunk(step=self.step, seen_img=self.seen_img, real=real, labels=chunk_labels, draws=draws)
+            made.append(self.method.prepare(chunk, self.stage.name) if hasattr(self.method, "prepare") else chunk)
+        return made
+
+    def draws(self, ghosts: tuple[int, ...]) -> Draws:
+        c = self.config
+        return Draws(seed=c.seed, step=self.step, ghosts=ghosts, ghost_batch=c.ghost_batch, device=self.device)
+
+    def average(self) -> None:
+        """Eq. (1) for every average of the stage."""
+        beta = beta_of(self.config.ema, self.seen_img, self.config.batch_size)
+        for name, source in self.method.averages(self.stage.name).items():
+            update_ema(self.nets[name].module, self.nets[source].module, beta)
+
+    # Checkpoints -------------------------------------------------------------------------------------------------------
+
+    def save(self) -> Path:
+        """Write a checkpoint of this position with all ranks."""
+        shared = {name: self._kept(name) for name in self.nets if name not in self.method.teachers}
+        shared |= {f"{name}.optim": player.state() for name, player in self.players.items()}
+        state = {
+            "step": self.step,
+            "seen_img": self.seen_img,
+            "stage": self.stage.name,
+            "world_size": world(),
+            "meters": {str(r): m for r, m in enumerate(gather_objects(self.engine.meter.state()))},
+            "method": self.method.state(),
+            "best": self.best,
+            "last_tick_img": self.last_tick_img,
+            "skipped": self.skipped,
+        }
+        ghosts = self.method.ghost_state() if hasattr(self.method, "ghost_state") else {}
+        return save_checkpoint(
+            self.folder.checkpoints, self.seen_img, shared, state, ghosts, self.config.keep_checkpoints
+        )
+
+    def _kept(self, name: str) -> dict[str, Tensor]:
+        """State of a network without its frozen feature network, which comes from a weights file."""
+        module = self.nets[name].module
+        frozen = tuple(getattr(module, "frozen_prefixes", ()))
+        return {k: v for k, v in module.state_dict().items() if not (frozen and k.startswith(frozen))}
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Take up the position and every tensor of a checkpoint; players follow in `enter`."""
+        self.step = checkpoint.state["step"]
+        self.best, self.skipped = checkpoint.state["best"], checkpoint.state["skipped"]
+        self.last_tick_img = checkpoint.state["last_tick_img"]
+        for name in self.nets:
+            if name not in self.method.teachers:
+                load_strictly(self.nets[name].module, checkpoint.tensors(name), f"{checkpoint.path.name}/{name}")
+        self.method.load_state(checkpoint.state["method"])
+        if hasattr(self.method, "load_ghost_state"):
+            files = {g: f"ghosts_{g:04d}" for g in self.ghosts}
+            self.method.load_ghost_state({g: checkpoint.tensors(f) for g, f in files.items() if checkpoint.has(f)})
+
+    def resume(self) -> tuple[Checkpoint | None, list[str]]:
+        """Load the newest complete checkpoint, if there is one; also why newer ones were refused."""
+        checkpoint, refused = newest(self.folder.checkpoints)
+        if checkpoint is not None:
+            self.restore(checkpoint)
+        return checkpoint, refused
+
+    def stop_agreed(self) -> int:
+        """The stop signal that any rank has received, 0 when none has: the same answer on all ranks."""
+        return agree_max(self.stop.signal, self.device)
+
+
+def load_strictly(module: torch.nn.Module, tensors: dict[str, Tensor], where: str) -> None:
+    """Load by exact names and shapes, frozen parts excepted. Raises `RunError` naming the first difference."""
+    frozen = tuple(getattr(module, "frozen_prefixes", ()))
+    wanted = {k: v for k, v in module.state_dict().items() if not (frozen and k.startswith(frozen))}
+    wrong = [k for k in wanted if k not in tensors or tensors[k].shape != wanted[k].shape] + [k for k in tensors if k not in wanted]
+    if wrong:
+        raise RunError(f"{where}: tensor {wrong[0]} and {len(wrong) - 1} more do not fit this network; is it of another configuration?")
+    module.load_state_dict(tensors, strict=False)
