@@ -11,8 +11,8 @@ from torch import Tensor
 def path_lengths(ws: Tensor, images: Tensor, noise: Tensor) -> Tensor:
     """Length of J_w^T y per sample, y = noise / sqrt(H W): [N, L, D], [N, C, H, W], [N, C, H, W] -> [N].
 
-    l_n = sqrt(mean over the L layers of sum_d (d<G(w), y>/dw_nld)^2). `noise` is standard normal; `images` is a function
-    of `ws`. The result stays in the graph: its gradient is a second derivative of the generator.
+    l_n = sqrt(mean over the L layers of sum_d (d<G(w), y>/dw_nld)^2). `noise` is standard normal; `images` depends on
+    `ws`. The result stays in the graph: its gradient is a second derivative of the generator.
     """
     y = noise / sqrt(images.shape[2] * images.shape[3])
     (slope,) = torch.autograd.grad((images * y).sum(), ws, create_graph=True)
@@ -43,3 +43,12 @@ def path_length_penalty(
         through_a = -2 * weight * decay * (own_mean - a) * lengths.mean()
         loss = loss + through_a - through_a.detach()
     return loss, a.detach()
+
+
+def lazy_adam(lr: float, betas: tuple[float, float], interval: int | None) -> tuple[float, tuple[float, float]]:
+    """Adam's settings when a regulariser runs every `interval` steps only (StyleGAN2, section 3.1).
+
+    lr' = k/(k+1) lr, beta' = beta^(k/(k+1)): with k + 1 optimizer steps instead of k, time passes as before.
+    """
+    ratio = 1.0 if not interval else interval / (interval + 1)
+    return lr * ratio, (betas[0] ** ratio, betas[1] ** ratio)

@@ -375,3 +375,18 @@ def discriminator_from_official(kwargs: Mapping[str, Any], **override: Any) -> D
     own = _translated(flat, _DISCRIMINATOR_NAMES, "discriminator")
     options = DiscriminatorOptions(**{**own, "img_channels": kwargs.get("img_channels", 3), **override})
     return Discriminator(options, resolution=kwargs["img_resolution"], num_classes=kwargs["c_dim"])
+
+
+def auto_preset(resolution: int, num_devices: int) -> dict[str, float]:
+    """The official `auto` settings: what batch, widths, rates and half-life follow from resolution and device count."""
+    batch = max(min(num_devices * min(4096 // resolution, 32), 64), num_devices)
+    return {
+        "batch": batch,
+        "mbstd": min(batch // num_devices, 4),
+        "fmaps": 1 if resolution >= 512 else 0.5,
+        "lr": 0.002 if resolution >= 1024 else 0.0025,
+        "gamma": 0.0002 * resolution**2 / batch,
+        "ema_kimg": batch * 10 / 32,
+        "rampup": 0.05,
+        "map_layers": 2,
+    }

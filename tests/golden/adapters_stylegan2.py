@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 PL_DECAY, PL_WEIGHT = 0.01, 2.0
+R1_GAMMA = 1.5  # of sg2_loss, named in its text
 
 
 class AmbientDraws:
@@ -19,8 +20,13 @@ class AmbientDraws:
     def __init__(self, num_samples: int):
         self.num_samples = num_samples
 
+        self.ghost_batch = num_samples
+
     def normal(self, purpose: str, *shape: int) -> Tensor:
         return torch.randn(self.num_samples, *shape)
+
+    def uniform(self, purpose: str, *shape: int) -> Tensor:
+        return torch.rand(self.num_samples, *shape)
 
 
 def gradient_sums(case, net: nn.Module, stats: Mapping[str, list[float]], tag: str) -> Iterator[tuple]:
@@ -232,6 +238,148 @@ def _resampling_convolutions(case) -> Iterator[tuple]:
     yield "out.modconv.up", ops.modulated_conv2d(x, w3, t["in.styles"], f=f)
 
 
+def losses(case) -> Iterator[tuple]:
+    """The four phases in order, no optimizer step in between.
+
+    The noise is random and was not kept: as its strength is zero it moves nothing but the strengths' own gradients, which
+    are left out. The stored w_avg is that after all phases, so the first one is found by going back.
+    """
+    from sdtrain.losses.regularizers import path_length_penalty, path_lengths
+
+    t = case.tensors
+    G = build_generator(case, case.group("sd.G."), case.entry["G_config"]).train()
+    D = build_discriminator(case, case.group("sd.D."), case.entry["D_config"]).train()
+    z, c, real, real_c = t["in.z"], t["in.c"], t["in.real"].clone().requires_grad_(), t["in.real_c"]
+
+    few = len(t["in.pl_noise_unit"])
+    _rewind_w_avg(G, [(z, c), (z[:few], c[:few]), (z, c)])
+    fake_logits = D(G(z, c, noise="none"), c)
+    per_sample = F.softplus(-fake_logits)
+    reports = {"Loss/scores/fake": fake_logits, "Loss/G/loss": per_sample}
+    yield from _phase(case, "Gmain", G, per_sample.mean(), reports)
+    yield "out.w_avg_after_Gmain", G.mapping.w_avg
+
+    images, ws = G(z[:few], c[:few], noise="none", return_ws=True)
+    lengths = path_lengths(ws, images, t["in.pl_noise_unit"])
+    loss, mean = path_length_penalty(lengths, 0.0, PL_DECAY, PL_WEIGHT)
+    penalty = (lengths - mean).square()
+    reports = {"Loss/pl_penalty": penalty, "Loss/G/reg": PL_WEIGHT * penalty}
+    yield from _phase(case, "Greg", G, loss, reports)
+    yield "out.pl_mean", mean
+
+    with torch.no_grad():
+        fake = G(z, c, noise="none")
+    fake_logits, real_logits = D(fake, c), D(real, real_c)
+    per_sample = F.softplus(fake_logits) + F.softplus(-real_logits)
+    reports = {"Loss/scores/fake": fake_logits, "Loss/scores/real": real_logits, "Loss/D/loss": per_sample}
+    yield from _phase(case, "Dmain", D, per_sample.mean(), reports)
+
+    logits = D(real, real_c)
+    (slope,) = torch.autograd.grad(logits.sum(), real, create_graph=True)
+    penalty = slope.square().sum((1, 2, 3))
+    reports = {"Loss/scores/real": logits, "Loss/r1_penalty": penalty, "Loss/D/reg": penalty * R1_GAMMA / 2}
+    yield from _phase(case, "Dreg", D, penalty.mean() * R1_GAMMA / 2, reports)
+    yield "out.w_avg_after_all", G.mapping.w_avg
+
+
+def _phase(case, name: str, net: nn.Module, loss: Tensor, reports: Mapping[str, Tensor]) -> Iterator[tuple]:
+    """Backward of gain * loss; gradients and reported numbers against the manifest and the stored tensors."""
+    expected = case.entry["phases"][name]
+    net.zero_grad()
+    (loss * expected["gain"]).backward()
+    known = {key: value for key, value in expected["grad_norm_sum"].items() if not key.endswith("noise_strength")}
+    yield from gradient_sums(case, net, known, name)
+    parameters = dict(net.named_parameters())
+    for key in [key for key in case.group(f"grad.{name}.") if key in known]:
+        yield f"grad.{name}.{key}", parameters[key].grad
+    for report, rows in expected["reports"].items():
+        value = reports[report.replace("signs", "scores")]
+        reference = torch.tensor(rows[0])
+        value = value.sign() if "signs" in report else value
+        yield f"{name} {report}", value.flatten(), reference, case.limit(reference)
+
+
+@torch.no_grad()
+def _rewind_w_avg(G, passes: list[tuple[Tensor, Tensor]]) -> None:
+    """Undo the given passes, w_avg <- (w_avg - (1 - beta) mean w) / beta, last one first."""
+    mapping = G.mapping
+    for z, c in reversed(passes):
+        mean = mapping(z, c, update_w_avg=False)[:, 0].mean(0)
+        mapping.w_avg.copy_((mapping.w_avg - (1 - mapping.w_avg_beta) * mean) / mapping.w_avg_beta)
+
+
+def augmentation(case) -> Iterator[tuple]:
+    from sdtrain.augment import ada
+
+    t, images = case.tensors, case.tensors["in.img"]
+    pipes = {name: ada.AdaPipe(ada.preset(name)) for name in case.entry["specs"]}
+    yield "buf.Hz_geom", pipes["bgc"].Hz_geom
+    yield "buf.Hz_fbank", pipes["bgc"].Hz_fbank
+    for name in [
+        name for name in t if ".dp" in name and name.startswith("out.") and not name.startswith("out.bgc_gray")
+    ]:
+        group, quantile = name.removeprefix("out.").split(".dp", 1)
+        value, _, part = quantile.rpartition(".") if quantile.endswith(("G_inv", "C")) else (quantile, "", "")
+        chance = ada.Chance(None, torch.ones([]), 1, float(value))
+        options = pipes[group].options
+        if part == "G_inv":
+            yield name, ada.inverse_geometry(options, chance, images.shape[3], images.shape[2])
+        elif part == "C":
+            yield name, ada.color_matrix(options, chance, 3)
+        else:
+            yield name, pipes[group](images[:1], 1.0, None, float(value))
+    yield "out.bgc_gray.dp", pipes["bgc"](t["in.img_gray"][:1], 1.0, None, 0.85)
+    yield from _seeded_augmentation(case, pipes)
+
+
+def _seeded_augmentation(case, pipes: Mapping[str, nn.Module]) -> Iterator[tuple]:
+    from sdtrain.augment import ada
+
+    t, images = case.tensors, case.tensors["in.img"]
+    for group in ("bgc", "filter", "cutout"):
+        torch.manual_seed(1021)
+        yield f"out.{group}.seeded_p0.7", pipes[group](images, 0.7, AmbientDraws(len(images)))
+    torch.manual_seed(1021)
+    chance = ada.Chance(AmbientDraws(len(images)), torch.tensor(0.7), len(images), None)
+    yield "out.bgc.seeded_p0.7.G_inv", ada.inverse_geometry(pipes["bgc"].options, chance, 24, 24)
+    yield "out.bgc.seeded_p0.7.C", ada.color_matrix(pipes["bgc"].options, chance, 3)
+    torch.manual_seed(1022)
+    x = images[:2].clone().requires_grad_()
+    out = pipes["bgc"](x, 1.0, AmbientDraws(2))
+    yield "out.bgc.seeded_p1", out
+    (out * t["in.grad_weight"]).sum().backward()
+    yield "out.bgc.seeded_p1.grad", x.grad
+
+
+def schedules(case) -> Iterator[tuple]:
+    from sdtrain.augment.ada import update_p
+    from sdtrain.losses.regularizers import lazy_adam
+    from sdtrain.models.stylegan2 import auto_preset
+
+    for i, trace in enumerate(case.json["ada"]):
+        p = trace["p0"]
+        for step, (rt, reference) in enumerate(zip(trace["rt_sequence"], trace["p_sequence"], strict=True)):
+            p = update_p(p, rt, 1, trace["batch"], trace["interval"], trace["target"], trace["ada_kimg"])
+            yield f"ada.{i}.{step}", p, reference, 1e-7  # the reference rounds p to float32
+    for row in case.json["lazy_reg"]:
+        lr, betas = lazy_adam(row["lr"], (0.0, 0.99), row["interval"])
+        yield f"lazy_reg.{row['lr']}.{row['interval']}", (lr, *betas), (row["lr_eff"], *row["betas_eff"]), 1e-12
+    for row in case.json["auto_cfg"]:
+        own = auto_preset(row["res"], row["gpus"])
+        names = [name for name in row if name not in ("gpus", "res")]
+        got, reference = [own[name] for name in names], [row[name] for name in names]
+        yield f"auto.{row['res']}.{row['gpus']}", got, reference, 1e-12
+    yield from _ema(case)
+
+
+def _ema(case) -> Iterator[tuple]:
+    from sdtrain.engine.ema import ema_beta
+
+    for i, row in enumerate(case.json["ema"]):
+        beta = ema_beta(row["ema_kimg"] * 1000, row["rampup"], row["cur_nimg"], row["batch"])
+        yield f"ema.{i}", beta, row["beta"], 1e-9
+
+
 ADAPTERS = {
     "sg2_G.safetensors": generator,
     "sg2_Gc.safetensors": generator,
@@ -240,5 +388,8 @@ ADAPTERS = {
     "sg2_Darch.safetensors": architectures,
     "sg2_big.safetensors": big,
     "sg2_ops.safetensors": operations,
+    "sg2_loss.safetensors": losses,
+    "ada.safetensors": augmentation,
+    "schedules.json": schedules,
     "keys_sg2_paper256.json": keys,
 }
