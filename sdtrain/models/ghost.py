@@ -15,6 +15,7 @@ Outside a phase (`open_phase` not called) a train-mode forward advances at once,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -133,6 +134,13 @@ def set_ghost_batch(net: nn.Module, ghost_batch: int) -> None:
             layer.ghost_batch = ghost_batch
 
 
+def _full_precision(device_type: str) -> AbstractContextManager:
+    """No autocast inside; the meta device, where shapes are worked out, has none to begin with."""
+    if not torch.amp.is_autocast_available(device_type):
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)
+
+
 class SpectralNorm(Advancing):
     """Spectral normalisation under the names of the old torch utility: weight_orig, weight_u, weight_v.
 
@@ -180,9 +188,21 @@ class SpectralNorm(Advancing):
     @property
     def weight(self) -> Tensor:
         """W / (u^T W v); reading it in train mode is one pass. Stays float32 under autocast: sigma is a long sum."""
-        with torch.autocast(self.weight_orig.device.type, enabled=False):
+        with _full_precision(self.weight_orig.device.type):
             u, v = self._vectors()
             return self.weight_orig / torch.dot(u, self._matrix(self.weight_orig) @ v)
+
+
+def settle_spectral_norms(net: nn.Module, iterations: int = 15) -> None:
+    """Bring u and v of a fresh network close to the singular vectors.
+
+    Official networks start from random u, v, whose u^T W v is far too small: harmless in training mode, where the first
+    forward iterates, but an average in eval mode that teaches from the first step on would produce images of 1e13.
+    """
+    for layer in net.modules():
+        if isinstance(layer, SpectralNorm):
+            for _ in range(iterations):
+                layer._advance(list(layer._iterate(layer.weight_u)))
 
 
 class SpectralConv2d(SpectralNorm):

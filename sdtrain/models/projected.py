@@ -439,8 +439,8 @@ def _check(options: DiscriminatorOptions, input_size: int, num_classes: int) -> 
     possible = sum(size >= 4 for size in projection_sizes(input_size))
     if not 1 <= options.num_discs <= possible:
         raise ConfigError(
-            f"the projected discriminator has num_discs {options.num_discs}, but an input of {input_size} pixels allows "
-            f"1 to {possible} heads; lower num_discs or set interpolate_to"
+            f"the projected discriminator has num_discs {options.num_discs}, but at {input_size} pixels it can have 1 "
+            f"to {possible} heads; choose a number in that range or set interpolate_to"
         )
     if num_classes > options.num_embeddings:
         raise ConfigError(

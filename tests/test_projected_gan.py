@@ -1,0 +1,342 @@
+"""ProjectedGAN: without these tests, official checkpoints might load into a network that computes something else, a
+frozen feature network might train or drift, and augmentation might depend on how a batch was spread over ranks."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sdtrain.augment import diffaug
+from sdtrain.errors import ConfigError, WeightsError
+from sdtrain.losses.adversarial import ADVERSARIAL, r1_penalty
+from sdtrain.models.fastgan import Generator, GeneratorOptions
+from sdtrain.models.ghost import close_phase, next_chunk, open_phase, set_ghost_batch
+from sdtrain.models.projected import Discriminator, DiscriminatorOptions, EfficientNetLite0, projection_sizes
+from sdtrain.rng import Draws, generator
+
+GOLDEN = Path(__file__).resolve().parent / "golden"
+sys.path.insert(0, str(GOLDEN))
+import check  # noqa: E402
+
+SMALL_G = GeneratorOptions(z_dim=16, ngf=4, num_embeddings=3)
+SMALL_D = DiscriminatorOptions(num_discs=2, interpolate_to=None, projection_width=8, head_width=8, num_embeddings=3)
+
+
+def numbers(*shape: int, name: str = "x") -> Tensor:
+    return torch.randn(shape, generator=generator("test", name))
+
+
+def draws(ghosts: list[int], ghost_batch: int = 2) -> Draws:
+    return Draws(seed=1, step=5, ghosts=ghosts, ghost_batch=ghost_batch)
+
+
+def names_of_trained(net: nn.Module) -> set[str]:
+    return {name for name, parameter in net.named_parameters() if parameter.requires_grad}
+
+
+def test_small_networks_blocks_augmentation_and_losses_equal_the_official_numbers() -> None:
+    lines = check.run(GOLDEN / "sdgan", ["pg_fastgan*", "pg_units*", "pg_single*", "pg_loss*", "diffaug*", "keys_pg*"])
+    assert [str(line) for line in lines if line.verdict == check.SHORT] == []
+    unmet = [line for line in lines if line.verdict == check.ABSENT]
+    assert [line.output for line in unmet if not line.detail.startswith("not comparable")] == []
+    assert sum(line.verdict == check.OK for line in lines) >= 90
+
+
+def test_full_size_networks_equal_the_official_numbers() -> None:
+    lines = check.run(GOLDEN / "sdgan", ["pg_big*"])
+    assert [str(line) for line in lines if line.verdict != check.OK] == []
+    assert len(lines) == 23
+
+
+def test_a_changed_golden_number_is_reported_short_and_fails_the_command(tmp_path: Path, capsys) -> None:
+    from safetensors.torch import load_file, save_file
+
+    manifest = json.loads((GOLDEN / "sdgan" / "manifest.json").read_text())
+    entry = manifest["files"]["pg_loss.safetensors"]
+    manifest["files"] = {"pg_loss.safetensors": entry, "unknown.safetensors": {}, "gone.safetensors": {}}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    tensors = load_file(GOLDEN / "sdgan" / "pg_loss.safetensors")
+    tensors["out.G"] *= 1 + 2 * entry["tol"]["max_abs_diff_over_max_abs_ref"]
+    save_file(tensors, tmp_path / "pg_loss.safetensors")
+    shutil.copy(GOLDEN / "sdgan" / "pg_loss.safetensors", tmp_path / "unknown.safetensors")
+    assert check.main([str(tmp_path)]) == 1
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[-1] == "2 ok, 1 short, 2 not here yet"
+    assert [line.split()[1] for line in printed if line.endswith("short")] == ["out.G"]
+    assert "model not here yet" in printed[3] and "file not in this folder" in printed[4]
+
+
+def test_the_trained_parameters_of_the_full_discriminator_are_the_official_ones() -> None:
+    official = json.loads((GOLDEN / "sdgan" / "keys_pg_D.json").read_text())
+    with torch.device("meta"):
+        net = Discriminator(DiscriminatorOptions(), resolution=256)
+    trained = {name for name, _, _, kind in official if kind == "param" and not name.startswith("feature_network.")}
+    assert names_of_trained(net) == trained
+    assert {n: str(v.dtype) for n, v in net.state_dict().items()} == {n: f"torch.{d}" for n, _, d, _ in official}
+
+
+@pytest.mark.parametrize("resolution", [32, 64, 128])
+@pytest.mark.parametrize("lite", [False, True])
+@pytest.mark.parametrize("num_classes", [0, 3])
+def test_every_trained_parameter_of_the_generator_gets_a_gradient(
+    resolution: int, lite: bool, num_classes: int
+) -> None:
+    options = GeneratorOptions(z_dim=16, ngf=2, lite=lite, num_embeddings=3)
+    net = Generator(options, resolution=resolution, num_classes=num_classes)
+    c = F.one_hot(torch.tensor([0, 2]), 3).float() if num_classes else None
+    images = net(numbers(2, 16), c)
+    assert images.shape == (2, 3, resolution, resolution)
+    images.square().sum().backward()
+    assert {name for name, parameter in net.named_parameters() if parameter.grad is not None} == names_of_trained(net)
+    unused = {name.split(".")[1] for name, _ in net.named_parameters()} - {
+        n.split(".")[1] for n in names_of_trained(net)
+    }
+    assert unused == ({"feat_256", "se_256"} if resolution == 128 else set())
+
+
+def test_noise_comes_from_draws_alone_and_each_ghost_has_its_own() -> None:
+    net = Generator(SMALL_G, resolution=32).eval()
+    z = numbers(8, 16)
+    assert torch.equal(net(z), net(z, draws=draws([0, 1, 2, 3])))  # noise weights start at zero
+    with torch.no_grad():
+        for name, parameter in net.named_parameters():
+            if parameter.shape == (1,) and "to_big" not in name:
+                parameter.fill_(0.3)
+    whole = net(z, draws=draws([0, 1, 2, 3]))
+    assert torch.equal(whole, net(z, draws=draws([0, 1, 2, 3])))
+    assert not torch.allclose(whole, net(z), atol=1e-3)
+    parts = [net(z[:4], draws=draws([0, 1])), net(z[4:], draws=draws([2, 3]))]
+    torch.testing.assert_close(torch.cat(parts), whole)
+
+
+@pytest.mark.parametrize("num_classes", [0, 3])
+def test_images_and_state_of_the_generator_do_not_depend_on_chunks(num_classes: int) -> None:
+    outcomes = []
+    for chunks in (1, 4):
+        torch.manual_seed(0)
+        net = Generator(SMALL_G, resolution=32, num_classes=num_classes).train()
+        set_ghost_batch(net, 2)
+        z, c = numbers(8, 16), F.one_hot(torch.arange(8) % 3, 3).float()
+        open_phase(net)
+        images = []
+        for part, labels in zip(z.chunk(chunks), c.chunk(chunks), strict=True):
+            next_chunk(net)
+            images.append(net(part, labels if num_classes else None))
+        close_phase(net)
+        outcomes.append((torch.cat(images), net.state_dict()))
+    torch.testing.assert_close(outcomes[0][0], outcomes[1][0])
+    torch.testing.assert_close(outcomes[0][1], outcomes[1][1])
+    moved = [name for name in outcomes[0][1] if name.endswith(("stored_mean", "running_mean"))]
+    assert moved and all(outcomes[0][1][name].abs().sum() > 0 for name in moved)
+
+
+@pytest.mark.parametrize(
+    ("options", "resolution", "classes", "message"),
+    [
+        (GeneratorOptions(), 48, 0, "cannot make 48 pixels"),
+        (GeneratorOptions(ngf=1), 128, 0, "no channels left at 256 pixels; set ngf >= 2"),
+        (GeneratorOptions(num_embeddings=4), 64, 5, "num_embeddings 4 but the data has 5 classes"),
+    ],
+)
+def test_a_generator_that_cannot_be_built_is_refused(options, resolution, classes, message) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Generator(options, resolution=resolution, num_classes=classes)
+
+
+def test_nothing_can_train_the_feature_network() -> None:
+    net = Discriminator(SMALL_D, resolution=32)
+    net.train()
+    net.requires_grad_(True)
+    before = {name: value.clone() for name, value in net.feature_network.state_dict().items()}
+    optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
+    net(numbers(4, 3, 32, 32)).sum().backward()
+    optimizer.step()
+    assert list(net.feature_network.parameters()) == []
+    assert not any(module.training for module in net.feature_network.modules())
+    assert net.discriminator.training
+    torch.testing.assert_close(dict(net.feature_network.state_dict()), before, rtol=0, atol=0)
+
+
+def test_frozen_tensors_come_back_from_the_options() -> None:
+    first, second = (Discriminator(SMALL_D, resolution=32) for _ in range(2))
+    frozen = [n for n in first.state_dict() if n.startswith(Discriminator.frozen_prefixes)]
+    assert all(torch.equal(first.state_dict()[n], second.state_dict()[n]) for n in frozen)
+    rest = set(first.state_dict()) - set(frozen)
+    assert rest and all(name.startswith("discriminator.") for name in rest)
+
+
+def test_random_features_are_alive_at_every_stage() -> None:
+    net = Discriminator(DiscriminatorOptions(interpolate_to=None), resolution=64)
+    images = F.interpolate(numbers(8, 3, 16, 16), 64, mode="bilinear").clamp(-1, 1)
+    features = net.feature_network.pretrained(images)
+    assert [tuple(f.shape[1:]) for f in features] == [(24, 16, 16), (40, 8, 8), (112, 4, 4), (320, 2, 2)]
+    assert all(0.3 < f.std() < 10 for f in features)
+    between_images = [f.std(dim=0).mean() / f.std() for f in features]
+    assert all(ratio > 0.3 for ratio in between_images)
+
+
+def test_features_equal_timm_with_weights_under_timm_names() -> None:
+    timm = pytest.importorskip("timm", reason="timm is the oracle of this test only")
+    torch.manual_seed(3)
+    oracle = timm.create_model("tf_efficientnet_lite0", pretrained=False).eval()
+    for module in oracle.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+    net = Discriminator(SMALL_D, resolution=65, feature_weights=oracle.state_dict())
+    x = numbers(2, 3, 65, 65)
+    ours, h, theirs = net.feature_network.pretrained(x), oracle.bn1(oracle.conv_stem(x)), []
+    for i, block in enumerate(oracle.blocks):
+        h = block(h)
+        if i in (1, 2, 4, 6):
+            theirs.append(h)
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_weights_of_another_network_are_refused() -> None:
+    weights = EfficientNetLite0().state_dict()
+    Discriminator(
+        SMALL_D, resolution=32, feature_weights={f"feature_network.pretrained.{n}": v for n, v in weights.items()}
+    )
+    del weights["layer2.0.0.conv_pw.weight"]
+    with pytest.raises(WeightsError, match="1 tensors do not fit, the first is layer2.0.0.conv_pw.weight; give tf_eff"):
+        Discriminator(SMALL_D, resolution=32, feature_weights=weights)
+
+
+def test_small_data_is_enlarged_to_224_unless_the_small_sibling_is_asked_for() -> None:
+    with torch.device("meta"):
+        official = Discriminator(DiscriminatorOptions(), resolution=64)
+        assert official(torch.empty(1, 3, 64, 64)).shape == (1, 64)
+        assert Discriminator(DiscriminatorOptions(), resolution=256)(torch.empty(1, 3, 256, 256)).shape == (1, 100)
+    assert projection_sizes(64) == (32, 16, 8, 4)
+    sibling = Discriminator(DiscriminatorOptions(interpolate_to=None, head_width=8), resolution=64).eval()
+    x = numbers(2, 3, 64, 64)
+    assert sibling(x).shape == (2, 25 + 25 + 25 + 1)
+    assert [tuple(p.shape[-2:]) for p in sibling.feature_network(x)] == [(n, n) for n in projection_sizes(64)]
+
+
+def test_too_many_heads_for_a_small_input_are_refused() -> None:
+    with pytest.raises(ConfigError, match="num_discs 4, but at 32 pixels it can have 1 to 3 heads"):
+        Discriminator(DiscriminatorOptions(interpolate_to=None), resolution=32)
+
+
+def test_a_conditional_discriminator_tells_classes_apart_and_needs_labels() -> None:
+    net = Discriminator(SMALL_D, resolution=32, num_classes=3).eval()
+    x = numbers(1, 3, 32, 32).expand(3, -1, -1, -1)
+    logits = net(x, torch.eye(3))
+    assert logits.shape == (3, 50)
+    assert (logits[0] - logits[1]).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="needs labels"):
+        net(x)
+
+
+def test_logits_and_state_of_the_discriminator_do_not_depend_on_chunks() -> None:
+    outcomes = []
+    for chunks in (1, 4):
+        torch.manual_seed(0)
+        net = Discriminator(SMALL_D, resolution=32).train()
+        set_ghost_batch(net, 2)
+        open_phase(net)
+        logits = []
+        for part in numbers(8, 3, 32, 32).chunk(chunks):
+            next_chunk(net)
+            logits.append(net(part))
+        close_phase(net)
+        outcomes.append((torch.cat(logits), net.state_dict()))
+    torch.testing.assert_close(outcomes[0][0], outcomes[1][0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(outcomes[0][1], outcomes[1][1])
+
+
+def test_augmentation_of_a_ghost_does_not_depend_on_its_company() -> None:
+    x = numbers(8, 3, 16, 16)
+    whole = diffaug.diff_augment(x, draws([0, 1, 2, 3]))
+    parts = [diffaug.diff_augment(x[4:], draws([2, 3])), diffaug.diff_augment(x[:4], draws([0, 1]))]
+    torch.testing.assert_close(torch.cat(parts[::-1]), whole)
+    assert not torch.allclose(whole, diffaug.diff_augment(x, draws([4, 5, 6, 7])))
+    assert torch.equal(diffaug.diff_augment(x, None), x)
+    assert torch.equal(diffaug.diff_augment(x, draws([0, 1, 2, 3]), policy=""), x)
+
+
+def test_an_unknown_augmentation_policy_is_refused() -> None:
+    with pytest.raises(ConfigError, match="no policy 'colour'; choose among color, translation, cutout"):
+        diffaug.diff_augment(numbers(2, 3, 8, 8), draws([0]), policy="colour")
+
+
+def test_translation_and_cutout_equal_their_loops() -> None:
+    x = numbers(4, 2, 10, 10)
+    tx, ty = torch.tensor([-1, 0, 1, 3]), torch.tensor([2, -1, 0, -3])
+    ox, oy = torch.tensor([0, 5, 9, 10]), torch.tensor([10, 0, 4, 9])
+    moved, cut = torch.zeros_like(x), x.clone()
+    for n in range(4):
+        for i in range(10):
+            for j in range(10):
+                a, b = i + int(tx[n]), j + int(ty[n])
+                if 0 <= a < 10 and 0 <= b < 10:
+                    moved[n, :, i, j] = x[n, :, a, b]
+        for i in range(2):  # a square of 2 pixels; what sticks out cuts the border
+            for j in range(2):
+                a, b = int(ox[n]) + i - 1, int(oy[n]) + j - 1
+                cut[n, :, min(max(a, 0), 9), min(max(b, 0), 9)] = 0
+    assert torch.equal(diffaug.translation(x, tx, ty), moved)
+    assert torch.equal(diffaug.cutout(x, ox, oy), cut)
+
+
+def test_draws_reach_both_ends_of_their_ranges_and_no_further() -> None:
+    assert (diffaug.translation_limit(64), diffaug.cutout_size(64), diffaug.cutout_end(64)) == (8, 13, 64)
+    assert (diffaug.cutout_size(10), diffaug.cutout_end(10)) == (2, 11)
+    x = torch.ones(4000, 1, 8, 8)
+    lit = diffaug.diff_augment(x, draws(list(range(40)), 100), policy="translation")[:, 0]
+    assert {int(n) for n in lit.amax(2).sum(1).unique()} == {7, 8}  # shifts of at most one pixel at 8 pixels
+    cut = 1 - diffaug.diff_augment(x, draws(list(range(40)), 100), policy="cutout")[:, 0]
+    assert {int(n) for n in cut.amax(2).sum(1).unique()} == {1, 2}
+
+
+def test_augmentation_passes_gradients() -> None:
+    x = numbers(4, 3, 8, 8).requires_grad_()
+    diffaug.diff_augment(x, draws([0, 1])).square().sum().backward()
+    assert (x.grad.abs().sum(dim=(1, 2, 3)) > 0).all()
+
+
+def test_losses_at_hand_computed_logits() -> None:
+    real, fake = torch.tensor([[2.0, 0.0]]), torch.tensor([[-2.0, 1.0]])
+    log = torch.log(1 + torch.exp(torch.tensor([-2.0, 0.0, 1.0, 2.0, -1.0])))
+    expected = {
+        "hinge": (0.5, 1.0, 0.5),
+        "logistic": (float(log[:2].mean()), float((log[0] + log[2]) / 2), float((log[3] + log[4]) / 2)),
+        "least_squares": (1.0, 2.5, 4.5),
+        "wasserstein": (-1.0, -0.5, 0.5),
+    }
+    assert set(ADVERSARIAL) == set(expected)
+    for name, game in ADVERSARIAL.items():
+        got = [*game.d(real, fake), game.g(fake)]
+        assert [float(value) for value in got] == pytest.approx(expected[name]), name
+
+
+@pytest.mark.parametrize("name", ADVERSARIAL)
+def test_a_step_against_each_loss_moves_logits_the_right_way(name: str) -> None:
+    real, fake = torch.zeros(3, 1, requires_grad=True), torch.zeros(3, 1, requires_grad=True)
+    sum(ADVERSARIAL[name].d(real, fake)).backward()
+    assert (real.grad < 0).all()
+    if name != "least_squares":  # (D - 0)^2 is flat at 0
+        assert (fake.grad > 0).all()
+    fake.grad = None
+    ADVERSARIAL[name].g(fake).backward()
+    assert (fake.grad < 0).all()
+
+
+def test_r1_is_the_mean_squared_gradient_norm_and_can_be_differentiated() -> None:
+    x = numbers(3, 2, 4, 4).requires_grad_()
+    scale = torch.tensor(2.0, requires_grad=True)
+    logits = (scale * x.square().sum(dim=(1, 2, 3)) / 2)[:, None].expand(-1, 5)  # gradient: scale * x
+    penalty = r1_penalty(x, logits)
+    norms = [float((2 * sample).square().sum()) for sample in x.detach()]
+    assert penalty.item() == pytest.approx(sum(norms) / 3, rel=1e-5)
+    penalty.backward()
+    assert scale.grad.item() == pytest.approx(penalty.item(), rel=1e-5)  # d/ds s^2 m = 2 s m = penalty at s = 2
