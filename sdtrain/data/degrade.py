@@ -278,7 +278,13 @@ class Degradation:
 
 
 def fixed_lq(
-    hq: Tensor, name: str, seed: int, *, kind: str = "second_order", scale: int = 4, options: DegradationOptions | None = None
+    hq: Tensor,
+    name: str,
+    seed: int,
+    *,
+    kind: str = "second_order",
+    scale: int = 4,
+    options: DegradationOptions | None = None,
 ) -> Tensor:
     """The one low-quality version of a validation image [3, H, W] in [0, 1] -> [3, H // scale, W // scale], 8-bit levels.
 
@@ -287,7 +293,9 @@ def fixed_lq(
     """
     if hq.shape[-2] % scale or hq.shape[-1] % scale:
         sides = " x ".join(str(side) for side in hq.shape[-2:])
-        raise ConfigError(f"validation image {name!r} is {sides} pixels: cut it to multiples of the scale {scale} first")
+        raise ConfigError(
+            f"validation image {name!r} is {sides} pixels: cut it to multiples of the scale {scale} first"
+        )
     hq = hq.detach().float().cpu().unsqueeze(0)
     if kind == "bicubic":
         return eight_bit(imresize(hq, 1 / scale))[0]

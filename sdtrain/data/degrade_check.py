@@ -93,4 +93,6 @@ def check_image(o: DegradationOptions, hq: Tensor, draws: Draws, scale: int, cro
     if cropped and o.crop_size % scale:
         raise ConfigError(f"degradation: crop_size = {o.crop_size} must be a multiple of the scale {scale}")
     if cropped and side < o.crop_size:
-        raise DataError(f"images of {side} pixels are smaller than crop_size = {o.crop_size}: lower it or use larger images")
+        raise DataError(
+            f"images of {side} pixels are smaller than crop_size = {o.crop_size}: lower it or use larger images"
+        )

@@ -99,15 +99,26 @@ def fast_length(n: int) -> int:
 def filter2d(x: Tensor, kernel: Tensor) -> Tensor:
     """Cross-correlate [B, C, H, W] with kernels [B or 1, K, K], the same for all channels, reflecting at the border.
 
-    By FFT: for 21 x 21 taps this takes half the time of the grouped convolution, for 51 x 51 a hundredth, and no TF32
-    switch touches it. H and W must exceed K // 2.
+    By FFT: for 21 x 21 taps this takes half the time of the grouped convolution, for 51 x 51 a thirtieth, and no TF32
+    switch touches it. H and W must exceed K // 2. On a CPU one image at a time: its spectrum then stays in the cache.
     """
     height, width = x.shape[-2:]
     radius = kernel.shape[-1] // 2
-    padded = F.pad(x, (radius,) * 4, mode="reflect")
     size = (fast_length(height + 2 * radius), fast_length(width + 2 * radius))
-    response = torch.fft.rfft2(kernel.to(x), s=size).conj().unsqueeze(1)
-    return torch.fft.irfft2(torch.fft.rfft2(padded, s=size) * response, s=size)[..., :height, :width]
+    response = torch.fft.rfft2(kernel.to(x), s=size).conj_physical().unsqueeze(1)
+    if x.is_cuda:
+        return correlate(x, response, size, radius)
+    pieces = zip(x.split(1), response.expand(len(x), -1, -1, -1).split(1), strict=True)
+    return torch.cat([correlate(image, r, size, radius) for image, r in pieces])
+
+
+def correlate(x: Tensor, response: Tensor, size: tuple[int, int], radius: int) -> Tensor:
+    """Multiply the spectrum of the reflected images by the conjugate spectrum of the kernels; keep the valid part."""
+    height, width = x.shape[-2:]
+    padded = F.pad(x, (radius,) * 4, mode="reflect")
+    spectrum = torch.fft.fft(torch.fft.rfft(padded, n=size[1]), n=size[0], dim=-2).mul_(response)
+    rows = torch.fft.ifft(spectrum, dim=-2)[..., :height, :]
+    return torch.fft.irfft(rows, n=size[1])[..., :width]
 
 
 def gaussian_row(size: int) -> Tensor:

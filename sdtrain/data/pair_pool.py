@@ -55,7 +55,9 @@ class PairPool:
         if draws.ghost_batch != self.ghost_batch:
             raise ValueError(f"pool of ghosts of {self.ghost_batch} samples was given ghosts of {draws.ghost_batch}")
         parts = [
-            self._exchange(ghost, {name: field[i * self.ghost_batch :][: self.ghost_batch] for name, field in batch.items()}, draws)
+            self._exchange(
+                ghost, {name: field[i * self.ghost_batch :][: self.ghost_batch] for name, field in batch.items()}, draws
+            )
             for i, ghost in enumerate(draws.ghosts)
         ]
         return {name: torch.cat([part[name] for part in parts]) for name in batch}
@@ -95,7 +97,10 @@ class PairPool:
         return {ghost: dict(pool) for ghost, pool in self._ghosts.items()}
 
     def load_state(
-        self, state: Mapping[int, Mapping[str, Tensor]], ghosts: Collection[int] | None = None, device: torch.device | str = "cpu"
+        self,
+        state: Mapping[int, Mapping[str, Tensor]],
+        ghosts: Collection[int] | None = None,
+        device: torch.device | str = "cpu",
     ) -> None:
         """Take the pools of `ghosts` (None = all) from a state that any layout of ranks has written.
 
