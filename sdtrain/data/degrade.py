@@ -84,10 +84,10 @@ def draw_gaussian_kernels(o: DegradationOptions, draws: Draws, size: Tensor, sig
     kind = torch.tensor([choose(u, o.kind_prob) for u in draws.uniform("kind").tolist()])
     generalized = draw_beta(draws.sub("generalized"), o.beta_generalized)
     plateau = draw_beta(draws.sub("plateau"), o.beta_plateau)
-    sigmas = [between(draws.uniform(axis).double(), sigma) for axis in ("sigma_x", "sigma_y")]
+    sigma_x, sigma_y = (between(draws.uniform(axis).double(), sigma) for axis in ("sigma_x", "sigma_y"))
     theta = between(draws.uniform("theta").double(), (-math.pi, math.pi))
     beta = torch.where(kind >= 4, plateau, generalized).double()
-    return gaussian_kernels(kind, size, *sigmas, theta, beta, o.kernel_size[1])
+    return gaussian_kernels(kind, size, sigma_x, sigma_y, theta, beta, o.kernel_size[1])
 
 
 def draw_blur(o: DegradationOptions, draws: Draws, sigma: Sequence[float], sinc_prob: float) -> Tensor:
@@ -248,7 +248,7 @@ class Degradation:
                 yield slice(row * size + i, row * size + i + 1), replace(one, ghost_batch=1).sub(f"sample{i}")
 
     def __call__(self, hq: Tensor, draws: Draws, scale: int = 4) -> Tensor:
-        """Degrade images [N, 3, H, W] in [0, 1], N = draws.num_samples -> [N, 3, H // scale, W // scale], 8-bit levels."""
+        """Degrade images [N, 3, H, W] in [0, 1], N = draws.num_samples -> 8-bit [N, 3, H // scale, W // scale]."""
         check_image(self.options, hq, draws, scale)
         return torch.cat([self._degrade(self._source(hq[rows]), unit, scale) for rows, unit in self.units(draws)])
 
@@ -286,9 +286,9 @@ def fixed_lq(
     scale: int = 4,
     options: DegradationOptions | None = None,
 ) -> Tensor:
-    """The one low-quality version of a validation image [3, H, W] in [0, 1] -> [3, H // scale, W // scale], 8-bit levels.
+    """The one low-quality version of a validation image [3, H, W] in [0, 1] -> [3, H // scale, W // scale].
 
-    A function of image, name and seed alone, whatever else is in the list; computed on the CPU on every machine.
+    On 8-bit levels. A function of image, name and seed alone; computed on the CPU, on every machine.
     `kind`: "second_order", or "bicubic" for MATLAB's. H and W must be multiples of `scale`.
     """
     if hq.shape[-2] % scale or hq.shape[-1] % scale:

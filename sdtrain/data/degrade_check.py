@@ -33,7 +33,7 @@ def range_problems(o: DegradationOptions) -> Iterator[str]:
     for name in ("resize_range1", "resize_range2"):
         low, high = getattr(o, name)
         if not 0 < low <= 1 <= high:
-            yield f"{name} = [{low}, {high}] must hold the smallest down factor in (0, 1] and the largest up factor >= 1"
+            yield f"{name} = [{low}, {high}] must be a down factor in (0, 1] and an up factor >= 1"
     for name in ("beta_generalized", "beta_plateau"):
         low, high = getattr(o, name)
         if not 0 < low <= 1 <= high:

@@ -1,7 +1,7 @@
 """JPEG compression as arithmetic on the training device: what quantisation does to an image, without a bit stream.
 
-ITU-T T.81 baseline with 4:2:0 chroma, as simulated in Real-ESRGAN's training code. All 64 basis functions of a block are
-one matrix, so that the transform is a matrix product over all blocks of the batch.
+ITU-T T.81 baseline with 4:2:0 chroma, as simulated in Real-ESRGAN's training code. All 64 basis functions of a block
+are one matrix, so that the transform is a matrix product over all blocks of the batch.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ TO_RGB = ((1.0, 0.0, 1.402), (1.0, -0.344136, -0.714136), (1.0, 1.772, 0.0))
 
 @functools.lru_cache(maxsize=32)
 def matrix(name: str, device: torch.device) -> Tensor:
-    """A constant of the format on a device: `dct` [64, 64], `luminance` [64], `chrominance` [64], `ycbcr`, `rgb` [3, 3]."""
+    """A constant of the format on a device: `dct` [64, 64], `luminance` [64], `chrominance` [64], `ycbcr`, `rgb`."""
     build = {
         "dct": dct_matrix,
         # the published simulator indexes the standard table by (column, row) frequency

@@ -24,7 +24,7 @@ def offsets(canvas: int) -> Tensor:
 
 
 def mahalanobis(sigma_x: Tensor, sigma_y: Tensor, theta: Tensor, canvas: int) -> Tensor:
-    """q = p^T S^-1 p with S = R(theta) diag(sigma_x^2, sigma_y^2) R(theta)^T, p = (column, row) -> [B, canvas, canvas]."""
+    """q = p^T S^-1 p with S = R(theta) diag(sigma_x^2, sigma_y^2) R(theta)^T, p = (column, row) -> [B, K, K]."""
     row, col = torch.meshgrid(offsets(canvas), offsets(canvas), indexing="ij")
     cos, sin = (f(theta).view(-1, 1, 1) for f in (torch.cos, torch.sin))
     along, across = cos * col + sin * row, cos * row - sin * col
@@ -71,7 +71,7 @@ def distinct_radii(canvas: int) -> tuple[Tensor, Tensor]:
 
 
 def sinc_kernels(cutoff: Tensor, size: Tensor, canvas: int) -> Tensor:
-    """Circular low-pass filters [B, canvas, canvas]: w J1(w r) / (2 pi r), at the centre w^2 / (4 pi); w in rad/pixel."""
+    """Circular low-pass filters [B, K, K]: w J1(w r) / (2 pi r), at the centre w^2 / (4 pi); w in rad/pixel."""
     radii, place = distinct_radii(canvas)
     w = cutoff.view(-1, 1)
     values = torch.cat([w**2 / (4 * math.pi), w * bessel_j1(w * radii) / (2 * math.pi * radii)], 1)

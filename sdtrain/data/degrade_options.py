@@ -8,7 +8,7 @@ from typing import Literal
 
 @dataclass(frozen=True, kw_only=True)
 class DegradationOptions:
-    """How training images are made worse. Defaults are the published ones of Real-ESRGAN; `1` and `2` are the two orders."""
+    """How training images are made worse. Defaults are those of Real-ESRGAN; `1` and `2` are the two orders."""
 
     decisions: Literal["ghost", "sample"] = "ghost"
     """Who shares resize, noise kind, order and crop: a whole ghost (published) or nobody (varied without a pool)."""

@@ -1,7 +1,7 @@
 """Bicubic resizing as MATLAB's imresize does it, by two matrix products, and GCFSR's down-up pair.
 
-Cubic kernel a = -0.5, widened by 1/scale when shrinking (antialiasing), symmetric border, height first. The matrices are
-built once in float64 per size, scale and device.
+Cubic kernel a = -0.5, widened by 1/scale when shrinking (antialiasing), symmetric border, height first. The matrices
+are built once in float64 per size, scale and device.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def cubic(x: Tensor) -> Tensor:
 def resize_matrix(size: int, scale: float, antialias: bool, device: torch.device) -> Tensor:
     """The linear map of one axis, [ceil(size * scale), size], float32.
 
-    Output pixel x (from 1) lies at x / scale + (1 - 1 / scale) / 2; its weights are normalised and indices beyond an edge
-    are mirrored with the edge pixel repeated.
+    Output pixel x (from 1) lies at x / scale + (1 - 1 / scale) / 2; its weights are normalised and indices beyond an
+    edge are mirrored with the edge pixel repeated.
     """
     out = math.ceil(round(size * scale, 9))
     shrink = min(scale, 1.0) if antialias else 1.0

@@ -13,7 +13,7 @@ from torch import Tensor
 
 # what the manifest leaves out about noise.safetensors, read off the stored outputs
 GAUSS_VEC_SIGMA = (5.0, 25.0)
-POISSON_GRAY_SCALE = (0.5, 2.0)
+POISSON_GRAY_SCALE = (0.5, 2.5)
 FLIPPED_SHARE = 0.005  # of 8-bit pixels that may differ by one level
 
 
