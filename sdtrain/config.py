@@ -133,7 +133,7 @@ def resolve(source: Source, world: int | None = None) -> Any:
     broken = set(problems)
     if config is None:
         config, _ = _validate(schema.cls, _pruned(source, broken))
-    if config is not None and ("method",) not in broken:
+    if config is not None:
         problems.update(_broken_rules(config, schema, world, source, broken))
     texts = [*source.problems, *problems.values()]
     if texts:
@@ -201,7 +201,8 @@ def _broken_rules(
 ) -> dict[KeyPath, str]:
     """Rules across keys; those that involve a key already at fault are left out."""
     found: dict[KeyPath, str] = {}
-    own = schema.rules(config) if schema.rules else ()
+    kinds_known = not any(path[0] in ("method", "model") for path in broken)
+    own = schema.rules(config) if schema.rules and kinds_known else ()
     for keys, sentence in chain(common_problems(config, world), own):
         paths = [tuple(key.strip().split(".")) for key in keys.split(",")]
         if not any(path[: len(bad)] == bad or bad[: len(path)] == path for path in paths for bad in broken):

@@ -19,6 +19,7 @@ from sdtrain.errors import ConfigError
 KeyPath = tuple[str, ...]
 Tree = dict[str, Any]
 
+REFUSED = object()
 PLAIN = {f"tag:yaml.org,2002:{name}": name for name in ("str", "int", "float", "bool", "null", "map", "seq")}
 PATTERNS = {
     "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
@@ -115,12 +116,14 @@ def _value(node: yaml.Node, path: KeyPath, shown: str, source: Source) -> Any:
     kind = PLAIN.get(node.tag)
     if kind is None:
         line = node.start_mark.line + 1
-        source.problems.append(f"{shown}:{line}: tag '{node.tag}' is refused: a configuration holds plain values only")
-        return None
+        tag = node.tag.replace("tag:yaml.org,2002:", "!!")
+        source.problems.append(f"{shown}:{line}: tag '{tag}' is refused: a configuration holds plain values only")
+        return REFUSED
     if isinstance(node, yaml.MappingNode):
         return _mapping(node, path, shown, source)
     if isinstance(node, yaml.SequenceNode):
-        return [_value(item, (*path, str(i)), shown, source) for i, item in enumerate(node.value)]
+        items = [_value(item, (*path, str(i)), shown, source) for i, item in enumerate(node.value)]
+        return [item for item in items if item is not REFUSED]
     return _scalar(kind, str(node.value))
 
 
@@ -140,7 +143,7 @@ def _mapping(node: yaml.MappingNode, path: KeyPath, shown: str, source: Source) 
             lines[key] = line
             source.places[here] = f"{shown}:{line}"
             tree[key] = _value(value_node, here, shown, source)
-    return tree
+    return {key: value for key, value in tree.items() if value is not REFUSED}
 
 
 def _scalar(kind: str, text: str) -> Any:
@@ -220,6 +223,8 @@ def _override(path: KeyPath, value: str, shown: str) -> Source:
         return source
     inner = Source()
     tree = None if node is None else _value(node, path, shown, inner)
+    if tree is REFUSED:
+        return Source(problems=[problem.replace(f"{shown}:1:", f"{shown}:") for problem in inner.problems])
     source.problems.extend(problem.replace(f"{shown}:1:", f"{shown}:") for problem in inner.problems)
     source.places.update(dict.fromkeys(inner.places, shown))
     for key in reversed(path):
