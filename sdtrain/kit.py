@@ -15,7 +15,7 @@ from torch import nn
 
 from sdtrain.engine.ema import freeze
 from sdtrain.engine.player import Net
-from sdtrain.models.ghost import set_ghost_batch
+from sdtrain.models.ghost import set_ghost_batch, settle_spectral_norms
 from sdtrain.rng import seed_of
 from sdtrain.weights import load_weights
 
@@ -53,6 +53,7 @@ class Kit:
             torch.manual_seed(seed_of(self.config.seed, "init", role))
             net = getattr(module, class_name)(section, resolution=self.resolution, num_classes=self.num_classes, **more)
         set_ghost_batch(net, self.config.ghost_batch)
+        settle_spectral_norms(net)
         return Net(net.to(self.device).train())
 
     def average_of(self, net: Net) -> Net:

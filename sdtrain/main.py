@@ -131,9 +131,16 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return run(args)
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"sdtrain: {error}", file=sys.stderr)
+        tell(error)
         return EXIT_USER_ERROR
+
+
+def tell(error: UserError) -> None:
+    """Print the sentence once: before ranks have met all of them see the same problem, afterwards it may be one rank's own."""
+    ranks = sys.modules.get("sdtrain.engine.ranks")
+    met = ranks is not None and ranks.world() > 1
+    if met or os.environ.get("RANK", "0") == "0":
+        print(f"sdtrain{f' (rank {ranks.rank()})' if met and ranks else ''}: {error}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from sdtrain.engine.checkpoint import write_atomically
-from sdtrain.engine.ranks import is_main, world
+from sdtrain.engine.ranks import gather_objects, is_main, world
 from sdtrain.errors import RunError
 
 
@@ -40,14 +40,20 @@ class RunFolder:
         self._rows: Any = None
 
     def create(self) -> None:
-        """Make the folders. Raises `RunError` when they cannot be written."""
+        """Make the folders. Raises `RunError` on every rank when they cannot be written."""
+        problem = gather_objects(self._try_to_write() if is_main() else None)[0]
+        if problem:
+            raise RunError(f"{self.path}: the run folder cannot be written ({problem}); choose another with --out")
+
+    def _try_to_write(self) -> str | None:
         try:
             for sub in ("checkpoints", "samples", "best"):
                 (self.path / sub).mkdir(parents=True, exist_ok=True)
             write_atomically(self.path / ".writable", b"")
             (self.path / ".writable").unlink()
         except OSError as error:
-            raise RunError(f"{self.path}: the run folder cannot be written ({error.strerror}); choose another with --out") from None
+            return error.strerror
+        return None
 
     def open_log(self, resumed_img: int) -> None:
         """Cut `metrics.jsonl` back to rows at or before `resumed_img`, open the writers."""

@@ -111,6 +111,10 @@ class GhostBatchNorm2d(Advancing, nn.BatchNorm2d):
     """
 
     ghost_batch: int | None = None
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+    momentum: float
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise [N, C, H, W]; in training N must be a multiple of `ghost_batch`."""
@@ -124,14 +128,14 @@ class GhostBatchNorm2d(Advancing, nn.BatchNorm2d):
         mean, var, count = entry
         self.running_mean.lerp_(mean / count, self.momentum)
         self.running_var.lerp_(var / count, self.momentum)
-        self.num_batches_tracked += 1
+        self.num_batches_tracked.add_(1)
 
 
 def set_ghost_batch(net: nn.Module, ghost_batch: int) -> None:
     """Tell every layer of `net` whose result depends on batch composition how many samples a ghost has."""
     for layer in net.modules():
         if hasattr(layer, "ghost_batch"):
-            layer.ghost_batch = ghost_batch
+            layer.ghost_batch = ghost_batch  # type: ignore[assignment]
 
 
 def _full_precision(device_type: str) -> AbstractContextManager:
@@ -149,6 +153,9 @@ class SpectralNorm(Advancing):
     """
 
     out_dim = 0  # ConvTranspose counts its outputs along dimension 1
+    weight_orig: nn.Parameter
+    weight_u: Tensor
+    weight_v: Tensor
 
     def _init_spectral(self, weight: Tensor) -> None:
         self.weight_orig = nn.Parameter(weight)
@@ -167,7 +174,7 @@ class SpectralNorm(Advancing):
             self._advance(list(self._iterate(self.weight_u)))
             return self.weight_u.clone(), self.weight_v.clone()
         if not entry:
-            done = self._ledger[self._pass - 2][0] if self._pass > 1 else self.weight_u
+            done = self._ledger[self._pass - 2][0] if self._ledger and self._pass > 1 else self.weight_u
             entry.extend(self._iterate(done))
         return entry[0], entry[1]
 
