@@ -5,8 +5,8 @@
 #   bash launch/quickstart.sh          SD-GAN with ProjectedGAN's networks, configs/quickstart.yaml
 #   bash launch/quickstart.sh sdakd    the same for configs/quickstart_sdakd.yaml
 #
-#   data/NAME/photos/    crops of the photographs that scikit-image ships
-#   data/NAME/shards/    the same as tar shards
+#   data/NAME/photos/    the photographs that scikit-image ships
+#   data/NAME/shards/    crops of them as tar shards
 #   runs/NAME/           the run (README.md explains its files)
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
@@ -21,8 +21,8 @@ export SDTRAIN_CPU="${SDTRAIN_CPU-1}"           # set it empty to use GPUs
 
 if [ ! -f "data/$name/shards/dataset.json" ]; then
     say "cutting photographs into crops and packing them"
-    python -m sdtrain.data.photos "data/$name/photos" --size "$resolution"
-    sdtrain pack "data/$name/photos" "data/$name/shards" --resolution "$resolution" --shard-count 4
+    python -c 'import sys; from sdtrain.data.photos import export_photos; export_photos(sys.argv[1])' "data/$name/photos"
+    sdtrain pack "data/$name/photos" "data/$name/shards" --tile "$resolution" --stride "$((resolution / 2))" --shard-count 4
 fi
 
 say "training on 2 ranks (again from the last checkpoint, if there is one)"
