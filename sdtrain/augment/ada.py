@@ -9,7 +9,7 @@ any sample of the ghost needs, as on an official device of that batch size.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import pi, sqrt
 from typing import Any
@@ -116,16 +116,20 @@ class Chance:
         # the official pipeline takes erfinv(2q - 1) for the normal quantile, without the factor sqrt 2
         self.normal_quantile = None if quantile is None else _erfinv(2 * quantile - 1)
 
+    def _drawn(self) -> Draws:
+        assert self.draws is not None
+        return self.draws
+
     def uniform(self, name: str, *shape: int) -> Tensor:
         """[N, *shape] in [0, 1)."""
         if self.quantile is not None:
             return self.p.new_full((self.num, *shape), self.quantile)
-        return self.draws.uniform(name, *shape)
+        return self._drawn().uniform(name, *shape)
 
     def normal(self, name: str, *shape: int) -> Tensor:
         if self.normal_quantile is not None:
             return self.p.new_full((self.num, *shape), self.normal_quantile)
-        return self.draws.normal(name, *shape)
+        return self._drawn().normal(name, *shape)
 
     def gated(self, name: str, multiplier: float, value: Tensor, neutral: float) -> Tensor:
         """`value` [N, ...] for the samples that the transform hits, `neutral` for the others."""
@@ -134,7 +138,7 @@ class Chance:
     def chosen(self, name: str, probability: Tensor, value: Tensor, neutral: float) -> Tensor:
         if self.quantile is not None:
             return value
-        hit = self.draws.uniform(f"{name}/gate") < probability
+        hit = self._drawn().uniform(f"{name}/gate") < probability
         return torch.where(hit.view(-1, *[1] * (value.ndim - 1)), value, torch.full_like(value, neutral))
 
 
@@ -142,7 +146,7 @@ def _erfinv(x: float) -> float:
     return float(torch.erfinv(torch.tensor(x, dtype=torch.float32)))
 
 
-def _matrix(rows: list[list[Tensor | float]], like: Tensor) -> Tensor:
+def _matrix(rows: Sequence[Sequence[Tensor | float]], like: Tensor) -> Tensor:
     """Stack scalars and [N] tensors into [N, rows, columns]."""
     entries = [torch.stack([torch.as_tensor(v, dtype=like.dtype, device=like.device).expand_as(like) for v in row], 1)
                for row in rows]  # fmt: skip
@@ -238,7 +242,12 @@ def _grey_rotation(angle: Tensor) -> Tensor:
     """Rodrigues' rotation about (1, 1, 1) / sqrt 3: [N] -> [N, 4, 4]."""
     cos, sin = angle.cos(), angle.sin()
     same, before, after = (1 + 2 * cos) / 3, (1 - cos) / 3 - sin / sqrt(3), (1 - cos) / 3 + sin / sqrt(3)
-    rows = [[same, before, after, 0], [after, same, before, 0], [before, after, same, 0], [0, 0, 0, 1]]
+    rows: list[list[Tensor | float]] = [
+        [same, before, after, 0],
+        [after, same, before, 0],
+        [before, after, same, 0],
+        [0, 0, 0, 1],
+    ]
     return _matrix(rows, angle)
 
 
@@ -288,12 +297,12 @@ def needed_margins(g_inv: Tensor, width: int, height: int, support: int) -> list
 
     g_inv [N, 3, 3]; `support` is what the resampling filters reach in addition.
     """
-    half = torch.tensor([(width - 1) / 2, (height - 1) / 2], device=g_inv.device)
-    signs = torch.tensor([[-1.0, -1.0], [1.0, -1.0], [1.0, 1.0], [-1.0, 1.0]], device=g_inv.device)
+    half = g_inv.new_tensor([(width - 1) / 2, (height - 1) / 2])
+    signs = g_inv.new_tensor([[-1, -1], [1, -1], [1, 1], [-1, 1]])
     corners = F.pad(signs * half, (0, 1), value=1.0)
     reached = (g_inv @ corners.t())[:, :2]
     beyond = torch.stack([(-reached).amax(2), reached.amax(2)], 2) - half[:, None] + support
-    limit = torch.tensor([[width - 1.0], [height - 1.0]], device=g_inv.device)
+    limit = g_inv.new_tensor([[width - 1], [height - 1]])
     margins = torch.minimum(beyond.clamp(min=0), limit).ceil().int().flatten(1).tolist()
     return [(m[0], m[1], m[2], m[3]) for m in margins]
 
@@ -332,7 +341,7 @@ def _grid(g_inv: Tensor, source: torch.Size, target: tuple[int, int, int, int], 
 
 
 def band_gains(o: AdaOptions, chance: Chance) -> Tensor:
-    """Gain of each frequency band [N, 4]; changing one band leaves the expected total power as it was."""
+    """Gain of each frequency band [N, 4]; each change alone leaves the expected total power as it was."""
     power = torch.tensor(EXPECTED_POWER, device=chance.p.device)
     gains = torch.ones(chance.num, len(power), device=chance.p.device)
     for i, multiplier in enumerate(o.imgfilter_bands):
@@ -380,11 +389,15 @@ def cut_out(o: AdaOptions, images: Tensor, chance: Chance) -> Tensor:
 
 
 class AdaPipe(nn.Module):
-    """The augmentation pipeline; buffers carry the official names p, Hz_geom, Hz_fbank."""
+    """The augmentation pipeline, from options or the name of a preset; buffers carry the official names."""
 
-    def __init__(self, options: AdaOptions):
+    p: Tensor
+    Hz_geom: Tensor
+    Hz_fbank: Tensor
+
+    def __init__(self, options: AdaOptions | str = "bgc"):
         super().__init__()
-        self.options = options
+        self.options = preset(options) if isinstance(options, str) else options
         self.register_buffer("p", torch.zeros([]))
         self.register_buffer("Hz_geom", geometry_filter())
         self.register_buffer("Hz_fbank", filter_bank())
@@ -405,9 +418,9 @@ class AdaPipe(nn.Module):
         with torch.autocast(images.device.type, enabled=False):
             strength = torch.as_tensor(self.p if p is None else p, dtype=torch.float32, device=images.device)
             chance = Chance(draws, strength, len(images), debug_percentile)
-            return self._apply(images.float(), chance)
+            return self.augmented(images.float(), chance)
 
-    def _apply(self, x: Tensor, chance: Chance) -> Tensor:
+    def augmented(self, x: Tensor, chance: Chance) -> Tensor:
         o = self.options
         if any(getattr(o, name) for name in (*_BLIT, *_GEOM)):
             g_inv = inverse_geometry(o, chance, x.shape[3], x.shape[2])

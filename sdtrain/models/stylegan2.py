@@ -75,7 +75,10 @@ def block_resolutions(resolution: int, smallest: int) -> list[int]:
 
 
 def channels_at(r: int, options: GeneratorOptions | DiscriminatorOptions) -> int:
-    return min(options.channel_base // r, options.channel_max)
+    channels = min(options.channel_base // r, options.channel_max)
+    if channels < 1:
+        raise ConfigError(f"channel_base {options.channel_base} leaves no channels at resolution {r}; use at least {r}")
+    return channels
 
 
 def block_dtype(r: int, resolution: int, options: GeneratorOptions | DiscriminatorOptions) -> torch.dtype | None:
@@ -87,6 +90,8 @@ def block_dtype(r: int, resolution: int, options: GeneratorOptions | Discriminat
 
 class SynthesisBlock(nn.Module):
     """One resolution: [conv0 up,] conv1, torgb onto the upsampled image; the first block starts from a constant."""
+
+    resample_filter: Tensor
 
     def __init__(self, c_in: int, r: int, resolution: int, options: GeneratorOptions):
         super().__init__()
@@ -216,6 +221,8 @@ def mixed_layers(mix: Draws, probability: float, num_ws: int) -> Tensor:
 
 class DiscriminatorBlock(nn.Module):
     """One resolution: [fromrgb,] conv0, conv1 down; `resnet` adds a linear path, `skip` shows every block the image."""
+
+    resample_filter: Tensor
 
     def __init__(self, r: int, resolution: int, options: DiscriminatorOptions, first_layer: int):
         super().__init__()

@@ -56,6 +56,10 @@ class Conv2d(nn.Module):
     A layer that is not `trainable` (Freeze-D, Mo et al. 2020) keeps its tensors as buffers under the same names.
     """
 
+    weight: Tensor
+    bias: Tensor | None
+    resample_filter: Tensor
+
     def __init__(
         self,
         c_in: int,
@@ -101,6 +105,8 @@ class MappingNetwork(Advancing):
     give the label mapping of the discriminator.
     """
 
+    w_avg: Tensor
+
     def __init__(
         self,
         z_dim: int,
@@ -133,7 +139,8 @@ class MappingNetwork(Advancing):
         update_w_avg: bool = True,
     ) -> Tensor:
         """z [N, z_dim], one-hot c [N, c_dim] -> ws [N, num_ws, w_dim] (or [N, w_dim] without num_ws), float32."""
-        with torch.autocast(self.fc0.weight.device.type, enabled=False):
+        inputs = next(t for t in (z, c, *self.parameters()) if t is not None)
+        with torch.autocast(inputs.device.type, enabled=False):
             w = self._layers(self._inputs(z, c))
             if self.w_avg_beta is not None and self.training and update_w_avg:
                 self._track(w)
@@ -180,12 +187,16 @@ class MappingNetwork(Advancing):
             entry.extend(seen)
 
     def _advance(self, entry: list[Tensor]) -> None:
+        assert self.w_avg_beta is not None
         total, count = entry
         self.w_avg.lerp_(total / count, 1 - self.w_avg_beta)
 
 
 class SynthesisConv(nn.Module):
     """Modulated 3x3 convolution, noise, bias, leaky ReLU; doubles the resolution if `up`."""
+
+    resample_filter: Tensor
+    noise_const: Tensor
 
     def __init__(self, c_in: int, c_out: int, w_dim: int, resolution: int, *, up: bool, clamp: float | None):
         super().__init__()

@@ -253,5 +253,6 @@ def minibatch_stddev(x: Tensor, group: int | None, channels: int) -> Tensor:
             "choose a group that divides ghost_batch"
         )
     y = x.float().reshape(g, n // g, channels, c // channels, h, w)
-    std = (y.var(0, correction=0) + 1e-8).sqrt().mean((2, 3, 4))
+    deviation = y - y.mean(0)
+    std = (deviation.square().mean(0) + 1e-8).sqrt().mean((2, 3, 4))
     return torch.cat([x, std.to(x.dtype).repeat(g, 1)[:, :, None, None].expand(-1, -1, h, w)], 1)

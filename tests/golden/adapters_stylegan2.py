@@ -241,8 +241,8 @@ def _resampling_convolutions(case) -> Iterator[tuple]:
 def losses(case) -> Iterator[tuple]:
     """The four phases in order, no optimizer step in between.
 
-    The noise is random and was not kept: as its strength is zero it moves nothing but the strengths' own gradients, which
-    are left out. The stored w_avg is that after all phases, so the first one is found by going back.
+    The noise is random and was not kept: as its strength is zero it moves nothing but the strengths' own gradients,
+    which are left out. The stored w_avg is that after all phases, so the first one is found by going back.
     """
     from sdtrain.losses.regularizers import path_length_penalty, path_lengths
 
@@ -291,7 +291,8 @@ def _phase(case, name: str, net: nn.Module, loss: Tensor, reports: Mapping[str, 
     yield from gradient_sums(case, net, known, name)
     parameters = dict(net.named_parameters())
     for key in [key for key in case.group(f"grad.{name}.") if key in known]:
-        yield f"grad.{name}.{key}", parameters[key].grad
+        grad = parameters[key].grad
+        yield f"grad.{name}.{key}", torch.zeros_like(parameters[key]) if grad is None else grad
     for report, rows in expected["reports"].items():
         value = reports[report.replace("signs", "scores")]
         reference = torch.tensor(rows[0])
