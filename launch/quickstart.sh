@@ -19,7 +19,7 @@ setup_venv quickstart
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # one thread a rank
 export SDTRAIN_CPU="${SDTRAIN_CPU-1}"           # set it empty to use GPUs
 
-if [ ! -f "data/$name/shards/dataset.json" ]; then
+if [ ! -f "data/$name/shards/manifest.json" ]; then
     say "cutting photographs into crops and packing them"
     python -c 'import sys; from sdtrain.data.photos import export_photos; export_photos(sys.argv[1])' "data/$name/photos"
     sdtrain pack "data/$name/photos" "data/$name/shards" --tile "$resolution" --stride "$((resolution / 2))" --shard-count 4
