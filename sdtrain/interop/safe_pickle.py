@@ -1,9 +1,9 @@
 """Official checkpoint files as plain data, without running anything they contain.
 
 `read_checkpoint` takes what torch.save and pickle.dump wrote: StyleGAN2-ADA and ProjectedGAN .pkl (tensors are torch
-blobs inside the pickle), StyleNAT .pt and Real-ESRGAN .pth (zip or the older torch container). Modules become `Record`s;
-source text embedded by StyleGAN2-ADA is dropped unread. Every global a file may name stands in this module; any other is
-a WeightsError with its name.
+blobs inside the pickle), StyleNAT .pt and Real-ESRGAN .pth (zip or the older torch container). Modules become
+`Record`s; source text embedded by StyleGAN2-ADA is dropped unread. Every global a file may name stands in this module;
+any other is a WeightsError with its name.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ CLASSES = {
     "UpBlockBigCond CCBN DownBlock DownBlockPatch SeparableConv2d FeatureFusionBlock CSM",
     "pg_modules.discriminator.": "ProjectedDiscriminator MultiScaleD SingleDisc SingleDiscCond",
     "pg_modules.projector.": "F_RandomProj",
-    "torch.nn.modules.": "Sequential ModuleDict ModuleList Conv2d ConvTranspose2d BatchNorm2d Upsample AdaptiveAvgPool2d "
-    "AvgPool2d LeakyReLU ReLU ReLU6 Sigmoid Identity Embedding Linear Module _WrappedHook",
+    "torch.nn.modules.": "Sequential ModuleDict ModuleList Conv2d ConvTranspose2d BatchNorm2d Upsample "
+    "AdaptiveAvgPool2d AvgPool2d LeakyReLU ReLU ReLU6 Sigmoid Identity Embedding Linear Module _WrappedHook",
     "torch.nn.utils.spectral_norm.": "SpectralNorm SpectralNormStateDictHook SpectralNormLoadStateDictPreHook",
     "torch.nn.quantized.": "FloatFunctional",
     "torch.ao.nn.quantized.": "FloatFunctional",
@@ -155,8 +155,8 @@ class Globals:
     def __call__(self, name: str) -> Token | None:
         if name.startswith(TENSORFLOW):
             raise WeightsError(
-                f"{self.source}: is a TensorFlow StyleGAN checkpoint ({name!r}), which this program cannot read; convert "
-                "it with the official legacy.py of stylegan2-ada-pytorch and import the result"
+                f"{self.source}: is a TensorFlow StyleGAN checkpoint ({name!r}), which this program cannot read; "
+                "convert it with the official legacy.py of stylegan2-ada-pytorch and import the result"
             )
         if name in self.calls:
             return Token(name, self.calls[name])

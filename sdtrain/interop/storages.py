@@ -95,7 +95,7 @@ def begins_legacy(data: bytes) -> bool:
 
 
 class LegacyReader:
-    """A pre-1.6 torch.save stream: four pickles, the list of storage keys, then each storage's length and raw numbers."""
+    """A pre-1.6 torch.save stream: four pickles, the list of storage keys, then each storage's length and numbers."""
 
     def __init__(self, source: str, data: bytes, find: FindGlobal):
         self.source, self.find, self.stream = source, find, io.BytesIO(data)
@@ -141,7 +141,7 @@ class LegacyReader:
 
 
 def checked_members(source: str, archive: zipfile.ZipFile, total_bytes: int) -> dict[str, zipfile.ZipInfo]:
-    """Members by name below the archive's one folder. Torch stores members uncompressed, so nothing else is accepted."""
+    """Members by name below the archive's one folder. Torch stores members uncompressed; nothing else is accepted."""
     members: dict[str, zipfile.ZipInfo] = {}
     roots = set()
     for info in archive.infolist():

@@ -1,0 +1,212 @@
+"""Networks of official checkpoint files: which ones a file holds, their architecture, and the way back.
+
+StyleGAN2-ADA and ProjectedGAN snapshots hold whole modules (G, D, G_ema), StyleNAT containers hold state dicts (g, d,
+g_ema), super-resolution files one state dict. Names inside sdtrain are the official ones, so import and export carry
+tensors over unchanged, bit for bit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from sdtrain.errors import ConfigError, WeightsError
+from sdtrain.interop.architectures import RECOGNISERS, checked, recognise
+from sdtrain.interop.network import Network, Player
+from sdtrain.interop.pickle_machine import Record
+from sdtrain.interop.safe_pickle import PERSISTENT, Checkpoint, read_checkpoint, state_of
+
+MODULE_ROLES = ("G", "D", "G_ema")
+CONTAINER_ROLES = {"g": "G", "d": "D", "g_ema": "G_ema"}
+FLAT_KEYS = ("params_ema", "params")
+MAX_PLAIN = 10_000
+
+
+@dataclass(frozen=True)
+class Official:
+    """What a file holds. `extras` are plain facts beside the networks: ADA p, progress, dataset arguments."""
+
+    networks: dict[str, Network]
+    extras: dict[str, Any]
+    what: str
+    source: dict[str, Any]
+    checkpoint: Checkpoint = field(repr=False)
+
+
+def sha256_of_file(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
+
+
+def _sha256(file: Any) -> str:
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def read_official(path: Path | str, **options: Any) -> Official:
+    """Read a .pkl, .pt or .pth file; `options` override what it says or does not say. Raises WeightsError."""
+    path = Path(path)
+    checkpoint = read_checkpoint(path)
+    tree = checkpoint.tree
+    if not isinstance(tree, dict):
+        raise WeightsError(f"{path} holds a {type(tree).__name__}, where networks are expected; give a checkpoint")
+    source = {"file": path.name, "sha256": sha256_of_file(path)}
+    modules = {role: tree[role] for role in MODULE_ROLES if isinstance(tree.get(role), Record)}
+    if modules:
+        return _snapshot(modules, checkpoint, source, options)
+    held = tree.get("state_dicts", tree)
+    if isinstance(held, dict) and any(is_state(held.get(name)) for name in CONTAINER_ROLES):
+        return _container(held, checkpoint, source, options)
+    return _flat(tree, checkpoint, source, options)
+
+
+def is_state(value: Any) -> bool:
+    return isinstance(value, dict) and any(isinstance(tensor, Tensor) for tensor in value.values())
+
+
+def _snapshot(
+    modules: Mapping[str, Record], checkpoint: Checkpoint, source: dict[str, Any], options: dict[str, Any]
+) -> Official:
+    """StyleGAN2-ADA (modules with constructor arguments) or ProjectedGAN (modules by class)."""
+    style = all(module.name.startswith(PERSISTENT) for module in modules.values())
+    what = "StyleGAN2-ADA snapshot" if style else "ProjectedGAN snapshot"
+    source = {**source, "what": what}
+    read = _stylegan2 if style else _projected
+    resolution = next(
+        (m.attributes["img_resolution"] for m in modules.values() if "img_resolution" in m.attributes), None
+    )
+    networks = {role: read(role, module, source, options, resolution) for role, module in modules.items()}
+    extras = {name: plain(value) for name, value in checkpoint.tree.items() if name not in MODULE_ROLES}
+    pipe = checkpoint.tree.get("augment_pipe")
+    if isinstance(pipe, Record):
+        state = state_of(source["file"], pipe)
+        extras["augment_pipe"] = plain(pipe.attributes.get("_init_kwargs", {}))
+        extras["ada_p"] = float(state["p"]) if "p" in state else None
+    return Official(networks, extras, what, source, checkpoint)
+
+
+def _stylegan2(role: str, module: Record, source: dict[str, Any], options: dict[str, Any], _: Any) -> Network:
+    import torch
+
+    from sdtrain.models.stylegan2 import discriminator_from_official, generator_from_official
+
+    kwargs = module.attributes.get("_init_kwargs")
+    state = state_of(source["file"], module)
+    if not isinstance(kwargs, dict) or not state:
+        raise WeightsError(f"{source['file']}: {role} lacks its constructor arguments or tensors; the file is damaged")
+    rebuild = discriminator_from_official if role == "D" else generator_from_official
+    own = {name: value for name, value in options.items() if role != "D" or name == "low_precision"}
+    try:
+        with torch.device("meta"):
+            net = rebuild(kwargs, **own)
+    except (ConfigError, KeyError, TypeError, ValueError) as error:
+        raise WeightsError(f"{source['file']}: {role} cannot be rebuilt ({error})") from error
+    return checked(
+        Network(
+            kind="stylegan2",
+            player="Discriminator" if role == "D" else "Generator",
+            role=role,
+            state=state,
+            options=dataclasses.asdict(net.options),
+            resolution=net.resolution,
+            num_classes=net.num_classes,
+            source=source,
+        )
+    )
+
+
+def _projected(role: str, module: Record, source: dict[str, Any], options: dict[str, Any], resolution: Any) -> Network:
+    state = state_of(source["file"], module)
+    changes: dict[str, Any] = {"resolution": resolution}
+    own = dict(options) if role != "D" else {}
+    if role == "D":
+        own["interpolate_to"] = 224 if module.attributes.get("interp224") else None
+    if module.attributes.get("c_dim"):
+        changes["num_classes"] = module.attributes["c_dim"]
+    return recognise(state, role, source, options=own, **changes)
+
+
+def _container(
+    held: Mapping[str, Any], checkpoint: Checkpoint, source: dict[str, Any], options: dict[str, Any]
+) -> Official:
+    """StyleNAT: new files keep state dicts below `state_dicts`, old ones at the top."""
+    source = {**source, "what": "StyleNAT checkpoint"}
+    arguments = plain(checkpoint.tree.get("args"))
+    networks = {}
+    for name, role in CONTAINER_ROLES.items():
+        if is_state(held.get(name)):
+            tensors = {str(key): value for key, value in held[name].items() if isinstance(value, Tensor)}
+            own = {**_said(arguments), **options} if role != "D" else {}
+            known = any(mark in tensors or f"module.{mark}" in tensors for mark in RECOGNISERS)
+            networks[role] = recognise(tensors, role, source, options=own) if known else _unknown(tensors, role, source)
+    return Official(networks, {"args": arguments}, source["what"], source, checkpoint)
+
+
+def _unknown(tensors: dict[str, Tensor], role: str, source: dict[str, Any]) -> Network:
+    """Tensors in a known container whose names belong to no network here."""
+    player: Player = "Discriminator" if role == "D" else "Generator"
+    note = f"its tensors ({', '.join(list(tensors)[:3])}) are not those of a StyleNAT {player.lower()}"
+    return Network(kind="stylenat", player=player, role=role, state=tensors, source=source, note=note)
+
+
+def _said(arguments: Any) -> dict[str, Any]:
+    """Kernels and dilations of a StyleNAT checkpoint's own arguments, wherever they stand."""
+    found: dict[str, Any] = {}
+    waiting = [arguments]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, dict):
+            waiting += node.values()
+            for name in ("kernels", "dilations"):
+                if isinstance(node.get(name), list) and node[name]:
+                    found[name] = [sizes if isinstance(sizes, list) else [sizes] for sizes in node[name]]
+    return found
+
+
+def _flat(tree: Mapping[str, Any], checkpoint: Checkpoint, source: dict[str, Any], options: dict[str, Any]) -> Official:
+    """One state dict, bare or under params_ema / params."""
+    from sdtrain.interop.pth import from_old_esrgan
+
+    key = next((name for name in FLAT_KEYS if is_state(tree.get(name))), None)
+    held = tree[key] if key else tree
+    state = {str(name).removeprefix("module."): v for name, v in held.items() if isinstance(v, Tensor)}
+    if not state:
+        raise WeightsError(
+            f"{source['file']} holds no weights; its top level has {', '.join(map(str, list(tree)[:4]))}"
+        )
+    if "model.0.weight" in state:
+        state = from_old_esrgan(state)
+    what = f"state dict ({key})" if key else "state dict"
+    network = recognise(state, None, {**source, "what": what}, options=options)
+    return Official({network.role: network}, {}, what, network.source, checkpoint)
+
+
+def plain(value: Any, depth: int = 8, budget: list[int] | None = None) -> Any:
+    """JSON of a tree: small tensors become numbers, records their attributes, the rest a short description."""
+    budget = [MAX_PLAIN] if budget is None else budget
+    budget[0] -= 1
+    if budget[0] < 0 or depth < 0:
+        return "..."
+    if isinstance(value, Record):
+        visible = {name: part for name, part in value.attributes.items() if not name.startswith("_")}
+        return plain(visible, depth, budget)
+    if isinstance(value, dict):
+        return {str(key): plain(part, depth - 1, budget) for key, part in list(value.items())[:MAX_PLAIN]}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [plain(part, depth - 1, budget) for part in list(value)[:MAX_PLAIN]]
+    if isinstance(value, Tensor):
+        return value.item() if value.numel() == 1 else f"tensor {list(value.shape)} {value.dtype}"
+    return value if isinstance(value, (str, int, float, bool, type(None))) else f"({type(value).__name__})"
+
+
+def official_state(network: Network) -> dict[str, Tensor]:
+    """The state dict that the official module of this network loads strictly."""
+    return {name: value.detach().cpu().contiguous().clone() for name, value in network.state.items()}
