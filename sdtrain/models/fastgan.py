@@ -77,6 +77,8 @@ class ConditionalBatchNorm2d(Advancing):
 
     ghost_batch: int | None = None
     eps, momentum = 1e-5, 0.1
+    stored_mean: Tensor
+    stored_var: Tensor
 
     def __init__(self, num_channels: int, embedding_dim: int) -> None:
         super().__init__()
@@ -211,7 +213,7 @@ class Synthesis(nn.Module):
         feat = {4: self.init(z)}
         for r in self.levels:
             block = self.get_submodule(f"feat_{r}")
-            feat[r] = block(feat[r // 2], e, _noises(draws, r, block.num_noises))
+            feat[r] = block(feat[r // 2], e, _noises(draws, r, block.num_noises))  # type: ignore[arg-type]
             if r in EXCITED_BY:
                 feat[r] = self.get_submodule(f"se_{r}")(feat[EXCITED_BY[r]], feat[r])
         return self.to_big(feat[self.levels[-1]])

@@ -239,7 +239,7 @@ def randomise_projections(net: Projections, seed: int) -> None:
     for module in net.modules():
         if isinstance(module, nn.Conv2d):
             bound = 1 / math.sqrt(module.in_channels)
-            for tensor in (module.weight, module.bias):
+            for tensor in module.parameters():
                 tensor.copy_((2 * torch.rand(tensor.shape, generator=rng) - 1) * bound)
 
 
@@ -252,7 +252,7 @@ class FeatureNetwork(nn.Module):
         self.scratch = Projections(options.projection_width, options.expand)
         self.channels = self.scratch.channels
         self.train(False)
-        if not self.scratch.layer0_ccm.weight.is_meta:
+        if not next(self.scratch.parameters()).is_meta:
             randomise_projections(self.scratch, options.projection_seed)
             self._fill_features(weights, options.projection_seed)
         frozen(self)
@@ -416,18 +416,24 @@ class Discriminator(nn.Module):
 
 def heads(options: DiscriminatorOptions, channels: list[int], input_size: int, num_classes: int) -> list[nn.Module]:
     """One head for each of the first `num_discs` projections of an input of `input_size` pixels."""
-    conditional = {
-        "num_embeddings": options.num_embeddings,
-        "embedding_dim": options.embedding_dim,
-        "cmap_dim": options.cmap_dim,
-    }
     starts = NOMINAL_RESOLUTIONS if input_size >= SMALLEST_OFFICIAL else projection_sizes(input_size)
     built: list[nn.Module] = []
     for c_in, start in zip(channels[: options.num_discs], starts, strict=False):
-        widths = head_channels(c_in, start, options.head_width)
-        shape = {"separable": options.separable, "patch": options.patch}
-        built.append(SingleDiscCond(widths, **shape, **conditional) if num_classes else SingleDisc(widths, **shape))
+        built.append(_head(options, head_channels(c_in, start, options.head_width), num_classes))
     return built
+
+
+def _head(options: DiscriminatorOptions, widths: list[int], num_classes: int) -> nn.Module:
+    if not num_classes:
+        return SingleDisc(widths, separable=options.separable, patch=options.patch)
+    return SingleDiscCond(
+        widths,
+        separable=options.separable,
+        patch=options.patch,
+        num_embeddings=options.num_embeddings,
+        embedding_dim=options.embedding_dim,
+        cmap_dim=options.cmap_dim,
+    )
 
 
 def projection_sizes(input_size: int) -> tuple[int, ...]:
