@@ -1,7 +1,7 @@
 """Open shards as a data set: number of samples, labels, resolution, hash. Free of torch.
 
-A source is a folder made by `sdtrain pack`, a glob or brace pattern of tars, an address of either (http, s3, pipe), or a
-list of those. Shards without an index are indexed by their headers; the index is kept beside them or in the cache.
+A source is a folder made by `sdtrain pack`, a glob or brace pattern of tars, an address of either (http, s3, pipe), or
+a list of those. Shards without an index are indexed by their headers; the index is kept beside them or in the cache.
 """
 
 from __future__ import annotations
@@ -81,7 +81,8 @@ class Dataset:
         size = f"{self.resolution} px" if self.resolution else "mixed sizes"
         labels = f", {self.num_classes} classes" if self.num_classes else ""
         hurt = f", {len(self.damage)} damaged places (run: sdtrain verify {self.source})" if self.damage else ""
-        return f"{self.source}: {self.num_samples} images, {size}{labels}, {len(self.shards)} shards, {self.hash[:12]}{hurt}"
+        shards = f"{len(self.shards)} shards, {self.hash[:12]}"
+        return f"{self.source}: {self.num_samples} images, {size}{labels}, {shards}{hurt}"
 
 
 def read_at(path: str | Path, offset: int, size: int) -> bytes:
@@ -95,11 +96,16 @@ def read_at(path: str | Path, offset: int, size: int) -> bytes:
     return data
 
 
-def open_dataset(source: str | Path | Sequence[str], cache: str | Path | None = None) -> Dataset:
-    """Open a source. Raises DataError when nothing matches, nothing is usable, or an index is stale."""
+def open_dataset(
+    source: str | Path | Sequence[str], cache: str | Path | None = None, keep_index: bool = True
+) -> Dataset:
+    """Open a source. Raises DataError when nothing matches, nothing is usable, or an index is stale.
+
+    Nothing is written with `keep_index=False`, except what must be fetched.
+    """
     sources = [str(source)] if isinstance(source, (str, Path)) else [str(s) for s in source]
     cache_dir = Path(cache) if cache else remote.default_cache()
-    parts = [_open_one(s, cache_dir) for s in sources]
+    parts = [_open_one(s, cache_dir, keep_index) for s in sources]
     if not parts:
         raise DataError("the list of data sources is empty; name a packed folder or a pattern of tars")
     dataset = parts[0] if len(parts) == 1 else _join(parts)
@@ -109,7 +115,7 @@ def open_dataset(source: str | Path | Sequence[str], cache: str | Path | None = 
     return dataset
 
 
-def _open_one(source: str, cache: Path) -> Dataset:
+def _open_one(source: str, cache: Path, keep_index: bool) -> Dataset:
     if remote.is_remote(source) and source.endswith("/"):
         remote.fetch(source + INDEX_NAME, cache)
         folder = remote.fetch(source + MANIFEST_NAME, cache).parent
@@ -117,7 +123,7 @@ def _open_one(source: str, cache: Path) -> Dataset:
     if (Path(source) / MANIFEST_NAME).is_file():
         folder = Path(source)
         return _open_packed(source, folder, [str(folder / name) for name in _manifest_shards(folder)], cache)
-    return _open_loose(source, expand(source), cache)
+    return _open_loose(source, expand(source), cache, keep_index)
 
 
 def expand(source: str) -> list[str]:
@@ -128,7 +134,9 @@ def expand(source: str) -> list[str]:
     for pattern in [source] if source.startswith("pipe:") and not BRACE.search(source) else _braces(source):
         found.extend([pattern] if remote.is_remote(pattern) else sorted(glob.glob(pattern)))
     if not found:
-        raise DataError(f"no shard matches {source} (looked from {os.getcwd()}); check the path, or make shards with: sdtrain pack")
+        raise DataError(
+            f"no shard matches {source} (looked from {os.getcwd()}); check the path, or make shards with: sdtrain pack"
+        )
     return list(dict.fromkeys(found))
 
 
@@ -150,7 +158,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest = json.loads((folder / MANIFEST_NAME).read_text())
         return {**manifest, "shards": [dict(shard) for shard in manifest["shards"]]}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{folder / MANIFEST_NAME} is damaged ({error}); run: sdtrain pack --reindex {folder}") from None
+        raise DataError(
+            f"{folder / MANIFEST_NAME} is damaged ({error}); run: sdtrain pack --reindex {folder}"
+        ) from None
 
 
 def _manifest_shards(folder: Path) -> list[str]:
@@ -160,10 +170,14 @@ def _manifest_shards(folder: Path) -> list[str]:
 def _open_packed(source: str, folder: Path, shards: list[str], cache: Path) -> Dataset:
     manifest = read_manifest(folder)
     if not (folder / INDEX_NAME).is_file():
-        raise DataError(f"{folder} has a manifest but no {INDEX_NAME}; rebuild it with: sdtrain pack --reindex {folder}")
+        raise DataError(
+            f"{folder} has a manifest but no {INDEX_NAME}; rebuild it with: sdtrain pack --reindex {folder}"
+        )
     index = load_index(folder / INDEX_NAME)
     if [os.path.basename(s) for s in shards] != index.shards.tolist():
-        raise DataError(f"{folder / INDEX_NAME} lists other shards than the manifest; run: sdtrain pack --reindex {folder}")
+        raise DataError(
+            f"{folder / INDEX_NAME} lists other shards than the manifest; run: sdtrain pack --reindex {folder}"
+        )
     return Dataset(
         source=source,
         shards=tuple(shards),
@@ -185,15 +199,17 @@ def _size_damage(shards: list[str], index: Index) -> list[tuple[str, str, str]]:
             continue
         size = os.path.getsize(path) if os.path.isfile(path) else -1
         if size > expected:
-            raise DataError(f"{path} has {size} bytes, its index says {expected}: the index is stale; run: sdtrain pack --reindex")
+            raise DataError(
+                f"{path} has {size} bytes, its index says {expected}: the index is stale; run: sdtrain pack --reindex"
+            )
         if size != expected:
             reason = "missing shard" if size < 0 else f"truncated tar: {expected - size} bytes are missing"
             damage.append((os.path.basename(path), "", reason))
     return damage
 
 
-def _open_loose(source: str, shards: list[str], cache: Path) -> Dataset:
-    index, damage = _loose_index(shards, cache)
+def _open_loose(source: str, shards: list[str], cache: Path, keep_index: bool) -> Dataset:
+    index, damage = _loose_index(shards, cache, keep_index)
     num_classes = int(index.label.max(initial=-1)) + 1
     dataset = Dataset(
         source=source,
@@ -208,23 +224,29 @@ def _open_loose(source: str, shards: list[str], cache: Path) -> Dataset:
     return Dataset(**{**dataset.__dict__, "resolution": _probed_resolution(dataset)})
 
 
-def _loose_index(shards: list[str], cache: Path) -> tuple[Index, list[tuple[str, str, str]]]:
+def _loose_index(shards: list[str], cache: Path, keep_index: bool) -> tuple[Index, list[tuple[str, str, str]]]:
     paths = [remote.fetch(s, cache) if remote.is_remote(s) else Path(s) for s in shards]
-    stamp = hashlib.sha256(repr([(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in paths]).encode()).hexdigest()[:16]
-    for kept in (paths[0].parent / f".index-{stamp}.npz", cache / f"index-{stamp}.npz"):
+    places = _index_places(paths, cache)
+    for kept in places:
         if kept.is_file():
             return load_index(kept), []
     index, damage = build_index(paths, [os.path.basename(s) for s in shards])
-    if not damage:
-        _keep_index(index, stamp, [paths[0].parent, cache])
+    if keep_index and not damage:
+        _keep_index(index, places)
     return index, damage
 
 
-def _keep_index(index: Index, stamp: str, folders: list[Path]) -> None:
-    name = f"index-{stamp}.npz"
-    for folder, path in ((folders[0], folders[0] / f".{name}"), (folders[1], folders[1] / name)):
+def _index_places(paths: list[Path], cache: Path) -> list[Path]:
+    """Beside the shards, else in the cache. The name changes with any shard, so a stale index is never found."""
+    state = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
+    stamp = hashlib.sha256(repr(state).encode()).hexdigest()[:16]
+    return [paths[0].parent / f".index-{stamp}.npz", cache / f"index-{stamp}.npz"]
+
+
+def _keep_index(index: Index, places: list[Path]) -> None:
+    for path in places:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             return index.save(path)
         except OSError:
             continue  # a read-only place; the next one, or scanning again at the next start, serves as well
@@ -253,7 +275,9 @@ def _join(parts: list[Dataset]) -> Dataset:
     """Several sources behind one another; labels must mean the same."""
     names = {part.label_names for part in parts}
     if len(names) > 1:
-        raise DataError(f"sources disagree about their classes ({sorted(map(len, names))} of them); pack them together instead")
+        raise DataError(
+            f"sources disagree about their classes ({sorted(map(len, names))} of them); pack them together instead"
+        )
     resolutions = {part.resolution for part in parts}
     return Dataset(
         source=", ".join(part.source for part in parts),
@@ -272,6 +296,8 @@ def _join_indexes(indexes: list[Index]) -> Index:
     shard_starts = np.cumsum([0] + [len(i.shards) for i in indexes])
     byte_starts = np.cumsum([0] + [len(i.key_bytes) for i in indexes])
     joined = {name: np.concatenate([getattr(i, name) for i in indexes]) for name in Index.__dataclass_fields__}
-    joined["shard"] = np.concatenate([i.shard + np.int32(start) for i, start in zip(indexes, shard_starts, strict=False)])
+    joined["shard"] = np.concatenate(
+        [i.shard + np.int32(start) for i, start in zip(indexes, shard_starts, strict=False)]
+    )
     joined["key_ends"] = np.concatenate([i.key_ends + start for i, start in zip(indexes, byte_starts, strict=False)])
     return Index(**joined)

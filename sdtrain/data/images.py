@@ -1,4 +1,4 @@
-"""What happens to every kind of image file, in one place: packing, streaming, verifying, upscaling and evaluating agree.
+"""What happens to every kind of image file, in one place, so that packing, streaming, verifying and upscaling agree.
 
 | found                                             | outcome                                                        |
 |---------------------------------------------------|----------------------------------------------------------------|
@@ -30,7 +30,15 @@ MIN_SIDE = 4
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
 # Only raster formats that Pillow decodes by itself; EPS, for one, would start Ghostscript.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "MPO")
-NAMES_OF_MODES = {"1": "bilevel", "L": "grey", "P": "palette", "LA": "alpha", "La": "alpha", "RGBA": "alpha", "PA": "alpha"}
+NAMES_OF_MODES = {
+    "1": "bilevel",
+    "L": "grey",
+    "P": "palette",
+    "LA": "alpha",
+    "La": "alpha",
+    "RGBA": "alpha",
+    "PA": "alpha",
+}
 TRUNCATED_WORDS = ("truncated", "premature", "unexpected end", "not enough image data")
 
 
@@ -148,8 +156,8 @@ def _to_rgb(image: Image.Image, notes: list[str]) -> Image.Image:
 
 
 def _fits_16_bits(image: Image.Image) -> bool:
-    low, high = image.getextrema()
-    return low >= 0 and high < 1 << 16
+    values = np.asarray(image)
+    return bool(values.min() >= 0 and values.max() < 1 << 16)
 
 
 def _over_white(image: Image.Image) -> Image.Image:

@@ -1,6 +1,6 @@
 """The list of samples of a data set: which bytes of which shard, and the label. Arrays only, so 100,000 load at once.
 
-    index.npz    shards, shard_sizes, keys (one blob and its cuts), shard, offset, size, label, lq_offset, lq_size
+index.npz    shards, shard_sizes, keys (one blob and its cuts), shard, offset, size, label, lq_offset, lq_size
 """
 
 from __future__ import annotations
@@ -57,7 +57,9 @@ def load_index(path: Path) -> Index:
         with np.load(path, allow_pickle=False) as arrays:
             return Index(**{name: arrays[name] for name in FIELDS})
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path} is not a usable index ({error}); rebuild it with: sdtrain pack --reindex {path.parent}") from None
+        raise DataError(
+            f"{path} is not a usable index ({error}); rebuild it with: sdtrain pack --reindex {path.parent}"
+        ) from None
 
 
 @dataclass

@@ -32,8 +32,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--crop", choices=("center", "none"), default="none", help="what to do with images that are not square")
     add("--resize", choices=FILTER_NAMES, default="lanczos", help="resize filter, recorded because FID depends on it")
     add("--enlarge", action="store_true", help="accept images smaller than --resolution")
-    add("--labels", choices=("none", "folder"), default="none", help="class of an image: its first folder, in name order")
-    add("--format", choices=("png", "jpeg", "keep"), default="png", help="keep: the file's own bytes where nothing changes")
+    add(
+        "--labels",
+        choices=("none", "folder"),
+        default="none",
+        help="class of an image: its first folder, in name order",
+    )
+    add(
+        "--format",
+        choices=("png", "jpeg", "keep"),
+        default="png",
+        help="keep: the file's own bytes where nothing changes",
+    )
     add("--quality", type=int, default=95, help="of JPEG, 1 to 100")
     add("--list", metavar="FILE", help="pack only the names in FILE (one a line)")
     add("--exclude-list", metavar="FILE", help="leave out the names in FILE")
@@ -42,7 +52,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-pixels", type=int, default=1 << 26, help="reject larger images (decompression bombs)")
     add("--workers", type=int, default=os.cpu_count() or 1, help="processes")
     add("--overwrite", action="store_true", help="replace shards made with other choices")
-    add("--reindex", action="store_true", help="rebuild index and manifest of the shard folder SOURCE from its tars alone")
+    add(
+        "--reindex",
+        action="store_true",
+        help="rebuild index and manifest of the shard folder SOURCE from its tars alone",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -53,7 +67,9 @@ def run(args: argparse.Namespace) -> int:
     try:
         return _pack(args)
     except OSError as error:
-        raise DataError(f"packing into {args.out} failed: {error.strerror or error}; check rights and free space, then run again") from None
+        raise DataError(
+            f"packing into {args.out} failed: {error.strerror or error}; check rights and free space, then run again"
+        ) from None
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -61,7 +77,9 @@ def check_arguments(args: argparse.Namespace) -> None:
     if not args.out:
         raise DataError("OUT is missing: sdtrain pack SOURCE OUT (only --reindex takes one folder)")
     if sum((args.resolution > 0, args.tile > 0, args.keep)) != 1:
-        raise DataError("choose exactly one of --resolution N, --tile N and --keep, so that the size of the images is a decision")
+        raise DataError(
+            "choose exactly one of --resolution N, --tile N and --keep, so that the size of the images is a decision"
+        )
     if not 1 <= args.quality <= 100:
         raise DataError(f"--quality {args.quality} is not between 1 and 100")
     if args.stride < 0 or (args.stride and not args.tile):
@@ -92,7 +110,9 @@ def _pack(args: argparse.Namespace) -> int:
         return EXIT_OK
     markers = {job.number: marker for job in jobs if (marker := finished(job))}
     markers |= _run([job for job in jobs if job.number not in markers], len(files), args.workers)
-    manifest = finish(out, [markers[job.number] for job in jobs], _about(args, shape, jobs[0].plan, len(files)), label_names)
+    manifest = finish(
+        out, [markers[job.number] for job in jobs], _about(args, shape, jobs[0].plan, len(files)), label_names
+    )
     _summary(out, manifest)
     return EXIT_OK
 
@@ -197,7 +217,12 @@ def _about(args: argparse.Namespace, shape: Shape, plan: str, num_files: int) ->
 
     import PIL
 
-    about = asdict(shape) | {"source": Path(args.source).name, "num_source_files": num_files, "plan": plan, "pillow": PIL.__version__}
+    about = asdict(shape) | {
+        "source": Path(args.source).name,
+        "num_source_files": num_files,
+        "plan": plan,
+        "pillow": PIL.__version__,
+    }
     about["resolution"] = args.resolution or args.tile or None
     about["list"] = args.list and Path(args.list).name
     about["exclude_list"] = args.exclude_list and Path(args.exclude_list).name
@@ -206,7 +231,8 @@ def _about(args: argparse.Namespace, shape: Shape, plan: str, num_files: int) ->
 
 def _summary(out: Path, manifest: dict[str, Any]) -> None:
     total_mb = sum(shard["size"] for shard in manifest["shards"]) / MB
-    print(f"{out}: {manifest['count']} images in {len(manifest['shards'])} shards, {total_mb:.1f} MB, hash {manifest['hash'][:12]}")
+    shards = f"{len(manifest['shards'])} shards, {total_mb:.1f} MB, hash {manifest['hash'][:12]}"
+    print(f"{out}: {manifest['count']} images in {shards}")
     for reason, count in manifest["converted"].items():
         print(f"  converted to RGB: {count} ({reason})")
     reasons = Counter(reason.partition(":")[0] for _, reason in manifest["rejected"])

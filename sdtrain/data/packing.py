@@ -1,9 +1,9 @@
 """Packing proper: the source is cut into shards beforehand, each shard is one job, finished jobs leave a marker.
 
-    OUT/shard-000000.tar ...   plain webdataset shards
-    OUT/index.npz              offsets of all members
-    OUT/manifest.json          what this is; written last, so its presence means complete
-    OUT/.pack/000000.json      marker of a finished shard while packing; removed at the end
+OUT/shard-000000.tar ...   plain webdataset shards
+OUT/index.npz              offsets of all members
+OUT/manifest.json          what this is; written last, so its presence means complete
+OUT/.pack/000000.json      marker of a finished shard while packing; removed at the end
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -87,7 +88,7 @@ def run_job(job: Job) -> dict[str, Any]:
                 count += _add(writer, key_of(number, file.name), made, file.label, many=bool(job.shape.tile))
                 converted.update(notes)
                 labels[file.label] += len(made)
-            except (ImageRejected, zipfile.BadZipFile, zipfile.zlib.error) as error:
+            except (ImageRejected, zipfile.BadZipFile, zlib.error) as error:
                 rejected.append((file.name, str(error)))
             _tick()
         size, sha256 = writer.close()
@@ -124,7 +125,9 @@ def run_jobs(jobs: Sequence[Job], num_processes: int, advance: Callable[[int], N
         return [_run_here(job, advance) for job in jobs]
     context = get_context("spawn")
     counter = context.Value("q", 0)
-    with ProcessPoolExecutor(min(num_processes, len(jobs)), context, initializer=_use_counter, initargs=(counter,)) as pool:
+    with ProcessPoolExecutor(
+        min(num_processes, len(jobs)), context, initializer=_use_counter, initargs=(counter,)
+    ) as pool:
         futures = [pool.submit(run_job, job) for job in jobs]
         try:
             _follow(futures, counter, advance)
@@ -161,7 +164,9 @@ def _tick() -> None:
             _counter.value += 1
 
 
-def finish(out: Path, markers: Sequence[dict[str, Any]], about: dict[str, Any], label_names: Sequence[str]) -> dict[str, Any]:
+def finish(
+    out: Path, markers: Sequence[dict[str, Any]], about: dict[str, Any], label_names: Sequence[str]
+) -> dict[str, Any]:
     """Write index and manifest, drop the markers, return the manifest. Raises DataError when no image was usable."""
     rejected = [pair for marker in markers for pair in marker["rejected"]]
     if not sum(marker["count"] for marker in markers):

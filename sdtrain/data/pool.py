@@ -1,4 +1,4 @@
-"""Decoding processes behind two calls: `submit` a batch of requests to a slot of shared memory, `wait` for its pixels."""
+"""Decoding processes behind two calls: `submit` requests to a slot of shared memory, `wait` for their pixels."""
 
 from __future__ import annotations
 
@@ -30,7 +30,16 @@ class WorkerError(RuntimeError):
 class Pool:
     """`num_workers` processes that decode into `num_slots` slots of `slot_bytes`; 0 processes decodes in `wait`."""
 
-    def __init__(self, dataset: Dataset, *, num_workers: int, num_slots: int, slot_bytes: int, pad: bool = False, stuck_sec: float = STUCK_SEC) -> None:
+    def __init__(
+        self,
+        dataset: Dataset,
+        *,
+        num_workers: int,
+        num_slots: int,
+        slot_bytes: int,
+        pad: bool = False,
+        stuck_sec: float = STUCK_SEC,
+    ) -> None:
         self.slot_bytes, self._stuck_sec = slot_bytes, stuck_sec
         self._fd = _anonymous_file(num_slots * slot_bytes)
         self._memory = mmap.mmap(self._fd, num_slots * slot_bytes)
@@ -122,7 +131,9 @@ class Pool:
         try:
             number, line = self._answers.get(timeout=self._stuck_sec)
         except queue.Empty:
-            raise WorkerError(f"no decoding process answered for {self._stuck_sec:g} s; is the storage of the shards stuck?") from None
+            raise WorkerError(
+                f"no decoding process answered for {self._stuck_sec:g} s; is the storage of the shards stuck?"
+            ) from None
         if not line:
             self._report_death(number)
         answer = json.loads(line)
@@ -132,7 +143,11 @@ class Pool:
     def _report_death(self, number: int) -> None:
         code = self.workers[number].wait(timeout=10)
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-        hint = "the machine may be out of memory; lower data.workers or data.prefetch" if code == -9 else "its own message is above"
+        hint = (
+            "the machine may be out of memory; lower data.workers or data.prefetch"
+            if code == -9
+            else "its own message is above"
+        )
         raise WorkerError(f"decoding worker {number} (pid {self.workers[number].pid}) {how}; {hint}")
 
 

@@ -72,11 +72,15 @@ def read_all(dataset: Dataset, indices: Sequence[int] | np.ndarray | None = None
 
 def _side(dataset: Dataset) -> int:
     if dataset.resolution is None:
-        raise DataError(f"{dataset.source} holds images of mixed sizes, which do not stack; read them one by one (batch of 1)")
+        raise DataError(
+            f"{dataset.source} holds images of mixed sizes, which do not stack; read them one by one (batch of 1)"
+        )
     return dataset.resolution
 
 
-def _kept(dataset: Dataset, chunk: np.ndarray, found_bad: list[tuple[int, str]], bad: list[tuple[str, str, str]] | None) -> np.ndarray:
+def _kept(
+    dataset: Dataset, chunk: np.ndarray, found_bad: list[tuple[int, str]], bad: list[tuple[str, str, str]] | None
+) -> np.ndarray:
     keep = np.ones(len(chunk), bool)
     for row, reason in found_bad:
         i = int(chunk[row])

@@ -1,7 +1,7 @@
 """Remote shards become local files on first need.
 
-    CACHE/<digest of the folder url>/shard-000000.tar    complete, and of the manifest's sha256 where one is known
-    CACHE/<digest of the folder url>/.lock-<shard>       held while one process of the machine fetches it
+CACHE/<digest of the folder url>/shard-000000.tar    complete, and of the manifest's sha256 where one is known
+CACHE/<digest of the folder url>/.lock-<shard>       held while one process of the machine fetches it
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def cached_path(url: str, cache: Path) -> Path:
 
 
 def fetch(url: str, cache: Path, sha256: str = "") -> Path:
-    """Return the local copy of a remote file, fetching it if absent. Raises DataError when it cannot be had or differs."""
+    """Return the local copy of a remote file, fetching it if absent. Raises DataError when that fails."""
     path = cached_path(url, cache)
     if path.exists():
         return path
@@ -44,7 +44,9 @@ def fetch(url: str, cache: Path, sha256: str = "") -> Path:
             if not path.exists():
                 _download(url, path, sha256)
     except OSError as error:
-        raise DataError(f"fetching {url} into {cache} failed ({error}); check the address and the cache folder") from None
+        raise DataError(
+            f"fetching {url} into {cache} failed ({error}); check the address and the cache folder"
+        ) from None
     return path
 
 
@@ -59,7 +61,9 @@ def _download(url: str, path: Path, sha256: str) -> None:
                 file.write(chunk)
                 digest.update(chunk)
         if sha256 and digest.hexdigest() != sha256:
-            raise DataError(f"{url} has sha256 {digest.hexdigest()[:12]}..., its manifest says {sha256[:12]}...; fetch or pack it again")
+            raise DataError(
+                f"{url} has sha256 {digest.hexdigest()[:12]}..., its manifest {sha256[:12]}...; pack or upload it again"
+            )
         file.commit()
     except BaseException:
         file.abandon()

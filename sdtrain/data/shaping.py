@@ -40,7 +40,7 @@ class Shape:
 
 
 def pieces(data: bytes, shape: Shape) -> tuple[list[tuple[str, bytes]], tuple[str, ...]]:
-    """The encoded images one file becomes: ([(extension, bytes)], conversions). Raises ImageRejected with the reason."""
+    """What one file becomes: ([(extension, encoded bytes)], conversions). Raises ImageRejected with the reason."""
     image, notes = decode_image(data, shape.max_pixels)
     kept = KEPT_FORMATS.get(_format_of(data), "") if shape.format == "keep" and not notes else ""
     if shape.tile:

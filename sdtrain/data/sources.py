@@ -31,20 +31,28 @@ def list_source(source: Path) -> list[SourceFile]:
     else:
         raise DataError(f"{source} is neither a folder nor a zip archive; unpack it first")
     if not files:
-        raise DataError(f"{source} holds no image files; looked for png, jpg, webp, bmp, tif, gif and ppm in all sub-folders")
+        raise DataError(
+            f"{source} holds no image files; looked for png, jpg, webp, bmp, tif, gif and ppm in all sub-folders"
+        )
     return sorted(files, key=lambda f: f.name)
 
 
 def _folder_files(folder: Path) -> list[SourceFile]:
     if (folder / "data.mdb").is_file():
-        raise DataError(f"{folder} is an LMDB; export it to a folder of .webp files first (lsun's own data.py export does that)")
+        raise DataError(
+            f"{folder} is an LMDB; export it to a folder of .webp files first (lsun's own data.py export does that)"
+        )
     paths = (path for path in folder.rglob("*") if is_image_name(path.name) and path.is_file())
     return [SourceFile(path.relative_to(folder).as_posix(), path.stat().st_size) for path in paths]
 
 
 def _zip_files(path: Path) -> list[SourceFile]:
     with zipfile.ZipFile(path) as archive:
-        return [SourceFile(i.filename, i.file_size) for i in archive.infolist() if not i.is_dir() and is_image_name(i.filename)]
+        return [
+            SourceFile(i.filename, i.file_size)
+            for i in archive.infolist()
+            if not i.is_dir() and is_image_name(i.filename)
+        ]
 
 
 class SourceReader:
@@ -79,7 +87,9 @@ def _names_in(path: str) -> set[str]:
     try:
         lines = Path(path).read_text().splitlines()
     except OSError as error:
-        raise DataError(f"list {path} cannot be read ({error.strerror}); give a text file with one name a line") from None
+        raise DataError(
+            f"list {path} cannot be read ({error.strerror}); give a text file with one name a line"
+        ) from None
     return {line.strip() for line in lines if line.strip() and not line.startswith("#")}
 
 
@@ -92,7 +102,9 @@ def _all_found(names: set[str], files: Sequence[SourceFile], path: str) -> None:
     missing = sorted(names - known)
     if missing:
         shown = ", ".join(missing[:3])
-        raise DataError(f"list {path} names {len(missing)} files that the source lacks ({shown}); names are paths inside it")
+        raise DataError(
+            f"list {path} names {len(missing)} files that the source lacks ({shown}); names are paths inside it"
+        )
 
 
 def with_folder_labels(files: Sequence[SourceFile]) -> tuple[list[SourceFile], list[str]]:
@@ -100,7 +112,9 @@ def with_folder_labels(files: Sequence[SourceFile]) -> tuple[list[SourceFile], l
     tops = [PurePosixPath(f.name).parts for f in files]
     loose = [f.name for f, parts in zip(files, tops, strict=True) if len(parts) < 2]
     if loose:
-        raise DataError(f"{len(loose)} images lie in no class folder ({loose[0]}); move them, or pack with --labels none")
+        raise DataError(
+            f"{len(loose)} images lie in no class folder ({loose[0]}); move them, or pack with --labels none"
+        )
     names = sorted({parts[0] for parts in tops})
     number = {name: i for i, name in enumerate(names)}
     return [SourceFile(f.name, f.size, number[parts[0]]) for f, parts in zip(files, tops, strict=True)], names

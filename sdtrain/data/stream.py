@@ -1,4 +1,4 @@
-"""Batches of training images: step -> positions -> samples -> pixels. Nothing is remembered between steps but what is bad.
+"""Batches of training images: step -> positions -> samples -> pixels. Only bad samples are remembered.
 
 Resuming is `start_step`. Ranks appear only as the numbers of the ghosts they own, workers only as speed.
 """
@@ -46,8 +46,8 @@ class Stream:
 
     ghosts      the ghosts of the global batch to deliver, ghost g being positions g*ghost_batch ... of the step
     resolution  what the model needs; with `crop`, images may have any size not smaller (or any with `pad`)
-    max_bad     a fraction (of the data set, distinct samples, at least one unless 0.0) or a whole number (consecutive ones) of unreadable
-                samples above which the stream raises; each bad sample is replaced by a deterministic other one
+    max_bad     unreadable samples above which the stream raises: a fraction of the data set (at least one sample unless
+                0.0) or a whole number in a row; each is replaced by another that seed and position decide
     paired      deliver `KEY.lq.png` too; `scale` is the ratio of the sides
 
     Raises DataError for data that cannot serve the model and when too much is bad, WorkerError when a process dies.
@@ -186,10 +186,12 @@ class Stream:
             # One bad image must not end a run on a small set, unless none at all was allowed.
             allowed = max(1.0, self.max_bad * self.dataset.num_samples) if self.max_bad else 0.0
             if len(self._bad) > allowed:
-                share = f"{len(self._bad)} of {self.dataset.num_samples} samples are unreadable, data.max_bad allows {self.max_bad:g}"
-                raise DataError(share + self._worst())
+                share = f"{len(self._bad)} of {self.dataset.num_samples} samples are unreadable"
+                raise DataError(f"{share}, data.max_bad allows {self.max_bad:g}{self._worst()}")
         elif self._bad_in_a_row > self.max_bad:
-            raise DataError(f"{self._bad_in_a_row} samples in a row are unreadable, max_bad allows {self.max_bad}{self._worst()}")
+            raise DataError(
+                f"{self._bad_in_a_row} samples in a row are unreadable, max_bad allows {self.max_bad}{self._worst()}"
+            )
 
     def _worst(self) -> str:
         counts: dict[str, int] = {}
@@ -210,29 +212,37 @@ class Stream:
 
 
 def one_hot(dataset: Dataset, indices: np.ndarray) -> Tensor | None:
-    """Labels of samples as float32 [n, num_classes], None without classes. A sample without a label has a row of zeros."""
+    """Labels as float32 [n, num_classes], None without classes. A sample without a label has a row of zeros."""
     if dataset.num_classes == 0:
         return None
     labels = torch.from_numpy(dataset.index.label[indices].astype(np.int64))
     return F.one_hot(labels + 1, dataset.num_classes + 1)[:, 1:].float()
 
 
-def check_fits(dataset: Dataset, side: int, *, batch_size: int, crop: int | None = None, channels: int = 3, paired: bool = False) -> None:
+def check_fits(
+    dataset: Dataset, side: int, *, batch_size: int, crop: int | None = None, channels: int = 3, paired: bool = False
+) -> None:
     """Raise DataError when the data cannot feed the model; called by the stream and at plan time."""
     if channels != 3:
-        raise DataError(f"the stream delivers 3 channels, the model asks for {channels}; every image is converted to RGB")
+        raise DataError(
+            f"the stream delivers 3 channels, the model asks for {channels}; every image is converted to RGB"
+        )
     if side < 1:
-        raise DataError(f"{dataset.source} holds images of mixed sizes; set a crop, or pack it with: sdtrain pack --resolution N")
+        raise DataError(
+            f"{dataset.source} holds images of mixed sizes; set a crop, or pack it with: sdtrain pack --resolution N"
+        )
     if crop is None and dataset.resolution is not None and dataset.resolution != side:
         raise DataError(
-            f"{dataset.source} holds {dataset.resolution} px images, the model needs {side} px; pack it again with --resolution {side}"
+            f"{dataset.source} holds {dataset.resolution} px images, the model needs {side} px; pack at {side} px"
         )
     if dataset.num_samples < batch_size:
         raise DataError(
-            f"{dataset.source} has {dataset.num_samples} samples, fewer than the batch of {batch_size}; lower batch_size or add images"
+            f"{dataset.source} has {dataset.num_samples} samples, fewer than a batch of {batch_size}; lower batch_size"
         )
     if paired and not dataset.paired:
-        raise DataError(f"{dataset.source} lacks low-quality partners (KEY.lq.png) for some samples; pack pairs, or degrade on the fly")
+        raise DataError(
+            f"{dataset.source} lacks low-quality partners (KEY.lq.png) for some samples; degrade on the fly instead"
+        )
 
 
 def _positions_in_batch(ghosts: Sequence[int], ghost_batch: int) -> np.ndarray:

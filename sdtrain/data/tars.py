@@ -62,7 +62,8 @@ def scan_tar(path: str | Path) -> Scan:
 
 
 def _walk(fd: int, size: int, scan: Scan) -> None:
-    position, long_name, pax = 0, "", {}
+    position, long_name = 0, ""
+    pax: dict[str, str] = {}
     while True:
         block = os.pread(fd, BLOCK, position)
         if block == bytes(BLOCK):
@@ -74,7 +75,9 @@ def _walk(fd: int, size: int, scan: Scan) -> None:
         start = position + BLOCK
         if start + member_size > size:
             lacking = start + member_size - size
-            scan.damage.append((pax.get("path") or long_name or info.name, f"truncated tar: {lacking} bytes are missing"))
+            scan.damage.append(
+                (pax.get("path") or long_name or info.name, f"truncated tar: {lacking} bytes are missing")
+            )
             return
         position = start + -(-member_size // BLOCK) * BLOCK
         if info.type == tarfile.GNUTYPE_LONGNAME:
