@@ -3,7 +3,7 @@
     DIR/NAME.safetensors     tensors, flat
     DIR/NAME.json            the card: kind, player, role, options, resolution, num_classes, source (file, sha256, what)
 
-`load_network` opens such a pair, a file of a run folder, or an official checkpoint; fine-tuning, sampling and evaluation
+`load_network` opens such a pair, a file of a run folder, or an official checkpoint. Fine-tuning, sampling and evaluation
 go through it.
 """
 
