@@ -221,6 +221,13 @@ def reflect_to(x: Tensor, size: int) -> Tensor:
     return x
 
 
+def source_crop(image: Tensor, size: int, u: Tensor) -> Tensor:
+    """The [3, size, size] window of an image [3, H, W] that is degraded, placed by u [2] in [0, 1)."""
+    image = reflect_to(image, size)
+    top, left = (int(v * (side - size + 1)) for v, side in zip(u.tolist(), image.shape[-2:], strict=True))
+    return image[..., top : top + size, left : left + size]
+
+
 def aligned_crop(hq: Tensor, lq: Tensor, size: int, scale: int, u: Tensor) -> tuple[Tensor, Tensor]:
     """The same window of both: [B, 3, size, size] and [B, 3, size / scale, size / scale], placed by u [2] in [0, 1)."""
     small = size // scale

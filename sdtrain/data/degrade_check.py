@@ -74,7 +74,7 @@ def smallest_side(o: DegradationOptions, scale: int) -> int:
     """The side in pixels below which some filter would have nothing to reflect."""
     need = o.kernel_size[1] // 2 + 1
     side = need * scale  # the last filter works at the final size
-    while int(side * o.resize_range1[0]) < need:
+    while int(side * o.resize_range1[0]) < need or int(side // scale * o.resize_range2[0]) < 1:
         side += scale
     return max(side, USM_MARGIN + 1 if o.sharpen else 0)
 

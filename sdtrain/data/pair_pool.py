@@ -12,6 +12,7 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor
 
+from sdtrain.data.degrade_options import DegradationOptions
 from sdtrain.errors import ConfigError, RunError
 from sdtrain.rng import Draws
 
@@ -31,6 +32,16 @@ def encode(x: Tensor) -> Tensor:
 
 def decode(x: Tensor) -> Tensor:
     return x.float() / 255
+
+
+def pool_for(options: DegradationOptions, ghost_batch: int) -> PairPool | None:
+    """The pool that fits `Degradation.pair` under the same options; None when it is switched off.
+
+    Raises ConfigError if the size is not a multiple of ghost_batch.
+    """
+    if options.pool_size == 0:
+        return None
+    return PairPool(options.pool_size, ghost_batch, ("lq",) if options.keep_sharpened else ("lq", "hq"))
 
 
 class PairPool:
