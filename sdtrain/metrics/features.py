@@ -1,0 +1,111 @@
+"""Feature extractors: uint8 images of any size -> one float32 row an image, and a record of which network that was.
+
+A row is a function of the image and the batch it sits in (the last bits of a convolution depend on the batch size), so
+the evaluator always extracts the same blocks of consecutive samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sdtrain.errors import WeightsError
+from sdtrain.losses.perceptual import vgg_layers
+from sdtrain.metrics.inception import Inception, calibrate, randomise, resize_tf1
+from sdtrain.metrics.rfid import RULE_HASH
+from sdtrain.rng import generator
+from sdtrain.weights import load_weights, weights_digest
+
+VGG_SIDE = 224
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Extractor:
+    """`identity` says everything that decides the features: two results compare only when it is equal."""
+
+    net: nn.Module
+    width: int
+    identity: dict[str, Any]
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """uint8 [N, 3, H, W] -> float32 [N, width]. Full fp32, without TF32 or a search for algorithms."""
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+            return self.net(images).float()
+
+
+def inception(source: str, tap: int, device: torch.device | str = "cpu") -> Extractor:
+    """FID's own network from a local file. Raises WeightsError when the file is missing or another network."""
+    state = load_weights("inception", source)
+    if state is None:
+        raise WeightsError(
+            "FID's Inception was asked for with random weights; choose the extractor `random-inception`."
+        )
+    identity = {
+        "extractor": "inception",
+        "tap": tap,
+        "weights": weights_digest("inception", source),
+        "resize": "tf1 299",
+    }
+    return Extractor(Inception(tap).load(state).to(device), tap, identity)
+
+
+def random_inception(
+    seed: int,
+    tap: int,
+    calibration: Callable[[], list[Tensor]],
+    device: torch.device | str = "cpu",
+) -> Extractor:
+    """Inception with weights from `seed`, batch-norm statistics from the calibration images (rule: `rfid.RULE`)."""
+    net = Inception(tap)
+    randomise(net, seed)
+    net.to(device)
+    calibrate(net, [images.to(device) for images in calibration()])
+    identity = {"extractor": "random-inception", "tap": tap, "seed": seed, "rule": RULE_HASH, "resize": "tf1 299"}
+    return Extractor(net, tap, identity)
+
+
+class VGG16Features(nn.Module):
+    """torch-fidelity's `vgg16` extractor: TF1 resize to 224 px, ImageNet mean and std, fc2 after ReLU."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(*vgg_layers())
+        hidden = [nn.Linear(512 * 7 * 7, 4096), nn.ReLU(), nn.Identity(), nn.Linear(4096, 4096), nn.ReLU()]
+        self.classifier = nn.Sequential(*hidden)
+        self.register_buffer("mean", 255 * torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", 255 * torch.tensor(IMAGENET_STD).view(1, 3, 1, 1), persistent=False)
+        self.requires_grad_(False).eval()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[N, 3, H, W] uint8 -> [N, 4096] float32."""
+        with torch.autocast(images.device.type, enabled=False):
+            x = (resize_tf1(images.float(), VGG_SIDE) - self.mean) / self.std
+            return self.classifier(F.adaptive_avg_pool2d(self.features(x), 7).flatten(1))
+
+
+def vgg16(source: str, device: torch.device | str = "cpu") -> Extractor:
+    """The network of improved precision and recall; `random` is a seeded stand-in."""
+    net, state = VGG16Features(), load_weights("vgg16", source)
+    if state is None:
+        for name, tensor in net.state_dict().items():
+            fan_in = tensor[0].numel() if tensor.ndim > 1 else 1
+            tensor.normal_(0, (2 / fan_in) ** 0.5 if tensor.ndim > 1 else 0.0, generator=generator("vgg16", name))
+    else:
+        net.load_state_dict({key: state[key] for key in net.state_dict()})
+    identity = {
+        "extractor": "vgg16",
+        "tap": "fc2_relu",
+        "weights": weights_digest("vgg16", source),
+        "resize": "tf1 224",
+    }
+    return Extractor(net.to(device), 4096, identity)
