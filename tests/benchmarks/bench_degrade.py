@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=1 python tests/benchmarks/bench_degrade.py [--batch 8] [--size 256] [--rounds 15] [--profile]
 
 The plain way does the same operations as they are usually written: direct convolutions, an 8 x 8 x 8 x 8 tensor
-product a JPEG plane, both noises and a blend. Both sides get the same decisions; before timing, their results are compared with
-the noise switched off. Runs are interleaved, wall time, one torch thread.
+product a JPEG plane, both noises and a blend. Both sides get the same decisions; before timing, their results are
+compared with the noise switched off. Runs are interleaved, wall time, one torch thread.
 """
 
 from __future__ import annotations
