@@ -12,7 +12,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 cd "$ROOT"
 name="quickstart${1:+_$1}"
-[ -f "configs/$name.yaml" ] || fail "configs/$name.yaml does not exist: leave the argument out, or take one of: $(cd configs && ls quickstart_*.yaml 2>/dev/null | sed 's/quickstart_\(.*\).yaml/\1/' | xargs)"
+[ -f "configs/$name.yaml" ] || fail "configs/$name.yaml does not exist; there is: $(echo configs/quickstart*.yaml)"
 resolution="${QUICKSTART_RESOLUTION:-32}"
 
 setup_venv quickstart

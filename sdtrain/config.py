@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -177,10 +178,15 @@ def _choice(source: Source, path: KeyPath, names: list[str], problems: dict[KeyP
     return None
 
 
+@cache
+def _checker(cls: Any) -> TypeAdapter:
+    return TypeAdapter(cls)
+
+
 def _validate(cls: Any, source: Source) -> tuple[Any, dict[KeyPath, str]]:
     # through JSON, because pydantic's strict mode takes sections and lists for dataclasses and tuples only from there
     try:
-        return TypeAdapter(cls).validate_json(json.dumps(source.tree)), {}
+        return _checker(cls).validate_json(json.dumps(source.tree)), {}
     except ValidationError as error:
         return None, messages.type_problems(error, cls, source)
 

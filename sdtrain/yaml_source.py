@@ -24,7 +24,7 @@ PLAIN = {f"tag:yaml.org,2002:{name}": name for name in ("str", "int", "float", "
 PATTERNS = {
     "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
     "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-    "int": (r"[-+]?(?:0|[1-9][0-9_]*)", "-+0123456789"),
+    "int": (r"[-+]?(?:0|[1-9][0-9_]{0,40})", "-+0123456789"),
     "float": (
         r"[-+]?(?:(?:0|[1-9][0-9_]*)(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf)|\.(?:nan|NaN)",
         "-+0123456789.",
@@ -108,6 +108,8 @@ def compose(text: str, shown: str) -> yaml.Node | None:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}" if mark else ""
         raise ConfigError(f"{shown}{line}: not valid YAML: {error.problem or error.context}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{shown}: not a configuration: sections are nested too deeply") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{shown}: not valid YAML: {' '.join(str(error).split())}") from error
 

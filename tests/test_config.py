@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -373,6 +374,42 @@ def test_two_files_cannot_extend_each_other():
     assert refusal("base: y.yaml\n" + GOOD) == (
         "y.yaml:1: base 'x.yaml' leads back to y.yaml: a configuration cannot extend itself"
     )
+
+
+def test_sections_nested_without_end_are_refused():
+    assert refusal("a: " + "[" * 5000) == "x.yaml: not a configuration: sections are nested too deeply"
+
+
+def test_any_damaged_file_gives_a_sentence_and_never_a_traceback():
+    chance = random.Random(5)
+    pieces = [
+        *GOOD,
+        *GOOD.split("\n"),
+        "[",
+        "{a",
+        "!!python/name:x ",
+        "&a",
+        "\t",
+        "\0",
+        "null",
+        ": ",
+        "- ",
+        "1e999",
+        "?",
+        '"',
+    ]
+    outcomes = []
+    for _ in range(400):
+        text = GOOD
+        for _ in range(chance.randint(1, 4)):
+            at = chance.randrange(len(text))
+            text = text[:at] + chance.choice(pieces) + text[at + chance.randint(0, 9) :]
+        try:
+            load(text)
+            outcomes.append("fine")
+        except ConfigError as error:
+            outcomes.append(str(error).split(":")[0][:6])
+    assert {"fine", "x.yaml", "2 prob"} <= set(outcomes)
 
 
 @pytest.mark.parametrize("text", ["", "- a\n- b\n", "word"])
