@@ -184,8 +184,8 @@ def load_features(net: EfficientNetLite0, weights: Mapping[str, Tensor]) -> None
 def randomise_features(net: EfficientNetLite0, seed: int) -> None:
     """Seeded random features: He-normal convolutions, and batch-norm statistics measured on smooth noise.
 
-    The statistics are what keeps deep features alive: without them the scale of an untrained network decays or explodes
-    with depth. Smooth noise (three octaves) has about the spectrum of photographs.
+    Without the statistics the constant offsets of channels drown what differs between images (channel means make up
+    three quarters of the spread instead of a third). Smooth noise (three octaves) is closer to photographs than white.
     """
     rng = generator("projected", "features", seed)
     for module in net.modules():

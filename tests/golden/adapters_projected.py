@@ -40,16 +40,14 @@ def fastgan(case: Any) -> Iterator[tuple]:
 def _fastgan_net(case: Any) -> nn.Module:
     from sdtrain.models.fastgan import Generator, GeneratorOptions
 
-    config = case.entry["config"]
-    num_classes = config["num_classes"] or 0 if config.get("cond") else 0
+    config, state = case.entry["config"], case.group("sd.")
+    num_embeddings = len(state["synthesis.embed.weight"]) if config.get("cond") else 1
+    num_classes = (config.get("num_classes") or num_embeddings) if config.get("cond") else 0
     options = GeneratorOptions(
-        z_dim=config["z_dim"],
-        ngf=config["ngf"],
-        lite=config["lite"],
-        num_embeddings=max(num_classes, 1),
+        z_dim=config["z_dim"], ngf=config["ngf"], lite=config["lite"], num_embeddings=num_embeddings
     )
     net = Generator(options, resolution=config["img_resolution"], num_classes=num_classes)
-    net.load_state_dict(case.group("sd."))
+    net.load_state_dict(state)
     return net
 
 
@@ -197,7 +195,9 @@ def big(case: Any) -> Iterator[tuple]:
             yield f"out.multiscale.sep{int(sep)}.logits", heads(projections)
     yield from _full(case, case.fill(net, "pg"), inputs["pg.full.x"])
     z = inputs["pg.bigG.z"]
-    generator = case.fill(Generator(GeneratorOptions(z_dim=z.shape[1]), resolution=size), "pg").eval()
+    with torch.device("meta"):
+        generator = Generator(GeneratorOptions(z_dim=z.shape[1]), resolution=size)
+    generator = case.fill(generator.to_empty(device="cpu"), "pg").eval()
     with torch.no_grad():
         image = generator(z)
     stride = size // case.tensors["out.bigG.img_strided"].shape[-1]

@@ -68,7 +68,7 @@ def _integer(text: str) -> int:
 def fill(state: Mapping[str, Tensor], seed: int, family: str) -> dict[str, Tensor]:
     """`fill_rule`: the state dict a golden was made with. `family` is sg2, pg or snat; returns new tensors."""
     kept = KEPT_LEAVES["common"] + KEPT_LEAVES[family]
-    done = {key: value.clone() for key, value in state.items()}
+    done = dict(state)
     for key, value in state.items():
         leaf = key.rpartition(".")[2]
         if leaf in kept or not value.is_floating_point() or leaf in ("weight_u", "weight_v"):
