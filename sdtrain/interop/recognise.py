@@ -81,7 +81,8 @@ def _rrdbnet(state: Mapping[str, Tensor]) -> Found:
 def _srvgg(state: Mapping[str, Tensor]) -> Found:
     """SRVGGNetCompact"""
     last = _count(state, "body.") - 1
-    if state["body.1.weight"].ndim != 1:
+    slope = state.get("body.1.weight")
+    if slope is None or slope.ndim != 1:
         raise WeightsError("a SRVGGNetCompact without PReLU does not say which activation it has; configure act_type")
     first = state["body.0.weight"]
     options = options_of(
