@@ -26,7 +26,17 @@ from sdtrain.interop.safe_pickle import read_bytes, read_checkpoint, state_of
 from sdtrain.interop.storages import MAGIC
 
 SDGAN = GOLDEN / "sdgan"
-WATCHED = ("exec", "compile", "import", "os.system", "os.putenv", "os.exec", "subprocess.Popen", "pickle.find_class", "socket")
+WATCHED = (
+    "exec",
+    "compile",
+    "import",
+    "os.system",
+    "os.putenv",
+    "os.exec",
+    "subprocess.Popen",
+    "pickle.find_class",
+    "socket",
+)
 seen: list[str] = []
 armed = False
 
@@ -168,7 +178,9 @@ def test_an_unknown_global_is_refused_by_name_in_every_spelling(module, name):
     old_object = b"(" + known(module, name) + text(PAYLOAD) + b"o"
     for body in (direct, stacked, new_object, with_keywords, old_instance, old_object):
         assert f"{module}.{name}" in refused(pickled(body))
-        assert f"{module}.{name}" in refused(pickled(call(known("torch.storage", "_load_from_bytes"), blob(legacy(body)))))
+        assert f"{module}.{name}" in refused(
+            pickled(call(known("torch.storage", "_load_from_bytes"), blob(legacy(body))))
+        )
         assert f"{module}.{name}" in refused(zipped({"a/data.pkl": pickled(body)}))
     assert "antigravity" not in sys.modules
 
@@ -213,7 +225,9 @@ def test_a_hostile_pickle_behind_the_tensors_of_a_blob_is_refused():
 
 def test_blobs_do_not_nest():
     inner = call(known("torch.storage", "_load_from_bytes"), blob(legacy(b"}")))
-    assert "torch.storage._load_from_bytes" in refused(pickled(call(known("torch.storage", "_load_from_bytes"), blob(legacy(inner)))))
+    assert "torch.storage._load_from_bytes" in refused(
+        pickled(call(known("torch.storage", "_load_from_bytes"), blob(legacy(inner))))
+    )
 
 
 @pytest.mark.parametrize("member", ["../../etc/passwd", "/etc/cron.d/x", "a/../../x", "a\\..\\x", "C:/x/y", "data.pkl"])
@@ -312,7 +326,9 @@ def test_a_huge_integer_is_refused():
     assert "integer of" in refused(pickled(number(1 << 5000)))
 
 
-@pytest.mark.parametrize("body", [b"Pid\n", b"\x82\x01", b"\x97", b"\x96" + bytes(8), b"R", b"b", b"e", b"0", b"t", b"h\x07", b"Nb"])
+@pytest.mark.parametrize(
+    "body", [b"Pid\n", b"\x82\x01", b"\x97", b"\x96" + bytes(8), b"R", b"b", b"e", b"0", b"t", b"h\x07", b"Nb"]
+)
 def test_other_opcodes_and_empty_stacks_are_sentences(body):
     refused(pickled(body))
 
@@ -344,7 +360,9 @@ def test_a_tensorflow_pickle_is_told_how_to_convert():
         read(pickled(known("dnnlib.tflib.network", "Network") + b")\x81"))
 
 
-@pytest.mark.parametrize("name", ["sg2_snapshot.pkl", "pg_snapshot.pkl", "snat_container_new.pt", "snat_container_old.pt"])
+@pytest.mark.parametrize(
+    "name", ["sg2_snapshot.pkl", "pg_snapshot.pkl", "snat_container_new.pt", "snat_container_old.pt"]
+)
 def test_a_truncated_file_is_a_sentence_wherever_it_ends(name):
     data = (SDGAN / name).read_bytes()
     for end in [0, 1, 2, 10, *range(100, len(data) - 1, max(len(data) // 12, 1)), len(data) - 1]:

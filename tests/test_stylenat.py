@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from conftest import GOLDEN
 from torch import Tensor
 
 from sdtrain.errors import ConfigError
@@ -18,7 +19,6 @@ from sdtrain.models.neighborhood_attention import (
     natten_attention,
     neighborhood_attention,
 )
-from conftest import GOLDEN
 
 SMALL_G = stylenat.GeneratorOptions(
     style_dim=32, mlp_layers=2, channel_max=32, min_heads=2, kernels=((3,),) * 4, dilations=((1,), (1,), (1, 2), (1, 4))

@@ -4,7 +4,7 @@
     safetensors   the same tensors, flat, with a card FILE.json; `sdtrain import` and every command here read it back
     spandrel      .pth that ComfyUI and chaiNNer recognise (RRDBNet, SRVGGNetCompact)
     pth           .pth under params_ema, for BasicSR programs
-    onnx          a graph with free batch size; needs the packages onnx and onnxscript, checked with onnxruntime if there
+    onnx          a graph with free batch size; needs onnx and onnxscript, is checked with onnxruntime if there
 
 No form contains pickled classes; every file opens with torch.load(weights_only=True).
 """
@@ -134,7 +134,7 @@ def example_inputs(network: Network, net: nn.Module, batch: int) -> dict[str, An
 
 
 def export_onnx(network: Network, path: Path) -> Path:
-    """Trace the network with torch's exporter, batch size free, and compare with onnxruntime where that is installed."""
+    """Trace the network with torch's exporter, batch size free; compare with onnxruntime where that is installed."""
     import torch
 
     if network.kind == "gcfsr":

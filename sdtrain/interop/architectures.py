@@ -1,7 +1,8 @@
 """What network a state dict belongs to, from tensor names and shapes alone.
 
 Shapes do not say everything: number formats, clamps, the group of the minibatch deviation and StyleNAT's dilations
-leave no trace. Those keep the official presets' values here; a card or an official file that knows better has the last word.
+leave no trace. Those keep the official presets' values here; a card or an official file that knows better has the
+last word.
 """
 
 from __future__ import annotations
@@ -183,7 +184,7 @@ def recognise(state: State, role: str | None, source: dict[str, Any], **changes:
     state = {name.removeprefix("module."): value for name, value in state.items()}
     mark = next((mark for mark in RECOGNISERS if mark in state), None)
     if mark is None:
-        return _super_resolution(state, role, source)
+        return _super_resolution(state, role, source, changes.get("options") or {})
     kind, player, read = RECOGNISERS[mark]
     found = read(state)
     options = {**found["options"], **changes.pop("options", {})}
@@ -214,12 +215,12 @@ def _undoubled(dilations: list[list[int]]) -> list[list[int]]:
     return [sizes[:1] if len(set(sizes)) == 1 else sizes for sizes in dilations]
 
 
-def _super_resolution(state: State, role: str | None, source: dict[str, Any]) -> Network:
+def _super_resolution(state: State, role: str | None, source: dict[str, Any], changes: dict[str, Any]) -> Network:
     from sdtrain.interop.pth import detect
 
     found = detect(state, source.get("file", "the file"))
     role = role or ("D" if found.player == "Discriminator" else "G_ema")
-    options = dataclasses.asdict(found.options)
+    options = {**dataclasses.asdict(found.options), **changes}
     return Network(
         kind=found.kind,
         player=found.player,

@@ -3,8 +3,8 @@
     DIR/NAME.safetensors     tensors, flat
     DIR/NAME.json            the card: kind, player, role, options, resolution, num_classes, source (file, sha256, what)
 
-`load_network` opens such a pair, a file of a run folder, or an official checkpoint. Fine-tuning, sampling and evaluation
-go through it.
+`load_network` opens such a pair, a file of a run folder, or an official checkpoint. Fine-tuning, sampling and
+evaluation go through it.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Network:
     def card(self) -> dict[str, Any]:
         """Everything but the tensors, as JSON."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "state"}
-        return {name: value for name, value in values.items() if value is not None}
+        return as_lists({name: value for name, value in values.items() if value is not None})
 
     def fresh(self, device: str = "cpu") -> nn.Module:
         """The untrained module; on device 'meta' it costs no memory. Raises WeightsError when it cannot be rebuilt."""
@@ -93,6 +93,13 @@ def as_tuples(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: as_tuples(part) for key, part in value.items()}
     return tuple(as_tuples(part) for part in value) if isinstance(value, (list, tuple)) else value
+
+
+def as_lists(value: Any) -> Any:
+    """The inverse of `as_tuples`: what JSON gives back."""
+    if isinstance(value, dict):
+        return {key: as_lists(part) for key, part in value.items()}
+    return [as_lists(part) for part in value] if isinstance(value, (list, tuple)) else value
 
 
 def misfits(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[str]:
@@ -151,9 +158,6 @@ def _official(path: Path, role: str | None, changes: dict[str, Any]) -> Network:
     from sdtrain.interop.official import read_official
 
     networks = read_official(path, **changes).networks
-    if path.with_suffix(".json").is_file() and len(networks) == 1:
-        (found,) = networks.values()
-        return _with_card(found.state, path.with_suffix(".json"))
     chosen = role or next((name for name in ROLES if name in networks), None)
     if chosen not in networks:
         raise WeightsError(f"{path} has no {chosen}; it holds {', '.join(networks) or 'no network'}")
@@ -187,14 +191,23 @@ def _own(path: Path, role: str | None) -> Network:
     return replace(network, **described) if described else network
 
 
-def _with_card(state: dict[str, Tensor], card: Path) -> Network:
+def read_card(path: Path) -> dict[str, Any]:
+    """The fields of a card. Raises WeightsError when it is none."""
     try:
-        said = json.loads(card.read_text())
+        said = json.loads(path.read_text())
+        return {"kind": said["kind"], **said}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise WeightsError(f"{path} does not describe a network ({error!r}); mend or delete it") from error
+
+
+def _with_card(state: dict[str, Tensor], card: Path) -> Network:
+    said = read_card(card)
+    try:
         names = {f.name for f in dataclasses.fields(Network)} - {"state"}
         said.setdefault("player", "Generator")
         said.setdefault("role", "D" if said["player"] == "Discriminator" else "G_ema")
         return Network(state=state, **{name: value for name, value in said.items() if name in names})
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (TypeError, AttributeError) as error:
         raise WeightsError(f"{card} does not describe a network ({error}); mend or delete it") from error
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sdtrain.errors import ConfigError, WeightsError
 from sdtrain.interop.architectures import RECOGNISERS, checked, recognise
-from sdtrain.interop.network import Network, Player
+from sdtrain.interop.network import Network, Player, read_card
 from sdtrain.interop.pickle_machine import Record
 from sdtrain.interop.safe_pickle import PERSISTENT, Checkpoint, read_checkpoint, state_of
 
@@ -65,7 +65,7 @@ def read_official(path: Path | str, **options: Any) -> Official:
     held = tree.get("state_dicts", tree)
     if isinstance(held, dict) and any(is_state(held.get(name)) for name in CONTAINER_ROLES):
         return _container(held, checkpoint, source, options)
-    return _flat(tree, checkpoint, source, options)
+    return _flat(tree, path.with_suffix(".json"), checkpoint, source, options)
 
 
 def is_state(value: Any) -> bool:
@@ -171,8 +171,10 @@ def _said(arguments: Any) -> dict[str, Any]:
     return found
 
 
-def _flat(tree: Mapping[str, Any], checkpoint: Checkpoint, source: dict[str, Any], options: dict[str, Any]) -> Official:
-    """One state dict, bare or under params_ema / params."""
+def _flat(
+    tree: Mapping[str, Any], card: Path, checkpoint: Checkpoint, source: dict[str, Any], options: dict[str, Any]
+) -> Official:
+    """One state dict, bare or under params_ema / params; the card beside an export knows what shapes do not."""
     from sdtrain.interop.pth import from_old_esrgan
 
     key = next((name for name in FLAT_KEYS if is_state(tree.get(name))), None)
@@ -185,7 +187,13 @@ def _flat(tree: Mapping[str, Any], checkpoint: Checkpoint, source: dict[str, Any
     if "model.0.weight" in state:
         state = from_old_esrgan(state)
     what = f"state dict ({key})" if key else "state dict"
-    network = recognise(state, None, {**source, "what": what}, options=options)
+    source = {**source, "what": what}
+    said: dict[str, Any] = {}
+    if card.is_file():
+        said = read_card(card)
+        source["origin"] = said.get("source", {})
+    known = {name: said.get(name) for name in ("resolution", "num_classes")}
+    network = recognise(state, said.get("role"), source, options={**(said.get("options") or {}), **options}, **known)
     return Official({network.role: network}, {}, what, network.source, checkpoint)
 
 

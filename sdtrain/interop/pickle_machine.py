@@ -62,7 +62,7 @@ def refuse(source: str, what: str) -> WeightsError:
 
 
 class Machine:
-    """Reads one pickle from a stream. `find` maps 'module.name' to a Token or None, `persistent` resolves storage ids."""
+    """Reads one pickle. `find` maps 'module.name' to a Token or None, `persistent` resolves storage ids."""
 
     def __init__(self, source: str, find: FindGlobal, persistent: LoadPersistent | None = None):
         self.source, self.find, self.persistent = source, find, persistent
@@ -72,7 +72,7 @@ class Machine:
         self.globals: set[str] = set()
 
     def load(self, stream: io.BytesIO) -> Any:
-        """The object of the next pickle; `stream` is left behind its STOP. Raises WeightsError for anything unexpected."""
+        """The next pickle's object; `stream` is left behind its STOP. Raises WeightsError for anything unexpected."""
         try:
             return self._run(stream)
         except WeightsError:
