@@ -1,5 +1,5 @@
-"""Super-resolution networks are only useful while they are the published ones. Without this file a student could be built
-from a network that official checkpoints do not fit, of another width than the paper's, or with noise its teacher lacks.
+"""Super-resolution networks are only useful while they are the published ones. Without this file a student could be
+built from a network that official checkpoints do not fit, of another width than the paper's, or with noise of its own.
 """
 
 from __future__ import annotations
@@ -338,7 +338,7 @@ def test_files_that_are_no_checkpoints_are_refused(tmp_path: Path, capsys: pytes
         "absent.pth": "there is no file .*absent.pth; give the path of a .pth or .safetensors checkpoint",
         "cut.pth": "cannot be read as a checkpoint .*damaged or has more than tensors",
         "code.pth": "cannot be read as a checkpoint .*damaged or has more than tensors",
-        "state.pth": "holds no weights: it has epoch, iter at the top, where params_ema or params is expected",
+        "state.pth": "holds no weights: its top level has epoch, iter, where params_ema or params is expected",
         "list.pth": "holds a list, where a dictionary of tensors is expected",
     }
     for name, message in messages.items():
@@ -359,7 +359,8 @@ def test_padding_growth_to_32_changes_no_output(grow: int) -> None:
     assert wide.options.num_grow_ch == 32
     again = wide.build().eval()
     again.load_state_dict(padded)
-    torch.testing.assert_close(again(x), net(x), rtol=0, atol=1e-6 * float(net(x).abs().max()))
+    y = net(x).detach()
+    torch.testing.assert_close(again(x).detach(), y, rtol=0, atol=1e-6 * float(y.abs().max()))
 
 
 def test_a_padded_student_opens_in_spandrel(tmp_path: Path) -> None:
