@@ -15,6 +15,7 @@ from pathlib import Path
 
 from sdtrain import __version__
 from sdtrain.errors import EXIT_OK, EXIT_USER_ERROR, UserError
+from sdtrain.main import tell
 
 EXIT_INTERRUPTED = 130
 PACKAGE = Path(__file__).resolve().parent
@@ -65,12 +66,11 @@ def _fill(command: argparse.ArgumentParser, module: str) -> None:
 
 
 def run_command(command: Callable[[], int]) -> int:
-    """Call it and return an exit code; a `UserError` becomes one sentence on stderr (of rank 0 only)."""
+    """Call it and return an exit code; a `UserError` becomes one sentence on stderr."""
     try:
         return command()
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"sdtrain: {error}", file=sys.stderr)
+        tell(error)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         print("sdtrain: interrupted", file=sys.stderr)
