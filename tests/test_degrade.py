@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from sdtrain.data import degrade
 from sdtrain.data.degrade import Degradation, apply_chain, decide, fixed_lq
-from sdtrain.data.degrade_check import smallest_side
+from sdtrain.data.degrade_check import pool_bytes, smallest_side
 from sdtrain.data.degrade_jpeg import jpeg
 from sdtrain.data.degrade_kernels import bessel_j1, filter2d, sharpen
 from sdtrain.data.degrade_noise import DrawnSource, Noise, add_noise, eight_bit
@@ -111,12 +111,13 @@ def test_decisions_of_a_ghost_are_repeatable_and_others_differ() -> None:
 
 
 def test_the_ambient_generator_is_neither_read_nor_moved() -> None:
-    hq, d = smooth_images(2), draws(1)
+    hq, ghosts = smooth_images(12), draws(*range(6))
+    kinds = {decide(SMALL, unit).first.noise.kind for _, unit in Degradation(SMALL).units(ghosts)}
     torch.manual_seed(1)
-    before, first = torch.get_rng_state(), Degradation(SMALL)(hq, d)
-    assert torch.equal(before, torch.get_rng_state())
+    before, first = torch.get_rng_state(), Degradation(SMALL)(hq, ghosts)
+    assert torch.equal(before, torch.get_rng_state()) and kinds == {"gaussian", "poisson"}
     torch.manual_seed(2)
-    assert torch.equal(first, Degradation(SMALL)(hq, d))
+    assert torch.equal(first, Degradation(SMALL)(hq, ghosts))
 
 
 def test_per_sample_decisions_differ_within_a_ghost_and_shared_ones_do_not() -> None:
@@ -190,7 +191,7 @@ def test_gray_noise_is_equal_in_all_channels_and_shared_by_gaussian_samples() ->
 
 def test_decisions_follow_the_published_distribution() -> None:
     o = DegradationOptions()
-    seen = [decide(o, draws(g, ghost_batch=1)) for g in range(1500)]
+    seen = [decide(o, draws(g, ghost_batch=1)) for g in range(800)]
     tol = 4 * math.sqrt(0.25 / len(seen))
 
     def share(test) -> float:
@@ -317,6 +318,14 @@ def test_the_pool_follows_the_options() -> None:
     assert pool_for(DegradationOptions(), 12).size == 180
 
 
+@pytest.mark.parametrize("keep_sharpened", [False, True])
+def test_the_planned_pool_memory_is_what_the_pool_takes(keep_sharpened: bool) -> None:
+    options = replace(SMALL, keep_sharpened=keep_sharpened)
+    pool = pool_for(options, 2)
+    pool(Degradation(options).pair(smooth_images(2), draws(0)), draws(0))
+    assert sum(pool.state()[0][name].nbytes for name in ("lq", "hq")) == pool_bytes(options, 4)
+
+
 @pytest.mark.parametrize(("size", "text"), [(181, "use 180 or 192"), (5, "use 12"), (-3, "not a multiple")])
 def test_a_pool_that_ghosts_do_not_fill_evenly_is_refused(size: int, text: str) -> None:
     with pytest.raises(ConfigError, match=text):
@@ -423,9 +432,11 @@ def test_images_that_filters_cannot_reflect_are_refused_and_one_larger_works() -
     least = smallest_side(SMALL, 4)
     with pytest.raises(DataError, match=f"images of {least - 4} pixels are too small for this degradation at x4"):
         Degradation(SMALL)(torch.rand(2, 3, least - 4, 200), draws(0))
-    always_smallest = replace(SMALL, resize_prob1=(0, 1, 0), resize_range1=(0.15, 1), second_blur_prob=1)
-    for step in range(8):
-        Degradation(always_smallest)(torch.rand(2, 3, least, least), draws(0, step=step))
+    always_blurs = decide(replace(SMALL, second_blur_prob=1), draws(0))
+    smallest = replace(always_blurs, first=replace(always_blurs.first, scale=SMALL.resize_range1[0]))
+    assert apply_chain(torch.rand(2, 3, least, least), smallest).shape[-1] == least // 4
+    with pytest.raises(RuntimeError, match="[Pp]adding"):
+        apply_chain(torch.rand(2, 3, least - 4, least - 4), smallest)
 
 
 def test_crops_that_do_not_fit_are_refused() -> None:

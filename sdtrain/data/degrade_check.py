@@ -70,6 +70,21 @@ def check_options(o: DegradationOptions) -> None:
         raise ConfigError("degradation: " + "; ".join(problems))
 
 
+def pool_problem(size: int, ghost_batch: int) -> str | None:
+    """Why a pool of `size` pairs cannot serve ghosts of `ghost_batch` samples, and which sizes near it can."""
+    if size > 0 and size % ghost_batch == 0:
+        return None
+    below, above = size - size % ghost_batch, size + -size % ghost_batch
+    near = " or ".join(str(m) for m in dict.fromkeys((below, above)) if m > 0) or str(ghost_batch)
+    return f"pool_size = {size} is not a multiple of ghost_batch = {ghost_batch}: use {near}, or 0 for no pool"
+
+
+def pool_bytes(o: DegradationOptions, scale: int) -> int:
+    """Memory and checkpoint size of one ghost's pool of pairs."""
+    hq, lq = 3 * o.crop_size**2, 3 * (o.crop_size // scale) ** 2
+    return o.pool_size * (hq * (4 if o.keep_sharpened else 1) + lq)
+
+
 def smallest_side(o: DegradationOptions, scale: int) -> int:
     """The side in pixels below which some filter would have nothing to reflect."""
     need = o.kernel_size[1] // 2 + 1

@@ -12,6 +12,7 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor
 
+from sdtrain.data.degrade_check import pool_problem
 from sdtrain.data.degrade_options import DegradationOptions
 from sdtrain.errors import ConfigError, RunError
 from sdtrain.rng import Draws
@@ -52,12 +53,9 @@ class PairPool:
     """
 
     def __init__(self, size: int, ghost_batch: int, eight_bit: Collection[str] = ("lq", "hq")):
-        if size <= 0 or size % ghost_batch:
-            near = [m for m in (size - size % ghost_batch, size + -size % ghost_batch) if m > 0]
-            raise ConfigError(
-                f"pool_size = {size} is not a multiple of ghost_batch = {ghost_batch}: use"
-                f" {' or '.join(str(m) for m in dict.fromkeys(near or [ghost_batch]))}, or 0 for no pool"
-            )
+        problem = pool_problem(size, ghost_batch)
+        if problem:
+            raise ConfigError(problem)
         self.size, self.ghost_batch, self.eight_bit = size, ghost_batch, frozenset(eight_bit)
         self._ghosts: State = {}
 
