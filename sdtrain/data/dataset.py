@@ -273,23 +273,30 @@ def _probed_resolution(dataset: Dataset) -> int | None:
 
 def _join(parts: list[Dataset]) -> Dataset:
     """Several sources behind one another; labels must mean the same."""
-    names = {part.label_names for part in parts}
-    if len(names) > 1:
-        raise DataError(
-            f"sources disagree about their classes ({sorted(map(len, names))} of them); pack them together instead"
-        )
+    _agree_on_classes(parts)
     resolutions = {part.resolution for part in parts}
     return Dataset(
         source=", ".join(part.source for part in parts),
         shards=tuple(shard for part in parts for shard in part.shards),
         index=_join_indexes([part.index for part in parts]),
         resolution=resolutions.pop() if len(resolutions) == 1 else None,
-        label_names=parts[0].label_names,
+        label_names=next((part.label_names for part in parts if part.manifest), parts[0].label_names),
         hash=hashlib.sha256("".join(part.hash for part in parts).encode()).hexdigest(),
         cache=parts[0].cache,
         sha256=tuple(s for part in parts for s in (part.sha256 or ("",) * len(part.shards))),
         damage=tuple(d for part in parts for d in part.damage),
     )
+
+
+def _agree_on_classes(parts: list[Dataset]) -> None:
+    counts = [part.num_classes for part in parts]
+    if len(set(counts)) > 1:
+        raise DataError(f"sources disagree about their classes ({counts} of them); pack them together instead")
+    names = {part.label_names for part in parts if part.manifest}
+    if len(names) > 1:
+        raise DataError(
+            f"sources disagree about the names of their classes ({sorted(names)}); pack them together instead"
+        )
 
 
 def _join_indexes(indexes: list[Index]) -> Index:

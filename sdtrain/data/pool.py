@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import weakref
 from pathlib import Path
 from typing import IO, Any
 
@@ -51,7 +52,11 @@ class Pool:
         self._pending: dict[int, int] = {}
         self._bad: dict[int, Bad] = {}
         self._here: dict[int, np.ndarray] = {}
-        self.workers = [self._start(number) for number in range(num_workers)]
+        self.workers: list[subprocess.Popen[bytes]] = []
+        # Python keeps a dropped Popen and its pipe until the child ends, so a dropped pool must end its children.
+        self._ending = weakref.finalize(self, _end, self.workers)
+        for number in range(num_workers):
+            self.workers.append(self._start(number))
 
     def slot(self, slot: int) -> np.ndarray:
         """The bytes of a slot, uint8 [slot_bytes]; valid until the slot is submitted again."""
@@ -83,19 +88,7 @@ class Pool:
 
     def close(self) -> None:
         """End the processes; safe to call twice."""
-        for process in self.workers:
-            if process.stdin:
-                try:
-                    process.stdin.close()
-                except BrokenPipeError:
-                    pass  # it is gone already, which is what is wanted
-        for process in self.workers:
-            try:
-                process.wait(timeout=2)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-        self.workers = []
+        self._ending()
         self.decoder.close()
         if self._fd >= 0:
             os.close(self._fd)
@@ -149,6 +142,21 @@ class Pool:
             else "its own message is above"
         )
         raise WorkerError(f"decoding worker {number} (pid {self.workers[number].pid}) {how}; {hint}")
+
+
+def _end(workers: list[subprocess.Popen[bytes]]) -> None:
+    for process in workers:
+        if process.stdin:
+            try:
+                process.stdin.close()
+            except BrokenPipeError:
+                pass  # it is gone already, which is what is wanted
+    for process in workers:
+        try:
+            process.wait(timeout=2)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 def _listen(number: int, stdout: IO[bytes], answers: queue.Queue[tuple[int, bytes]]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from sdtrain.data.atomic import AtomicFile
@@ -17,6 +18,7 @@ from sdtrain.errors import DataError
 
 SCHEMES = ("http://", "https://", "s3://", "gs://", "hf://", "pipe:")
 CHUNK = 1 << 20
+TIMEOUT_SEC = 60
 
 
 def is_remote(source: str) -> bool:
@@ -51,15 +53,12 @@ def fetch(url: str, cache: Path, sha256: str = "") -> Path:
 
 
 def _download(url: str, path: Path, sha256: str) -> None:
-    from webdataset import gopen
-
     file = AtomicFile(path)
     digest = hashlib.sha256()
     try:
-        with gopen(url, "rb") as stream:
-            while chunk := stream.read(CHUNK):
-                file.write(chunk)
-                digest.update(chunk)
+        for chunk in _chunks(url):
+            file.write(chunk)
+            digest.update(chunk)
         if sha256 and digest.hexdigest() != sha256:
             raise DataError(
                 f"{url} has sha256 {digest.hexdigest()[:12]}..., its manifest {sha256[:12]}...; pack or upload it again"
@@ -68,6 +67,31 @@ def _download(url: str, path: Path, sha256: str) -> None:
     except BaseException:
         file.abandon()
         raise
+
+
+def _chunks(url: str) -> Iterator[bytes]:
+    """The bytes of an address. Raises OSError when it ends early."""
+    if not url.startswith(("http://", "https://")):
+        yield from _gopen_chunks(url)
+        return
+    from urllib.request import urlopen
+
+    with urlopen(url, timeout=TIMEOUT_SEC) as stream:
+        announced, num_bytes = int(stream.headers.get("Content-Length") or -1), 0
+        while chunk := stream.read(CHUNK):
+            num_bytes += len(chunk)
+            yield chunk
+    if announced not in (-1, num_bytes):
+        raise OSError(f"the connection ended after {num_bytes} of {announced} bytes")
+
+
+def _gopen_chunks(url: str) -> Iterator[bytes]:
+    # Object stores and pipes go through webdataset; http does not, because its import would load torch in every worker.
+    from webdataset import gopen
+
+    with gopen(url, "rb") as stream:
+        while chunk := stream.read(CHUNK):
+            yield chunk
 
 
 def default_cache() -> Path:
