@@ -8,10 +8,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import GOLDEN
+from conftest import GOLDEN, REPO
 from torch import Tensor
 from torch.nn import functional as F
 
+from sdtrain.config import load_config
 from sdtrain.errors import ConfigError, DataError
 from sdtrain.losses.regularizers import lazy_adam, path_length_penalty, path_lengths
 from sdtrain.models import stylegan2
@@ -301,3 +302,39 @@ def test_smallest_and_largest_networks_have_the_official_number_of_layers():
         sizes = [stylegan2.Generator(stylegan2.GeneratorOptions(), resolution=r) for r in (4, 256, 1024)]
     counts = {G.resolution: G.num_ws for G in sizes}
     assert counts == {4: 2, 256: 14, 1024: 18}
+
+
+# kimg, batch, devices, mbstd, fmaps, lr, gamma, ema kimg, ramp-up, mapping layers of the official presets
+PRESETS = {
+    "auto256": (25000, 64, 8, 4, 0.5, 0.0025, 0.2048, 20, 0.05, 2),
+    "stylegan2_1024": (25000, 32, 8, 4, 1, 0.002, 10, 10, None, 8),
+    "paper256": (25000, 64, 8, 8, 0.5, 0.0025, 1, 20, None, 8),
+    "paper512": (25000, 64, 8, 8, 1, 0.0025, 0.5, 20, None, 8),
+    "paper1024": (25000, 32, 8, 4, 1, 0.002, 2, 10, None, 8),
+    "cifar": (100000, 64, 2, 32, 1, 0.0025, 0.01, 500, 0.05, 2),
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_configurations_hold_the_official_presets(name: str):
+    config = load_config(REPO / "configs" / "stylegan2" / f"{name}.yaml")
+    kimg, batch, devices, mbstd, fmaps, lr, gamma, ema, rampup, layers = PRESETS[name]
+    G, D = config.model.generator, config.model.discriminator
+    assert (config.total_img, config.batch_size, config.num_ghosts) == (kimg * 1000, batch, devices)
+    assert (D.mbstd_group, D.channel_base, G.channel_base) == (mbstd, fmaps * 32768, fmaps * 32768)
+    for player, interval in (("G", 4), ("D", 16)):
+        adam = getattr(config.optimizer, player)
+        assert (adam.lr, tuple(adam.betas)) == pytest.approx(lazy_adam(lr, (0.0, 0.99), interval))
+    assert (config.r1.gamma, config.ema.half_life_img, config.ema.rampup) == (gamma, ema * 1000, rampup)
+    assert G.mapping_layers == layers
+    is_cifar = name == "cifar"
+    assert (config.path_length.weight, config.style_mixing) == ((0, 0) if is_cifar else (2, 0.9))
+    assert D.architecture == ("orig" if is_cifar else "resnet")
+    assert config.sd.alpha == 0 and config.augment.policy == "bgc"
+
+
+def test_the_auto_preset_is_what_its_rule_gives():
+    rule = stylegan2.auto_preset(256, 8)
+    _, batch, _, mbstd, fmaps, lr, gamma, ema, rampup, layers = PRESETS["auto256"]
+    expected = {"batch": batch, "mbstd": mbstd, "fmaps": fmaps, "lr": lr, "gamma": gamma}
+    assert rule == pytest.approx({**expected, "ema_kimg": ema, "rampup": rampup, "map_layers": layers})
