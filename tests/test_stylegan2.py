@@ -324,7 +324,8 @@ def test_configurations_hold_the_official_presets(name: str):
     assert (D.mbstd_group, D.channel_base, G.channel_base) == (mbstd, fmaps * 32768, fmaps * 32768)
     for player, interval in (("G", 4), ("D", 16)):
         adam = getattr(config.optimizer, player)
-        assert (adam.lr, tuple(adam.betas)) == pytest.approx(lazy_adam(lr, (0.0, 0.99), interval))
+        expected_lr, betas = lazy_adam(lr, (0.0, 0.99), interval)
+        assert (adam.lr, *adam.betas) == pytest.approx((expected_lr, *betas))
     assert (config.r1.gamma, config.ema.half_life_img, config.ema.rampup) == (gamma, ema * 1000, rampup)
     assert G.mapping_layers == layers
     is_cifar = name == "cifar"
