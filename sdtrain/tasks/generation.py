@@ -27,6 +27,7 @@ class Task:
 
     def __init__(self, run: Any) -> None:
         self.run = run
+        self._evaluators: dict[str, Any] = {}
         self.style = {"seed": run.config.seed, "class_counts": run.dataset.class_counts, "device": run.device}
 
     @property
@@ -56,8 +57,37 @@ class Task:
             self.keep_best(values)
 
     def evaluator(self, split: str) -> Any:
-        """The evaluator of a split, made when it is first needed."""
-        raise NotImplementedError
+        """The evaluator of a split, made when it is first needed; statistics of the real images are kept in the run folder."""
+        if split not in self._evaluators:
+            from sdtrain.metrics.evaluate import Evaluator
+
+            c, m = self.run.config, self.run.config.metrics
+            weights = {"inception": c.weights.inception or "download"}
+            more = {"batch_size": m.batch_size, "workers": c.data.workers, "device": self.run.device}
+            self._evaluators[split] = Evaluator(
+                self._images(split),
+                metrics=m.names,
+                num_fake=m.num_fake,
+                num_real=m.num_real,
+                extractor=m.extractor,
+                tap=int(m.tap),
+                seeds=m.seeds,
+                weights=weights,
+                cache=self.run.folder.path / "cache",
+                split=split,
+                latents_seed=c.seed,
+                **more,
+            )
+        return self._evaluators[split]
+
+    def _images(self, split: str) -> Any:
+        """The data set of a split; without one of its own, validation measures against the training images."""
+        source = getattr(self.run.config.data, split)
+        if source is None:
+            return self.run.dataset
+        from sdtrain.data.dataset import open_dataset
+
+        return open_dataset(source, cache=self.run.config.data.cache)
 
     def keep_best(self, values: dict[str, Any]) -> None:
         """best/ holds the weights with the lowest `metrics.select_by`, and the metrics that chose them."""
