@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import shutil
@@ -9,10 +10,11 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, REPO, run_ranks
+from conftest import GOLDEN, REPO, run_python, run_ranks
 from ranks_evaluate import evaluator, sample
 from safetensors.torch import load_file
 
+from sdtrain.commands import evaluate as command
 from sdtrain.errors import ConfigError, DataError, WeightsError
 from sdtrain.metrics import rfid
 from sdtrain.metrics.evaluate import Evaluator, subset
@@ -192,8 +194,8 @@ def test_vgg16_features_equal_torch_fidelitys_network():
 
 
 def test_a_random_inception_is_alive_and_a_function_of_its_seed():
-    images = pictures(12, 32, seed=6)
-    first, again, other = (random_inception(seed, 192, lambda: [images])(images) for seed in (0, 0, 1))
+    images = pictures(6, 32, seed=6)
+    first, again, other = (random_inception(seed, 64, lambda: [images])(images) for seed in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert first.std(0).mean() > 0.01
@@ -320,3 +322,67 @@ def test_perceptual_variation_equals_the_reference_bookkeeping(golden, mode, key
     for ddof, name in ((0, "std_over_latents_of_per_latent_mean"), (1, "std_over_latents_ddof1")):
         found = perceptual_variation(images, lambda x, y: (x - y).abs().flatten(), mode=mode, ddof=ddof, batch_size=3)
         assert found == pytest.approx((EXPECTED["variation"][key]["mean"], EXPECTED["variation"][key][name]), rel=1e-9)
+
+
+def evaluate_command(*words: str) -> int:
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    return command.run(parser.parse_args([str(word) for word in words]))
+
+
+def test_the_command_prints_a_table_appends_a_row_and_compares_with_an_earlier_one(tmp_path, real_folder, capsys):
+    fake = save(tmp_path / "fake", pictures(9, seed=7))
+    words = [
+        fake,
+        "--real",
+        real_folder,
+        "--extractor",
+        "random",
+        "--tap",
+        "64",
+        "--device",
+        "cpu",
+        "--batch-size",
+        "4",
+    ]
+    words += ["--cache", tmp_path / "cache", "--json", tmp_path / "rows.jsonl", "--workers", "0"]
+    assert evaluate_command(*words, "--metrics", "fid,pr") == 0
+    row = json.loads((tmp_path / "rows.jsonl").read_text())
+    out = capsys.readouterr().out
+    assert "9 generated, 14 real images" in out
+    assert f"fid         {row['fid']:.4f}" in out and f"recall      {row['recall']:.4f}" in out
+    assert evaluate_command(*words, "--metrics", "fid,pr", "--against", tmp_path / "rows.jsonl") == 0
+    assert f"{row['fid']:.4f} -> {row['fid']:.4f}" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="num_fake: 9 and 8"):
+        evaluate_command(*words, "--metrics", "fid,pr", "--num", "8", "--against", tmp_path / "rows.jsonl")
+
+
+def test_the_command_refuses_what_cannot_work_in_one_sentence(tmp_path, real_folder, monkeypatch):
+    monkeypatch.setenv("SDTRAIN_WEIGHTS", str(tmp_path))
+    for words, message in {
+        (str(real_folder), "--metrics", "fid,is"): "--metrics has is; choose from fid, rfid, kid, pr",
+        (str(tmp_path / "nothing"),): "There is nothing at .*nothing; give a folder of images",
+        (str(real_folder), "--extractor", "random"): "--real is missing: say which real images",
+        (str(real_folder), "--inception", "random"): "is spelled --extractor random-inception",
+        (str(real_folder), "--extractor", "random", "--real", str(real_folder), "--num", "99"): "--num 99 is more than",
+        (str(real_folder), "--extractor", "random", "--against", str(tmp_path / "x")): "holds no evaluation",
+    }.items():
+        with pytest.raises(ConfigError, match=message):
+            evaluate_command(*words)
+    with pytest.raises(WeightsError, match="sdtrain fetch-weights inception"):
+        evaluate_command(str(real_folder), "--real", str(real_folder))
+
+
+def test_arguments_are_checked_without_torch():
+    code = """
+import argparse, sys
+from sdtrain.commands import evaluate
+parser = argparse.ArgumentParser()
+evaluate.add_arguments(parser)
+try:
+    evaluate.run(parser.parse_args([".", "--metrics", "is"]))
+except ValueError:
+    assert "torch" not in sys.modules
+    print("refused")
+"""
+    assert run_python("-c", code).stdout == "refused\n"

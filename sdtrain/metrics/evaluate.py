@@ -63,7 +63,7 @@ class Evaluator:
         device: torch.device | str = "cpu",
         cache: Path | str | None = None,
         split: str = "val",
-        latents_seed: int = 0,
+        latents_seed: int | None = 0,
         workers: int = 2,
     ):
         unknown = [name for name in metrics if name not in METRICS]

@@ -1,0 +1,201 @@
+"""`sdtrain evaluate PATH --real DATA`: measure a folder of images, a data set, a run or a checkpoint.
+
+    --json FILE                   one row an evaluation is appended: values, protocol, what was measured
+    CACHE/real-<hash>.safetensors statistics of the real images, made once
+
+Under torchrun or accelerate launch all ranks share the work; the values do not depend on how many there are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sdtrain.errors import EXIT_OK, ConfigError, WeightsError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+METRICS = ("fid", "rfid", "kid", "pr")
+DECIMALS = {"fid": 4, "fid_biased": 4, "rfid": 4, "rfid_std": 4, "kid": 6, "kid_std": 6, "precision": 4, "recall": 4}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("path", metavar="PATH", help="what to measure: a folder of images, shards, a run folder or a checkpoint")
+    add("--real", metavar="DATA", help="real images: shards or a folder (default: what the run was validated on)")
+    add("--metrics", default="fid", help=f"comma-separated, of {', '.join(METRICS)} (default: fid)")
+    add("--num", type=int, help="generated images (default: the whole folder, 50000 from a run)")
+    add("--num-real", type=int, help="a fixed random subset of the real images (default: all)")
+    add("--extractor", choices=("inception", "random-inception", "random"), default="inception", help="feature network")
+    add(
+        "--tap", type=int, choices=(64, 192, 768, 2048), default=2048, help="width of the feature layer (default: 2048)"
+    )
+    add("--pr-extractor", choices=("same", "vgg16"), default="same", help="features of precision and recall")
+    add("--inception", default="download", metavar="SOURCE", help="Inception weights: a path or `download` (fetched)")
+    add("--vgg16", default="download", metavar="SOURCE", help="VGG16 weights: a path, `download` or `random`")
+    add("--seeds", type=int, default=5, help="random networks averaged by rfid (default: 5)")
+    add("--seed", type=int, default=0, help="seed of the latents of a run or checkpoint")
+    add("--batch-size", type=int, default=32, help="images at once; part of the protocol (default: 32)")
+    add("--workers", type=int, default=2, help="processes that decode shards (default: 2)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: a GPU where there is one)")
+    add("--split", default="test", help="a name for the real images, kept in the row")
+    add("--cache", type=Path, help="where statistics of real images are kept (default: the weights cache)")
+    add("--json", type=Path, metavar="FILE", help="append the result as one JSON row")
+    add("--against", type=Path, metavar="FILE", help="compare with the last row of a --json file of the same protocol")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Returns 0; raises ConfigError, DataError or WeightsError before anything is computed."""
+    check(args)
+    earlier = last_row(args.against) if args.against else None
+    from sdtrain.engine.ranks import is_main
+
+    device = start_ranks(args.device)
+    sample_fn, info = subject(args, device)
+    judge = evaluator(args, info, device)
+    row = {"kind": "eval", "measured": str(args.path), **info.get("row", {}), **judge.evaluate(sample_fn)}
+    if is_main():
+        report(row, args.json)
+    if earlier is not None:
+        compare(earlier, row)
+    return EXIT_OK
+
+
+def check(args: argparse.Namespace) -> None:
+    """Everything that can be wrong with the arguments, before torch is imported."""
+    from sdtrain.weights import check_weights
+
+    args.metrics = tuple(name.strip() for name in args.metrics.split(",") if name.strip())
+    unknown = [name for name in args.metrics if name not in METRICS]
+    if unknown or not args.metrics:
+        raise ConfigError(f"--metrics has {', '.join(unknown) or 'no name'}; choose from {', '.join(METRICS)}.")
+    if args.num is not None and args.num < 2 or args.seeds < 1 or args.batch_size < 1:
+        raise ConfigError("--num must be at least 2, --seeds and --batch-size at least 1.")
+    if not Path(args.path).exists() and not any(mark in str(args.path) for mark in "*{:"):
+        raise ConfigError(f"There is nothing at {args.path}; give a folder of images, shards, a run or a checkpoint.")
+    args.extractor = "random-inception" if args.extractor == "random" else args.extractor
+    if args.inception == "random":
+        raise ConfigError("--inception random is spelled --extractor random-inception, so that the result says so.")
+    problems = check_weights(weights_needed(args))
+    if problems:
+        raise WeightsError(" ".join(problems))
+
+
+def weights_needed(args: argparse.Namespace) -> dict[str, str]:
+    own_pr = args.pr_extractor == "vgg16"
+    users = {"fid", "kid"} if own_pr else {"fid", "kid", "pr"}
+    needs = {"inception": args.inception} if args.extractor == "inception" and users & set(args.metrics) else {}
+    return needs | ({"vgg16": args.vgg16} if own_pr and "pr" in args.metrics else {})
+
+
+def start_ranks(device: str) -> Any:
+    """Join the other processes of a launch, if there are any; the device of this one."""
+    import torch
+    import torch.distributed as dist
+
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    use_cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+    place = torch.device(f"cuda:{local}" if use_cuda and device in ("auto", "cuda") else device if use_cuda else "cpu")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
+    return place
+
+
+def subject(args: argparse.Namespace, device: Any) -> tuple[Callable[[list[int]], Tensor], dict[str, Any]]:
+    """A function from indices to uint8 images, and what is known of it: `num`, maybe `real`, `latents_seed`, `row`."""
+    path = Path(args.path)
+    if path.is_file() and path.suffix != ".tar" or (path / "config.yaml").is_file() or (path / "checkpoints").is_dir():
+        return sampler_for(path, device, args.seed)
+    from sdtrain.metrics.evaluate import subset
+    from sdtrain.metrics.images import batches, open_images
+
+    images = open_images(args.path)
+    chosen = subset(images.num_samples, args.num)  # not the first ones: folders are often sorted by class
+
+    def read(indices: list[int]) -> Tensor:
+        return next(batches(images, [chosen[i] for i in indices], len(indices), 0))
+
+    return read, {"num": images.num_samples}
+
+
+def sampler_for(path: Path, device: Any, seed: int) -> tuple[Callable[[list[int]], Tensor], dict[str, Any]]:
+    """The sampler of a run or checkpoint."""
+    from sdtrain.commands.sample import open_sampler
+
+    sample_fn, info = open_sampler(path, device, seed=seed)
+    return sample_fn, {"latents_seed": seed, **info}
+
+
+def evaluator(args: argparse.Namespace, info: dict[str, Any], device: Any) -> Any:
+    from sdtrain.metrics.evaluate import Evaluator
+    from sdtrain.metrics.images import open_images
+    from sdtrain.weights import cache_folder
+
+    real, most = args.real or info.get("real"), info.get("num")
+    if real is None:
+        raise ConfigError(f"--real is missing: say which real images {args.path} is compared with.")
+    if most is not None and args.num is not None and args.num > most:
+        raise ConfigError(f"--num {args.num} is more than the {most} images of {args.path}; ask for fewer.")
+    return Evaluator(
+        open_images(real),
+        metrics=args.metrics,
+        num_fake=args.num or most or 50_000,
+        num_real=args.num_real,
+        extractor=args.extractor,
+        tap=args.tap,
+        pr_extractor=None if args.pr_extractor == "same" else args.pr_extractor,
+        seeds=args.seeds,
+        batch_size=args.batch_size,
+        weights={"inception": args.inception, "vgg16": args.vgg16},
+        device=device,
+        cache=args.cache or cache_folder() / "statistics",
+        split=args.split,
+        latents_seed=info.get("latents_seed"),
+        workers=args.workers,
+    )
+
+
+def report(row: dict[str, Any], file: Path | None) -> None:
+    """Print the table; append the row."""
+    from sdtrain.metrics.protocol import fingerprint
+
+    protocol = row["protocol"]
+    print(f"{row['measured']} against {protocol['real_source']}")
+    print(f"{protocol['num_fake']} generated, {protocol['num_real']} real images, protocol {fingerprint(protocol)}")
+    for name, decimals in DECIMALS.items():
+        if name in row:
+            print(f"  {name:12}{row[name]:.{decimals}f}")
+    if "rfid_seeds" in row:
+        print(f"  rfid over seeds {row['rfid_seeds']}, standard deviation with n - 1, rule {row['rfid_rule']}")
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("a") as out:
+            out.write(json.dumps(row) + "\n")
+
+
+def last_row(file: Path) -> dict[str, Any]:
+    """The last evaluation in a --json file or a run's metrics.jsonl."""
+    try:
+        rows = [json.loads(line) for line in file.read_text().splitlines() if line.strip()]
+        return [row for row in rows if "protocol" in row][-1]
+    except (OSError, ValueError, IndexError, TypeError):
+        raise ConfigError(
+            f"--against {file} holds no evaluation; give a file written by `sdtrain evaluate --json`."
+        ) from None
+
+
+def compare(earlier: dict[str, Any], row: dict[str, Any]) -> None:
+    """Print the differences. Raises ConfigError when the protocols differ."""
+    from sdtrain.engine.ranks import is_main
+    from sdtrain.metrics.protocol import require_same
+
+    require_same(earlier["protocol"], row["protocol"])
+    for name in [name for name in DECIMALS if name in row and name in earlier] if is_main() else ():
+        print(f"  {name:12}{earlier[name]:.{DECIMALS[name]}f} -> {row[name]:.{DECIMALS[name]}f}")
