@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from sdtrain.data.images import ImageRejected, decode_image, write_chw
+from sdtrain.data.images import ImageRejected, decode_image
 from sdtrain.data.remote import fetch, is_remote
 from sdtrain.errors import DataError
 
@@ -23,7 +23,10 @@ READ_ATTEMPTS = 3
 
 
 class Decoder:
-    """Reads requests into a buffer of bytes. Keeps the most recently used shards open."""
+    """Reads requests into a buffer of bytes, pixels as [side, side, 3]. Keeps the most recently used shards open.
+
+    The planes are separated later, by the copy out of shared memory that is needed anyway (`planes_of`).
+    """
 
     def __init__(self, shards: Sequence[str], sha256: Sequence[str], cache: str, pad: bool) -> None:
         self._shards, self._sha256, self._cache, self._pad = shards, sha256, Path(cache), pad
@@ -52,7 +55,7 @@ class Decoder:
             raise ImageRejected(f"wrong resolution: {image.width}x{image.height}, not {side}x{side}")
         if flip:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        write_chw(image, buffer[dest : dest + 3 * side * side].reshape(3, side, side))
+        buffer[dest : dest + 3 * side * side] = np.asarray(image).reshape(-1)
 
     def _cropped(self, image: Image.Image, side: int, crop_x: int, crop_y: int, align: int) -> Image.Image:
         if min(image.size) < side:

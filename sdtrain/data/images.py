@@ -69,19 +69,9 @@ def load_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> tuple[Image.Im
     return decode_image(Path(path).read_bytes(), max_pixels)
 
 
-def write_chw(image: Image.Image, out_CHW: np.ndarray) -> None:
-    """Copy an RGB image into a uint8 array [3, H, W] of the same size."""
-    width, height = image.size
-    # "RGB;L" is Pillow's line-interleaved layout: then whole rows move, cheaper than transposing pixels.
-    lines = np.frombuffer(image.tobytes("raw", "RGB;L"), np.uint8).reshape(height, 3, width)
-    out_CHW[:] = lines.transpose(1, 0, 2)
-
-
 def to_chw(image: Image.Image) -> np.ndarray:
     """An RGB image as a new uint8 array [3, H, W]."""
-    out = np.empty((3, image.height, image.width), np.uint8)
-    write_chw(image, out)
-    return out
+    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
 
 def is_image_name(name: str) -> bool:

@@ -16,6 +16,14 @@ from sdtrain.errors import DataError
 AHEAD = 2
 
 
+def planes_of(pixels: np.ndarray, num: int, side: int) -> Tensor:
+    """Copy decoded bytes [num * side * side * 3] out of a slot as uint8 [num, 3, side, side], pinned where CUDA is."""
+    images = torch.empty(num, 3, side, side, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+    interleaved = pixels[: num * side * side * 3].reshape(num, side, side, 3)
+    np.copyto(images.numpy(), interleaved.transpose(0, 3, 1, 2))
+    return images
+
+
 def read_image(dataset: Dataset, i: int, *, lq: bool = False) -> Tensor:
     """Sample i as uint8 [3, H, W], any size. Raises DataError naming shard and key when it is unreadable."""
     from sdtrain.data.dataset import read_at
@@ -49,8 +57,7 @@ def iterate(
             pool.submit(number, number % AHEAD, requests_of(dataset, chunks[number], side))
         for number, chunk in enumerate(chunks):
             keep = _kept(dataset, chunk, pool.wait(number), bad)
-            pixels = pool.slot(number % AHEAD)[: len(chunk) * 3 * side * side].reshape(len(chunk), 3, side, side)
-            images = torch.from_numpy(pixels[keep])
+            images = planes_of(pool.slot(number % AHEAD), len(chunk), side)[torch.from_numpy(keep)]
             if number + AHEAD < len(chunks):
                 pool.submit(number + AHEAD, number % AHEAD, requests_of(dataset, chunks[number + AHEAD], side))
             yield images, torch.from_numpy(chunk[keep])

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from sdtrain.data.dataset import Dataset, open_dataset
 from sdtrain.data.order import flipped, hashed, order, substitute
 from sdtrain.data.pool import Pool, WorkerError, requests_of
-from sdtrain.data.reader import iterate, read_all
+from sdtrain.data.reader import iterate, planes_of, read_all
 from sdtrain.errors import DataError
 
 __all__ = ["Batch", "Dataset", "Stream", "WorkerError", "iterate", "open_dataset", "order", "read_all"]
@@ -205,9 +205,9 @@ class Stream:
     def _batch(self, step: int, slot: int, indices: np.ndarray) -> Batch:
         data, num, side = self._pool.slot(slot), len(indices), self.side
         cut = num * 3 * side * side
-        images = _own(data[:cut].reshape(num, 3, side, side))
+        images = planes_of(data[:cut], num, side)
         lq_side = side // self.scale
-        lq = _own(data[cut:].reshape(num, 3, lq_side, lq_side)) if self.paired else None
+        lq = planes_of(data[cut:], num, lq_side) if self.paired else None
         return Batch(step, images, one_hot(self.dataset, indices), torch.from_numpy(indices), lq)
 
 
@@ -251,11 +251,3 @@ def _positions_in_batch(ghosts: Sequence[int], ghost_batch: int) -> np.ndarray:
 
 def _other_seed(seed: int, purpose: str) -> int:
     return int(hashed(seed, purpose, 0) >> np.uint64(1))
-
-
-def _own(view: np.ndarray) -> Tensor:
-    """A copy that outlives the slot, pinned for asynchronous transfer where there is a GPU."""
-    tensor = torch.from_numpy(view)
-    if torch.cuda.is_available():
-        return torch.empty_like(tensor, pin_memory=True).copy_(tensor)
-    return tensor.clone()
