@@ -310,6 +310,15 @@ def test_the_wrong_teacher_is_refused_naming_both_sides() -> None:
         pth.require("t.pth", face, resolution=1024)
 
 
+def test_a_third_of_the_channels_is_the_same_network_when_read_back() -> None:
+    options = gcfsr.scaled(gcfsr.GeneratorOptions(narrow=1 / 16, num_style_feat=8), "1/3")
+    net = gcfsr.Generator(options, resolution=64)
+    found = pth.detect(net.state_dict())
+    pth.require("t.pth", found, options=options)
+    again = found.build()
+    pth.load_into(again, net.state_dict())
+
+
 def test_strict_loading_names_what_differs() -> None:
     net, state = small_rrdb(), small_rrdb(num_block=1, num_feat=6).state_dict()
     state["extra"] = torch.zeros(1)

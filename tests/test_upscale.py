@@ -149,6 +149,16 @@ def test_two_inputs_of_one_name_do_not_overwrite_each_other(model: Path, tmp_pat
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"a.png", "a_png.png"}
 
 
+def test_inputs_are_read_once_and_results_of_an_earlier_run_are_no_inputs(model: Path, tmp_path: Path) -> None:
+    for folder in ("x", "y", "z"):
+        (tmp_path / folder).mkdir()
+        save(tmp_path / folder / "a.png", photo(8, 8))
+    files = [tmp_path / folder / "a.png" for folder in ("x", "y", "z")]
+    for _ in range(2):
+        assert run(*files, tmp_path / "x", tmp_path / "x", "--model", model, "--out", tmp_path / "x" / "out") == 0
+        assert {p.name for p in (tmp_path / "x" / "out").iterdir()} == {"a.png", "a_png.png", "a_png_2.png"}
+
+
 def test_a_picture_is_never_replaced_by_its_result(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     source = save(tmp_path / "a.png", photo(8, 8))
     before = source.read_bytes()

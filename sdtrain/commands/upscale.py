@@ -11,6 +11,7 @@ others are done, and the exit status is 2.
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -90,11 +91,16 @@ def find_jobs(inputs: list[Path], out: Path) -> list[Job]:
     from sdtrain.data.images import is_image_name
 
     jobs: list[Job] = []
+    read: set[Path] = set()
     taken: set[Path] = set()
     for source, folder in _sources(inputs, is_image_name):
-        target = out / source.relative_to(folder).with_suffix(".png")
-        if target in taken:
-            target = target.with_name(f"{source.stem}_{source.suffix.lstrip('.').lower()}.png")
+        actual = source.resolve()
+        # results of an earlier run may lie inside an input folder
+        is_result = folder in inputs and out.resolve() in actual.parents
+        if actual in read or is_result:
+            continue
+        read.add(actual)
+        target = next(name for name in _names(out / source.relative_to(folder)) if name not in taken)
         taken.add(target)
         jobs.append(Job(source, target))
     if not jobs:
@@ -102,6 +108,14 @@ def find_jobs(inputs: list[Path], out: Path) -> list[Job]:
             f"there are no pictures in {', '.join(map(str, inputs))}; give files, or folders that hold some"
         )
     return jobs
+
+
+def _names(path: Path) -> Iterator[Path]:
+    """a.png, a_jpg.png, a_jpg_2.png, ... for a.jpg."""
+    yield path.with_suffix(".png")
+    stem = f"{path.stem}_{path.suffix.lstrip('.').lower()}"
+    yield path.with_name(f"{stem}.png")
+    yield from (path.with_name(f"{stem}_{n}.png") for n in itertools.count(2))
 
 
 def _sources(inputs: list[Path], is_picture: Callable[[str], bool]) -> Iterator[tuple[Path, Path]]:

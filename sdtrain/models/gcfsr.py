@@ -376,6 +376,10 @@ def minibatch_stddev(x: Tensor, group: int) -> Tensor:
     """
     n, _, h, w = x.shape
     group = min(n, group)
+    if n % group:
+        raise ConfigError(
+            f"minibatch stddev groups of {group} do not divide {n} samples; change ghost_batch or stddev_group"
+        )
     std = (x.view(group, -1, *x.shape[1:]).var(0, unbiased=False) + 1e-8).sqrt().mean((1, 2, 3))
     return torch.cat([x, std.repeat(group).view(n, 1, 1, 1).expand(n, 1, h, w)], 1)
 
