@@ -60,6 +60,12 @@ def test_tiles_change_neither_the_loss_nor_a_gradient(tiles: int) -> None:
         torch.testing.assert_close(tiled, whole, rtol=1e-5, atol=1e-8)
 
 
+def test_small_maps_stay_whole_and_the_published_face_map_is_cut() -> None:
+    assert feature.tiles_for(torch.empty(12, 64, 64, 64, device="meta")) == 1
+    assert feature.tiles_for(torch.empty(1, 32, 1024, 1024, device="meta")) == 8
+    assert feature.tiles_for(torch.empty(64, 512, 4, 4, device="meta"), 1000) == 4, "a strip has at least one row"
+
+
 def test_the_teacher_gets_no_gradient_from_a_distillation_loss() -> None:
     f_t, logit_t = rand(1, 5, 4, 4).requires_grad_(), rand(2, 1).requires_grad_()
     feature.mlp_loss(mlp(), rand(1, 3, 4, 4).requires_grad_(), f_t, tiles=2).backward()

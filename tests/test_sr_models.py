@@ -265,6 +265,18 @@ def test_a_description_beside_the_file_has_the_last_word(tmp_path: Path) -> None
         pth.open_network(path)
 
 
+def test_a_section_of_a_configuration_serves_as_options(tmp_path: Path) -> None:
+    from sdtrain.config_schema import role_class
+
+    section = role_class("GeneratorOptions", "gcfsr")(kind="gcfsr", num_style_feat=64)
+    options = gcfsr.scaled(section, "1/32", "scaled")
+    net = gcfsr.Generator(options, resolution=32)
+    pth.require("t.pth", pth.detect(net.state_dict()), kind="gcfsr", options=options)
+    found = pth.Found("gcfsr", "Generator", options, 32)
+    path = pth.export_student(net.state_dict(), found, tmp_path / "s.safetensors", "safetensors")
+    assert pth.open_network(path)[1].options.narrow == 1 / 32
+
+
 def test_averaged_weights_are_preferred_and_the_other_kind_is_taken_where_it_is_alone(tmp_path: Path) -> None:
     both = SDAKD / "RRDBNet_x2_nf8_params_and_ema.pth"
     average, raw = pth.load_pth(both), pth.load_pth(both, "params")

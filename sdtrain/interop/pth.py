@@ -134,11 +134,17 @@ def _sidecar(path: Path) -> Found | None:
     try:
         said = json.loads(card.read_text())
         player = said.get("player", "Generator")
-        return Found(said["kind"], player, options_of(said["kind"], player, **said["options"]), said.get("resolution"))
+        options = options_of(said["kind"], player, **_without_kind(said["options"]))
+        return Found(said["kind"], player, options, said.get("resolution"))
     except (ValueError, KeyError, TypeError, AttributeError, ModuleNotFoundError) as error:
         raise WeightsError(
             f"{card} does not describe a network ({type(error).__name__}: {error}); mend or delete it"
         ) from error
+
+
+def _without_kind(options: Mapping[str, Any]) -> dict[str, Any]:
+    # sections of a configuration carry the kind among the options
+    return {name: value for name, value in options.items() if name != "kind"}
 
 
 def save_pth(state: Mapping[str, Tensor], path: str | Path, key: str | None = "params_ema") -> None:
@@ -202,5 +208,5 @@ def export_student(
             found = dataclasses.replace(found, options=dataclasses.replace(found.options, num_grow_ch=SPANDREL_GROWTH))
     (save_safetensors if form == "safetensors" else save_pth)(state, path)
     card = {"kind": found.kind, "player": found.player, "resolution": found.resolution}
-    write_json(path.with_suffix(".json"), {**card, "options": dataclasses.asdict(found.options)})
+    write_json(path.with_suffix(".json"), {**card, "options": _without_kind(dataclasses.asdict(found.options))})
     return path

@@ -177,6 +177,11 @@ def _squares(mlp: nn.Module, f_s: Tensor, f_t: Tensor) -> Tensor:
     return (mlp(f_s) - f_t).float().square().sum()
 
 
+def tiles_for(f_t: Tensor, max_elements: int = 1 << 22) -> int:
+    """How many strips keep the MLP's hidden map of [N, c_T, H, W] under `max_elements` (16 MB in float32)."""
+    return max(1, min(f_t.shape[2], -(-f_t.numel() // max_elements)))
+
+
 def mlp_loss(
     mlp: nn.Module, f_s: Tensor, f_t: Tensor, reduction: Literal["mean", "sum"] = "mean", tiles: int = 1
 ) -> Tensor:

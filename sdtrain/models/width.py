@@ -14,9 +14,7 @@ def fraction(C: float | int | str) -> Fraction:
     except (ValueError, ZeroDivisionError, OverflowError, TypeError):
         raise ConfigError(f"C = {C!r} is not a number; write a fraction such as 1/4 or 0.25") from None
     if not 0 < value <= 1:
-        raise ConfigError(
-            f"C = {C} lies outside (0, 1]; a student keeps a part of its teacher's channels, e.g. 1/2"
-        )
+        raise ConfigError(f"C = {C} lies outside (0, 1]; a student keeps a part of its teacher's channels, e.g. 1/2")
     return value
 
 
