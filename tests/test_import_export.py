@@ -49,7 +49,8 @@ def made(kind: str) -> tuple[nn.Module, object, int | None]:
 
 
 KINDS = [
-    "stylegan2 G", "stylegan2 D", "fastgan G", "fastgan lite 256 G", "fastgan 64 G", "projected D", "stylenat G", "stylenat D"
+    "stylegan2 G", "stylegan2 D", "fastgan G", "fastgan lite 256 G", "fastgan 64 G",
+    "projected D", "stylenat G", "stylenat D",
 ]  # fmt: skip
 
 
@@ -194,7 +195,7 @@ def test_a_network_that_does_not_fit_names_tensors_and_shapes():
 
 @pytest.mark.parametrize("make, message", [
     (lambda p: (p / "a.pt").write_bytes(b"PK\x03\x04 broken"), "damaged zip"),
-    (lambda p: torch.save({"weights": {"a": torch.ones(1)}}, p / "a.pt"), "holds no weights; its top level has weights"),
+    (lambda p: torch.save({"weights": {"a": torch.ones(1)}}, p / "a.pt"), "holds no weights; its top level"),
     (lambda p: torch.save({"a": torch.ones(1)}, p / "a.pt"), "holds no network known here"),
     (lambda p: torch.save([1, 2], p / "a.pt"), "holds a list, where networks are expected"),
     (lambda p: None, "cannot be read"),

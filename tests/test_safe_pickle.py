@@ -257,8 +257,8 @@ def test_a_zip_with_two_roots_or_two_members_of_a_name_is_refused():
 
 @pytest.mark.parametrize(
     "held, offset, size, stride",
-    [(4, 0, [5], [1]), (4, 3, [2], [1]), (4, 0, [2, 2], [4, 1]), (4, 0, [1 << 40], [0]), (4, -1, [2], [1]), (4, 0, [2], [-1]),
-     (4, 0, [-2], [1]), (4, 0, [2, 2], [1]), (0, 0, [1], [1])],
+    [(4, 0, [5], [1]), (4, 3, [2], [1]), (4, 0, [2, 2], [4, 1]), (4, 0, [1 << 40], [0]), (4, -1, [2], [1]),
+     (4, 0, [2], [-1]), (4, 0, [-2], [1]), (4, 0, [2, 2], [1]), (0, 0, [1], [1])],
 )  # fmt: skip
 def test_a_tensor_outside_its_storage_is_refused(held, offset, size, stride):
     members = {"a/data.pkl": pickled(tensor(storage("0", held), offset, size, stride)), "a/data/0": bytes(4 * held)}
@@ -353,6 +353,17 @@ def test_numbers_of_both_numpy_generations_become_python_numbers():
         state = b"(" + number(3) + text("<") + b"NNN" + number(-1) + number(-1) + number(0) + b"t"
         body = call(known(module, "scalar"), dtype + state + b"b", blob(struct.pack("<d", 1.4142)))
         assert read(b"\x80\x03" + body + b".") == 1.4142
+
+
+def test_sets_and_dictionaries_of_old_protocols_are_plain():
+    letters = b"](" + text("a") + text("b") + b"e"
+    assert read(b"\x80\x03" + call(known("builtins", "set"), letters) + b".") == {"a", "b"}
+    pairs = b"](" + b"](" + text("k") + number(1) + b"e" + b"e"
+    assert read(b"\x80\x02" + call(known("collections", "OrderedDict"), pairs) + b".") == {"k": 1}
+    easy = known("dnnlib.util", "EasyDict") + b")\x81" + text("k") + number(2) + b"s"
+    assert read(b"\x80\x03" + easy + b".") == {"k": 2}
+    tensor_as_list = call(known("builtins", "set"), tensor(storage("0", 4), 0, [4], [1]))
+    assert "in place of a list" in refused(zipped({"a/data.pkl": pickled(tensor_as_list), "a/data/0": bytes(16)}))
 
 
 def test_a_tensorflow_pickle_is_told_how_to_convert():

@@ -1,4 +1,4 @@
-"""StyleNAT: without these tests the networks could drift from the official ones, and the tiled attention from its rule."""
+"""StyleNAT: without these tests the networks could drift from the official ones, and tiled attention from its rule."""
 
 from __future__ import annotations
 

@@ -130,7 +130,7 @@ def example_inputs(network: Network, net: nn.Module, batch: int) -> dict[str, An
         return {"x": normal(3, side, side), **labels}
     if network.kind in SUPER_RESOLUTION:
         return {"lq": normal(3, LQ_SIDE, LQ_SIDE).sigmoid()}
-    return {"z": normal(net.z_dim), **labels}
+    return {"z": normal(int(net.z_dim)), **labels}  # type: ignore[arg-type]
 
 
 def export_onnx(network: Network, path: Path) -> Path:
@@ -148,12 +148,20 @@ def export_onnx(network: Network, path: Path) -> Path:
         ) from error
     net = network.build().requires_grad_(False)
     inputs = example_inputs(network, net, 2)
-    free = {name: {0: torch.export.Dim("batch", min=1, max=4096)} for name in inputs}
-    if network.kind in SUPER_RESOLUTION:
-        free["lq"] |= {2: torch.export.Dim("height"), 3: torch.export.Dim("width")}
+    free: list[dict[int, Any]] = [{0: torch.export.Dim("batch", min=1, max=4096)} for _ in inputs]
+    if network.kind in SUPER_RESOLUTION and network.player == "Generator":
+        free[0] |= {2: torch.export.Dim("height"), 3: torch.export.Dim("width")}
+    with torch.no_grad():
+        net(*inputs.values())  # what is computed once and kept (positions, masks) must not be computed in the trace
     program = torch.onnx.export(
-        net, (), kwargs=inputs, dynamo=True, dynamic_shapes=free, input_names=list(inputs), verbose=False
+        net,
+        tuple(inputs.values()),
+        dynamo=True,
+        dynamic_shapes=tuple(free),
+        input_names=list(inputs),
+        verbose=False,
     )
+    assert program is not None
     program.save(str(path))
     _check_onnx(path, net, example_inputs(network, net, 3))
     return path
@@ -168,9 +176,12 @@ def _check_onnx(path: Path, net: nn.Module, inputs: dict[str, Any]) -> None:
     except ImportError:
         return
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    (got,) = session.run(None, {name: value.numpy() for name, value in inputs.items()})[:1]
+    try:
+        got = session.run(None, {name: value.numpy() for name, value in inputs.items()})[0]
+    except Exception as error:  # onnxruntime has no common base for its errors
+        raise WeightsError(f"{path} does not run at another batch size than it was traced with: {error}") from error
     with torch.no_grad():
-        expected = net(**inputs)
+        expected = net(*inputs.values())
     worst = float((torch.from_numpy(got) - expected).abs().max())
     if worst > ONNX_TOLERANCE * max(1.0, float(expected.abs().max())):
         raise WeightsError(f"{path} differs from the network by {worst:.2e} in onnxruntime; do not use it")

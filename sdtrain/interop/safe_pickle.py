@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import io
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -112,6 +112,11 @@ def _persistent(meta: Any) -> Record:
     return Record(PERSISTENT + str(meta.get("class_name")), (), dict(meta["state"]))
 
 
+def _first(data: Any, *_: Any) -> Any:
+    """A parameter is its tensor."""
+    return data
+
+
 def _array(*_: Any) -> Record:
     return Record("numpy.ndarray")
 
@@ -134,7 +139,7 @@ class Globals:
         self.source = source
         self.budget = Budget(source, 4 * num_bytes + (1 << 20))
         self.found: set[str] = set()
-        self.calls = {
+        self.calls: dict[str, Callable[..., Any]] = {
             "collections.OrderedDict": _dict,
             "builtins.set": _set,
             "__builtin__.set": _set,
@@ -146,7 +151,7 @@ class Globals:
             "numpy._core.multiarray._reconstruct": _array,
             "_codecs.encode": _encode,
             "torch.Size": _tuple,
-            "torch._utils._rebuild_parameter": lambda data, *_: data,
+            "torch._utils._rebuild_parameter": _first,
             "torch._utils._rebuild_tensor_v2": lambda *args: view_of(self.budget, *args[:4]),
             "torch.storage._load_from_bytes": self._blob,
             "torch_utils.persistence._reconstruct_persistent_obj": _persistent,

@@ -151,9 +151,9 @@ def neighborhood_attention(q: Tensor, k: Tensor, v: Tensor, rpb: Tensor, dilatio
     for row_pattern, (y0, y1) in zip(ys.patterns, ys.spans):
         band = []
         for col_pattern, (x0, x1) in zip(xs.patterns, xs.spans):
-            part = [_as_batch(t[:, y0:y1, :, x0:x1], heads) for t in (tiles_q, tiles_k, tiles_v)]
+            some = [_as_batch(t[:, y0:y1, :, x0:x1], heads) for t in (tiles_q, tiles_k, tiles_v)]
             bias = pair_bias(rpb, row_pattern, col_pattern).to(q.dtype)
-            out = F.scaled_dot_product_attention(*part, attn_mask=bias, scale=1.0)
+            out = F.scaled_dot_product_attention(some[0], some[1], some[2], attn_mask=bias, scale=1.0)
             band.append(_from_batch(out, n, y1 - y0, x1 - x0, len(row_pattern), len(col_pattern)))
         bands.append(torch.cat(band, 3))
     merged = torch.cat(bands, 1).reshape(n, ys.queries.numel(), xs.queries.numel(), -1)

@@ -153,6 +153,8 @@ def relative_position_index(window: int) -> Tensor:
 class FullAttention(Attention):
     """Self-attention of a 4x4 level with a relative position bias table."""
 
+    relative_position_index: Tensor
+
     def __init__(self, dim: int, num_heads: int, window: int = 4):
         super().__init__(dim, num_heads)
         self.rpb = nn.Parameter(nn.init.trunc_normal_(torch.empty(num_heads, 2 * window - 1, 2 * window - 1), std=0.02))
@@ -207,8 +209,9 @@ class HydraAttention(Attention):
     def forward(self, x: Tensor) -> Tensor:
         """x [N, H, W, C]."""
         widths = [h * self.head_dim for h in self.heads]
-        parts = zip(*(t.split(widths, -1) for t in self._qkv(x)))
-        out = [self.attend(*qkv, rpb, dilation) for qkv, rpb, (_, dilation) in zip(parts, self.rpb, self.groups)]
+        q, k, v = (t.split(widths, -1) for t in self._qkv(x))
+        dilations = [dilation for _, dilation in self.groups]
+        out = [self.attend(*group) for group in zip(q, k, v, self.rpb, dilations)]
         return self.proj(torch.cat(out, -1))
 
 
@@ -259,6 +262,8 @@ def position_grid(height: int, width: int, dim: int) -> Tensor:
 
 class SinusoidalEmbedding(nn.Module):
     """The position grid; the one-element buffer carries nothing, official checkpoints have it."""
+
+    _float_tensor: Tensor
 
     def __init__(self, dim: int):
         super().__init__()
@@ -330,6 +335,8 @@ def upsample_depthwise(x: Tensor, kernel: Tensor, crop: int) -> Tensor:
 
 class Fir(nn.Module):
     """Low-pass with the 1-3-3-1 kernel: `blur` pads by 2, `down` halves, `up` doubles."""
+
+    kernel: Tensor
 
     def __init__(self, mode: Literal["blur", "down", "up"]):
         super().__init__()
@@ -420,11 +427,13 @@ class Generator(nn.Module):
 
     def render(self, w: Tensor) -> Tensor:
         """Images [N, 3, R, R] of styles w in ImageNet-normalised space, as official code has them."""
-        x, rgb = self.input(len(w)), None
+        x = self.input(w.shape[0])
+        rgb: Tensor | None = None
         for level, to_rgb in zip(self.layers, self.to_rgbs):
             x = level(x, w)
             side = math.isqrt(x.shape[1])
             rgb = to_rgb(x.transpose(1, 2).unflatten(2, (side, side)), rgb)
+        assert rgb is not None
         return rgb
 
     def forward(self, z: Tensor, c: Tensor | None = None, draws: object = None) -> Tensor:
@@ -504,6 +513,11 @@ def haar_kernels() -> dict[str, Tensor]:
 class Haar(nn.Module):
     """Haar wavelets: RGB [N, 3, H, W] -> LL, LH, HL, HH [N, 12, H/2, W/2]."""
 
+    ll: Tensor
+    lh: Tensor
+    hl: Tensor
+    hh: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         for name, kernel in haar_kernels().items():
@@ -515,6 +529,11 @@ class Haar(nn.Module):
 
 class InverseHaar(nn.Module):
     """The inverse of `Haar`; its LH and HL kernels are stored negated."""
+
+    ll: Tensor
+    lh: Tensor
+    hl: Tensor
+    hh: Tensor
 
     def __init__(self) -> None:
         super().__init__()
