@@ -1,4 +1,4 @@
-"""Run by torchrun from test_metrics.py: evaluate the same sampler on however many ranks there are, print the values.
+"""Run by torchrun from test_metrics.py: evaluate one sampler on all ranks, write the values; then let a rank fail.
 
 usage: ranks_evaluate.py FOLDER WORLD OUT
 """
@@ -11,6 +11,7 @@ import sys
 import torch
 import torch.distributed as dist
 
+from sdtrain.errors import RunError
 from sdtrain.metrics.evaluate import Evaluator
 from sdtrain.metrics.images import open_images
 from sdtrain.rng import generator
@@ -31,7 +32,13 @@ if __name__ == "__main__":
     folder, world, out = sys.argv[1:]
     dist.init_process_group("gloo")
     assert dist.get_world_size() == int(world)
-    values = evaluator(folder).measure(sample)[0]
+    judge = evaluator(folder)
+    values = judge.measure(sample)[0]
+    try:
+        judge.measure(lambda indices: sample(indices) if dist.get_rank() == 0 else 1 / 0)  # type: ignore[arg-type]
+        values["fault"] = "unnoticed"
+    except (RunError, ZeroDivisionError) as error:
+        values["fault"] = f"{type(error).__name__}: {error}"
     with open(f"{out}.{dist.get_rank()}", "w") as file:
         json.dump(values, file)
     dist.destroy_process_group()

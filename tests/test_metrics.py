@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 import shutil
+import tarfile
 
 import numpy as np
 import pytest
@@ -207,14 +208,19 @@ def one_rank(real_folder):
 
 
 @pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.slow)])
-def test_every_metric_has_the_same_bits_on_any_number_of_ranks(tmp_path, real_folder, one_rank, world):
+def test_every_metric_has_the_same_bits_on_any_number_of_ranks_and_one_failing_rank_stops_all(
+    tmp_path, real_folder, one_rank, world
+):
     script = str(REPO / "tests" / "ranks_evaluate.py")
     done = run_ranks(
         world, script, str(real_folder), str(world), str(tmp_path / "values"), env={"PYTHONPATH": str(REPO)}
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    for rank in range(world):
-        assert json.loads((tmp_path / f"values.{rank}").read_text()) == one_rank[0]
+    found = [json.loads((tmp_path / f"values.{rank}").read_text()) for rank in range(world)]
+    faults = [values.pop("fault") for values in found]
+    assert found == [one_rank[0]] * world
+    assert faults[0] == "RunError: Another rank failed while evaluating; its message says why."
+    assert faults[1] == "ZeroDivisionError: division by zero"
 
 
 def test_a_result_states_seeds_spread_rule_counts_and_networks(one_rank, real_folder):
@@ -294,6 +300,15 @@ def test_settings_that_cannot_work_are_refused(real_folder):
         evaluator(str(real_folder), metrics=("is",))
     with pytest.raises(ConfigError, match="no tap of width 100"):
         Inception(100)
+
+
+def test_shards_and_a_folder_of_the_same_images_have_the_same_fid(tmp_path, real_folder, one_rank):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for file in sorted(real_folder.iterdir()):
+            tar.add(file, file.name)
+    settings = {"metrics": ("fid",), "extractor": "random-inception", "tap": 64, "batch_size": 4, "workers": 0}
+    judge = Evaluator(open_images(tmp_path), num_fake=11, **settings)
+    assert judge.measure(sample)[0]["fid"] == one_rank[0]["fid"]
 
 
 def test_a_folder_without_images_and_one_with_a_torn_image_are_refused(tmp_path):

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 METRICS = ("fid", "rfid", "kid", "pr")
+DEFAULTS = {"metrics": "fid", "extractor": "inception", "tap": 2048, "seeds": 5, "seed": 0, "batch_size": 32}
+DEFAULTS |= {"inception": "download"}
 DECIMALS = {"fid": 4, "fid_biased": 4, "rfid": 4, "rfid_std": 4, "kid": 6, "kid_std": 6, "precision": 4, "recall": 4}
 
 
@@ -28,19 +30,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("path", metavar="PATH", help="what to measure: a folder of images, shards, a run folder or a checkpoint")
     add("--real", metavar="DATA", help="real images: shards or a folder (default: what the run was validated on)")
-    add("--metrics", default="fid", help=f"comma-separated, of {', '.join(METRICS)} (default: fid)")
-    add("--num", type=int, help="generated images (default: the whole folder, 50000 from a run)")
-    add("--num-real", type=int, help="a fixed random subset of the real images (default: all)")
-    add("--extractor", choices=("inception", "random-inception", "random"), default="inception", help="feature network")
+    own = "default: as the run's configuration says, else"
+    add("--metrics", help=f"comma-separated, of {', '.join(METRICS)} ({own} fid)")
     add(
-        "--tap", type=int, choices=(64, 192, 768, 2048), default=2048, help="width of the feature layer (default: 2048)"
+        "--num",
+        "--num-fake",
+        type=int,
+        dest="num",
+        help="generated images (default: the whole folder, 50000 from a run)",
     )
+    add("--num-real", type=int, help=f"a fixed random subset of the real images ({own} all)")
+    extractors = ("inception", "random-inception", "random")
+    add("--extractor", choices=extractors, help=f"feature network ({own} inception)")
+    add("--tap", type=int, choices=(64, 192, 768, 2048), help=f"width of the feature layer ({own} 2048)")
     add("--pr-extractor", choices=("same", "vgg16"), default="same", help="features of precision and recall")
-    add("--inception", default="download", metavar="SOURCE", help="Inception weights: a path or `download` (fetched)")
+    add("--inception", metavar="SOURCE", help=f"Inception weights: a path or `download`, fetched ({own} download)")
     add("--vgg16", default="download", metavar="SOURCE", help="VGG16 weights: a path, `download` or `random`")
-    add("--seeds", type=int, default=5, help="random networks averaged by rfid (default: 5)")
-    add("--seed", type=int, default=0, help="seed of the latents of a run or checkpoint")
-    add("--batch-size", type=int, default=32, help="images at once; part of the protocol (default: 32)")
+    add("--seeds", type=int, help=f"random networks averaged by rfid ({own} 5)")
+    add("--seed", type=int, help=f"seed of the latents of a run or checkpoint ({own} 0)")
+    add("--weights", choices=("ema", "raw"), default="ema", help="of a run: the generator's average, or itself")
+    add("--batch-size", type=int, help=f"images at once; part of the protocol ({own} 32)")
     add("--workers", type=int, default=2, help="processes that decode shards (default: 2)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: a GPU where there is one)")
     add("--split", default="test", help="a name for the real images, kept in the row")
@@ -70,6 +79,7 @@ def check(args: argparse.Namespace) -> None:
     """Everything that can be wrong with the arguments, before torch is imported."""
     from sdtrain.weights import check_weights
 
+    fill_in(args)
     args.metrics = tuple(name.strip() for name in args.metrics.split(",") if name.strip())
     unknown = [name for name in args.metrics if name not in METRICS]
     if unknown or not args.metrics:
@@ -84,6 +94,31 @@ def check(args: argparse.Namespace) -> None:
     problems = check_weights(weights_needed(args))
     if problems:
         raise WeightsError(" ".join(problems))
+
+
+def is_generator(path: Path) -> bool:
+    """A run, a checkpoint or a weights file, not images."""
+    return path.is_file() and path.suffix != ".tar" or (path / "config.yaml").is_file() or is_checkpoint(path)
+
+
+def is_checkpoint(path: Path) -> bool:
+    return (path / "checkpoints").is_dir() or (path / "state.json").is_file() or any(path.glob("*.safetensors"))
+
+
+def fill_in(args: argparse.Namespace) -> None:
+    """Give what was not asked for: as the run measures itself, so that values compare with its own; else defaults."""
+    from sdtrain.commands.source import config_of
+
+    config = config_of(Path(args.path)) if is_generator(Path(args.path)) else None
+    defaults: dict[str, Any] = dict(DEFAULTS)
+    if config is not None:
+        m = config.metrics
+        defaults |= {"metrics": ",".join(m.names), "num": m.num_fake, "num_real": m.num_real, "extractor": m.extractor}
+        defaults |= {"tap": m.tap, "seeds": m.seeds, "batch_size": m.batch_size, "seed": config.seed}
+        defaults |= {"inception": config.weights.inception or "download", "real": config.data.val or config.data.train}
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
 
 
 def weights_needed(args: argparse.Namespace) -> dict[str, str]:
@@ -111,8 +146,8 @@ def start_ranks(device: str) -> Any:
 def subject(args: argparse.Namespace, device: Any) -> tuple[Callable[[list[int]], Tensor], dict[str, Any]]:
     """A function from indices to uint8 images, and what is known of it: `num`, maybe `real`, `latents_seed`, `row`."""
     path = Path(args.path)
-    if path.is_file() and path.suffix != ".tar" or (path / "config.yaml").is_file() or (path / "checkpoints").is_dir():
-        return sampler_for(path, device, args.seed)
+    if is_generator(path):
+        return sampler_for(path, device, args.seed, args.weights)
     from sdtrain.metrics.evaluate import subset
     from sdtrain.metrics.images import batches, open_images
 
@@ -125,11 +160,13 @@ def subject(args: argparse.Namespace, device: Any) -> tuple[Callable[[list[int]]
     return read, {"num": images.num_samples}
 
 
-def sampler_for(path: Path, device: Any, seed: int) -> tuple[Callable[[list[int]], Tensor], dict[str, Any]]:
+def sampler_for(
+    path: Path, device: Any, seed: int, weights: str
+) -> tuple[Callable[[list[int]], Tensor], dict[str, Any]]:
     """The sampler of a run or checkpoint."""
     from sdtrain.commands.sample import open_sampler
 
-    sample_fn, info = open_sampler(path, device, seed=seed)
+    sample_fn, info = open_sampler(path, device, seed=seed, weights=weights)
     return sample_fn, {"latents_seed": seed, **info}
 
 

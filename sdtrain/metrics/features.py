@@ -7,6 +7,7 @@ the evaluator always extracts the same blocks of consecutive samples.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,11 @@ VGG_SIDE = 224
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
+def exact_convolutions() -> AbstractContextManager[None]:
+    """Full fp32 on a GPU, always by the same algorithm: no TF32, no search."""
+    return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
+
+
 @dataclass(frozen=True)
 class Extractor:
     """`identity` says everything that decides the features: two results compare only when it is equal."""
@@ -35,8 +41,8 @@ class Extractor:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """uint8 [N, 3, H, W] -> float32 [N, width]. Full fp32, without TF32 or a search for algorithms."""
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+        """uint8 [N, 3, H, W] -> float32 [N, width]."""
+        with exact_convolutions():
             return self.net(images).float()
 
 
@@ -66,7 +72,8 @@ def random_inception(
     net = Inception(tap)
     randomise(net, seed)
     net.to(device)
-    calibrate(net, [images.to(device) for images in calibration()])
+    with exact_convolutions():
+        calibrate(net, [images.to(device) for images in calibration()])
     identity = {"extractor": "random-inception", "tap": tap, "seed": seed, "rule": RULE_HASH, "resize": "tf1 299"}
     return Extractor(net, tap, identity)
 
