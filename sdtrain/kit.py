@@ -100,7 +100,7 @@ class Kit:
         return lambda x, draws, p: pipe(x, p, draws)
 
     def consistency_augmentation(self) -> Any:
-        """What balanced consistency compares an image with: mirror, shift, colour, cutout of half the side (StyleNAT)."""
+        """What balanced consistency compares an image with: mirror, shift, colour, large cutout (StyleNAT)."""
         from sdtrain.augment.diffaug import diff_augment
 
         def augment(x: torch.Tensor, draws: Any) -> torch.Tensor:

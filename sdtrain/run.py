@@ -62,7 +62,6 @@ class Run:
         self.stop = StopRequest()
         self.watch = Stopwatch(device)
 
-    # Position ----------------------------------------------------------------------------------------------------------
 
     @property
     def seen_img(self) -> int:
@@ -77,8 +76,6 @@ class Run:
         for stage in self.method.stages:
             if self.seen_img < stage.end_img:
                 yield stage
-
-    # A stage -----------------------------------------------------------------------------------------------------------
 
     def enter(self, stage: Stage, checkpoint: Checkpoint | None = None) -> None:
         """Make the stage's players, with fresh optimizers or those of the checkpoint that lies inside the stage."""
@@ -146,8 +143,6 @@ class Run:
         beta = beta_of(self.config.ema, self.seen_img, self.config.batch_size)
         for name, source in self.method.averages(self.stage.name).items():
             update_ema(self.nets[name].module, self.nets[source].module, beta)
-
-    # Checkpoints -------------------------------------------------------------------------------------------------------
 
     def save(self) -> Path:
         """Write a checkpoint of this position with all ranks."""

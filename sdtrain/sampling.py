@@ -33,9 +33,15 @@ def labels_for(draws: Draws, class_counts: Sequence[int]) -> Tensor | None:
 
 @torch.no_grad()
 def generate(
-    net: Any, indices: Sequence[int], *, seed: int, class_counts: Sequence[int] = (), device: torch.device | str, **style: Any
+    net: Any,
+    indices: Sequence[int],
+    *,
+    seed: int,
+    class_counts: Sequence[int] = (),
+    device: torch.device | str,
+    **style: Any,
 ) -> Tensor:
-    """Images [N, 3, R, R] float in [-1, 1] of the latents with these indices, in eval mode. `style` goes to the generator."""
+    """Images [N, 3, R, R] in [-1, 1] of the latents with these indices, in eval mode; `style` goes to the generator."""
     module = getattr(net, "module", net)
     draws = draws_for(indices, seed, device)
     was_training = module.training

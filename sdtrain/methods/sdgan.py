@@ -42,10 +42,10 @@ PLAYERS = ("G", "D")
 def problems(config: Any) -> list[tuple[str, str]]:
     """Combinations that cannot work, as (key, sentence)."""
     found = []
-    if config.path_length.weight and config.model.generator.kind != "stylegan2":
-        found.append(("path_length.weight", "path-length regularisation needs model.generator.kind: stylegan2; set it to 0"))
-    if config.style_mixing and config.model.generator.kind != "stylegan2":
-        found.append(("style_mixing", "style mixing needs model.generator.kind: stylegan2; set it to 0"))
+    styled = {"path_length.weight": config.path_length.weight, "style_mixing": config.style_mixing}
+    for key, value in styled.items() if config.model.generator.kind != "stylegan2" else ():
+        if value:
+            found.append((key, f"{key} {value:g} needs model.generator.kind: stylegan2; set it to 0"))
     if config.bcr and config.augment.kind != "none":
         found.append(("bcr", "balanced consistency augments by itself; set augment.kind: none"))
     return found
@@ -105,7 +105,6 @@ class SDGAN:
             consistent=kit.consistency_augmentation() if config.bcr else None,
         )
 
-    # What the loop asks ------------------------------------------------------------------------------------------------
 
     teachers: tuple[str, ...] = ()  # networks that never change and are in no checkpoint
     task = "generation"
@@ -125,16 +124,15 @@ class SDGAN:
 
     def phases(self, stage: str, step: int) -> list[Phase]:
         """G, its regulariser, D, its regulariser, as the official StyleGAN2-ADA and ProjectedGAN loops order them."""
+        penalty = {"reaches_all": False, "fp32": True}
         phases = [Phase(name="G", player="G", loss=self.loss_G)]
         if self.o.path_length.weight and step % self.o.path_length.every == 0:
-            lengths = {"prepass": self.mean_path_length, "receive": self._receive_path_length}
-            phases.append(Phase(name="G_pl", player="G", loss=self.loss_path_length, reaches_all=False, fp32=True, **lengths))
+            mean = {"prepass": self.mean_path_length, "receive": self._receive_path_length}
+            phases.append(Phase(name="G_pl", player="G", loss=self.loss_path_length, **penalty, **mean))
         phases.append(Phase(name="D", player="D", loss=self.loss_D))
         if self.o.r1.gamma and step % self.o.r1.every == 0:
-            phases.append(Phase(name="D_r1", player="D", loss=self.loss_R1, reaches_all=False, fp32=True))
+            phases.append(Phase(name="D_r1", player="D", loss=self.loss_R1, **penalty))
         return phases
-
-    # The equations -----------------------------------------------------------------------------------------------------
 
     def loss_G(self, x: Chunk) -> Loss:
         """Eq. (2): L_G = L_adv + alpha * L_SD(T(G(z)), T(G_ema(z)))."""
@@ -150,7 +148,7 @@ class SDGAN:
         return L_adv, {"G/adv": L_adv}
 
     def L_SD(self, fake: Tensor, x: Chunk, draws: Any) -> Tensor:
-        """Mean distance between student and teacher on the same latents, under the same T; the teacher has no gradient."""
+        """Mean distance of student and teacher on the same latents, under the same T; the teacher has no gradient."""
         assert self.distance is not None
         with torch.no_grad():
             fake_ema = self.generate(self.G_ema, x, draws, teacher=True)
@@ -191,7 +189,7 @@ class SDGAN:
         return R1 * (self.o.r1.gamma / 2 * self.o.r1.every), {"D/r1": R1}
 
     def loss_path_length(self, x: Chunk) -> Loss:
-        """weight * E (|J^T y| - a)^2 with `a` already moved by the mean length of the global batch, times the interval."""
+        """weight * E (|J^T y| - a)^2, times the interval; `a` has been moved by the mean length of the global batch."""
         o = self.o.path_length
         penalty, _ = path_length_penalty(self.path_lengths(x), self.pl_mean_before, o.decay, 1.0, self.pl_global_mean)
         return penalty * (o.weight * o.every), {"G/pl": penalty}
@@ -203,10 +201,8 @@ class SDGAN:
         fake_aug_logits, real_aug_logits = self.judge(fake_aug, real_aug, x.labels)
         return balanced_consistency(real_logits, real_aug_logits, fake_logits, fake_aug_logits, 1.0, 1.0)
 
-    # Pieces ------------------------------------------------------------------------------------------------------------
-
     def generate(self, G: Callable[..., Any], x: Chunk, draws: Any, teacher: bool = False) -> Tensor:
-        """Images of the latents that `draws` holds; a teacher sees the same latents and, unless told otherwise, noise."""
+        """Images of the latents in `draws`; a teacher sees the same latents and, unless told otherwise, noise."""
         z = draws.normal("z", self.z_dim)
         independent = teacher and self.o.sd.noise == "independent"
         if not self.o.style_mixing:
@@ -221,7 +217,7 @@ class SDGAN:
         return x if self._augment is None else self._augment(x, draws.sub("augment"), self.p)
 
     def path_lengths(self, x: Chunk) -> Tensor:
-        """Path lengths of smaller ghosts, [num_samples / shrink]; latents, noise and direction y have draws of their own."""
+        """Path lengths of smaller ghosts, [num_samples / shrink]; latents, noise and y have draws of their own."""
         few = max(x.draws.ghost_batch // self.o.path_length.shrink, 1)
         draws = replace(x.draws, ghost_batch=few).sub("G_pl")
         labels = None if x.labels is None else x.labels.unflatten(0, (len(draws.ghosts), -1))[:, :few].flatten(0, 1)
@@ -236,7 +232,6 @@ class SDGAN:
         self.pl_mean_before, self.pl_global_mean = self.pl_mean, means["pl"]
         self.pl_mean += self.o.path_length.decay * (float(means["pl"]) - self.pl_mean)
 
-    # ADA and what a resume needs ---------------------------------------------------------------------------------------
 
     @property
     def controls(self) -> tuple[str, ...]:
@@ -251,7 +246,8 @@ class SDGAN:
         self.signs[1] += self.batch_size
         a = self.o.augment
         if (step + 1) % a.interval == 0:
-            self.p = update_p(self.p, *self.signs, self.batch_size, a.interval, a.target, float(a.speed_img) / 1000)
+            total, seen = self.signs
+            self.p = update_p(self.p, total, seen, self.batch_size, a.interval, a.target, a.speed_img / 1000)
             self.signs = [0.0, 0.0]
         return {"ada/p": self.p}
 

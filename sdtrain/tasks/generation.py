@@ -46,7 +46,7 @@ class Task:
         barrier()
 
     def evaluate(self, split: str) -> None:
-        """Measure the average by the configured metrics, all ranks together; keep it in best/ when it is the best so far."""
+        """Measure the average by the configured metrics, all ranks together; the best so far goes to best/."""
         run = self.run
         sample = sampler(run.nets[run.method.evaluated], batch_size=run.config.metrics.batch_size, **self.style)
         with run.watch.section("evaluate"):
@@ -57,7 +57,7 @@ class Task:
             self.keep_best(values)
 
     def evaluator(self, split: str) -> Any:
-        """The evaluator of a split, made when it is first needed; statistics of the real images are kept in the run folder."""
+        """The evaluator of a split, made when first needed; statistics of real images are kept in the run folder."""
         if split not in self._evaluators:
             from sdtrain.metrics.evaluate import Evaluator
 
