@@ -6,9 +6,10 @@ import sys
 
 import pytest
 import torch
-from conftest import GOLDEN
+from conftest import GOLDEN, REPO
 from torch import Tensor
 
+from sdtrain.config import load_config
 from sdtrain.errors import ConfigError
 from sdtrain.losses.consistency import balanced_consistency
 from sdtrain.models import stylenat
@@ -223,3 +224,16 @@ def test_bf16_autocast_stays_close():
     with torch.no_grad():
         full = g(z)
     assert (half - full).abs().mean() < 0.05 * full.abs().mean()
+
+
+@pytest.mark.parametrize("name", ["ffhq256", "sd_ffhq256", "ffhq1024", "church256", "small32"])
+def test_every_preset_can_be_built(name):
+    config = load_config(REPO / "configs" / "stylenat" / f"{name}.yaml")
+    with torch.device("meta"):
+        g = stylenat.Generator(config.model.generator, resolution=config.data.resolution)
+        d = stylenat.Discriminator(config.model.discriminator, resolution=config.data.resolution)
+    parameters = sum(p.numel() for p in g.parameters())
+    if name in ("ffhq256", "ffhq1024"):  # the published counts
+        assert round(parameters / 1e6, 2) == {"ffhq256": 48.92, "ffhq1024": 49.45}[name]
+    assert config.ghost_batch % config.model.discriminator.mbstd_group == 0
+    assert d.resolution == g.resolution == config.data.resolution
