@@ -107,6 +107,11 @@ def test_transparent_pixels_are_laid_over_white() -> None:
     assert image.getpixel((0, 0)) == (255, 255, 255) and image.getpixel((15, 0)) == (0, 0, 255)
 
 
+def test_a_transparent_colour_of_an_rgb_png_is_laid_over_white() -> None:
+    image, notes = decode_image(encoded(Image.new("RGB", (16, 16), (1, 2, 3)), transparency=(1, 2, 3)))
+    assert notes == ("alpha",) and image.getpixel((0, 0)) == (255, 255, 255)
+
+
 def test_exif_rotation_is_applied_once_and_recorded() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -158,6 +163,7 @@ def test_postscript_is_never_handed_to_a_program() -> None:
     assert rejection(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n") == "not an image in a known format"
 
 
+@pytest.mark.filterwarnings("ignore")
 def test_random_bytes_after_a_real_header_never_raise_anything_else() -> None:
     noise = np.random.default_rng(0)
     for kind in ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF"):

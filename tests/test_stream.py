@@ -156,16 +156,17 @@ def test_batches_stay_valid_while_later_ones_are_read(clean: Path) -> None:
     assert all(colours(batch) == batch.indices.tolist() for batch in kept)
 
 
-def test_a_bad_sample_is_replaced_and_no_other_sample_moves(shards: Path) -> None:
+def test_bad_samples_are_replaced_and_no_other_sample_moves(shards: Path) -> None:
     dataset = open_dataset(shards)
     expected = batches(dataset, 10)
-    bad = int(expected[0].indices[3])
-    damage_byte(Path(dataset.shards[dataset.index.shard[bad]]), int(dataset.index.offset[bad]) + 3)
+    bad = [int(expected[0].indices[row]) for row in (3, 6)]
+    for i in bad:
+        damage_byte(Path(dataset.shards[dataset.index.shard[i]]), int(dataset.index.offset[i]) + 3)
     for workers in (0, 2):
         found = batches(dataset, 10, workers=workers, max_bad=0.1)
         for step, (batch, was) in enumerate(zip(found, expected, strict=True)):
             moved = (batch.indices != was.indices).nonzero().reshape(-1)
-            assert (was.indices[moved] == bad).all() and bad not in batch.indices
+            assert set(was.indices[moved].tolist()) <= set(bad) and not set(bad) & set(batch.indices.tolist())
             assert colours(batch) == batch.indices.tolist()
             stand_ins = [substitute(3, step * 8 + int(row), 0, NUM) for row in moved]
             assert batch.indices[moved].tolist() == stand_ins

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sdtrain.data.dataset import MANIFEST_NAME, expand, read_at, read_manifest
-from sdtrain.data.images import ImageRejected, decode_image
+from sdtrain.data.images import ImageRejected, decode_image, hush
 from sdtrain.data.index import INDEX_NAME, Index, Sample, load_index, samples_of
 from sdtrain.data.tars import Member, scan_tar, sha256_of
 from sdtrain.errors import DataError
@@ -95,7 +95,7 @@ def _run(tasks: list[Task], workers: int) -> list[tuple[list[Sample], list[Findi
             results.append(check_shard(task))
             bar.update()
     else:
-        with ProcessPoolExecutor(min(workers, len(tasks)), get_context("spawn")) as pool:
+        with ProcessPoolExecutor(min(workers, len(tasks)), get_context("spawn"), initializer=hush) as pool:
             futures = [pool.submit(check_shard, task) for task in tasks]
             for future in futures:
                 future.add_done_callback(lambda _: bar.update())

@@ -74,16 +74,19 @@ def to_chw(image: Image.Image) -> np.ndarray:
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
 
+def hush() -> None:
+    """Silence Pillow's warnings about odd files, in a process that exists to decode; the outcome is reported anyway."""
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
 def is_image_name(name: str) -> bool:
     return name.lower().endswith(SUFFIXES)
 
 
 def _open(data: bytes, max_pixels: int) -> Image.Image:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
-    except Image.DecompressionBombError:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise ImageRejected(f"decompression bomb: more than {max_pixels} pixels") from None
     except Exception as error:  # Pillow's plugins raise many types on hostile bytes; every one means "unusable file"
         raise ImageRejected(_why_unreadable(data, error)) from None

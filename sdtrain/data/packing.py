@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from sdtrain.data.atomic import write_json
-from sdtrain.data.images import ImageRejected
+from sdtrain.data.images import ImageRejected, hush
 from sdtrain.data.index import INDEX_NAME, build_index
 from sdtrain.data.remote import verified
 from sdtrain.data.shaping import Shape, key_of, pieces
@@ -156,6 +156,7 @@ def _run_here(job: Job, advance: Callable[[int], None]) -> dict[str, Any]:
 def _use_counter(counter: Any) -> None:
     global _counter
     _counter = counter
+    hush()
 
 
 def _tick() -> None:

@@ -17,6 +17,7 @@ from typing import BinaryIO
 import numpy as np
 
 from sdtrain.data.decoder import NUM_COLUMNS, Decoder
+from sdtrain.data.images import hush
 
 
 def serve(requests: BinaryIO, answers: BinaryIO) -> None:
@@ -35,6 +36,7 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
 def main() -> None:
     for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP"):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
+    hush()
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # stray prints of a library must not look like answers
     try:

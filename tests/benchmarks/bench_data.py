@@ -1,4 +1,7 @@
-"""Measures what the data path promises: `python tests/benchmarks/bench_data.py [--seconds 4] [--epochs 10]`.
+"""Measures what the data path promises.
+
+    python tests/benchmarks/bench_data.py [--seconds 1] [--rounds 9] [--epochs 10]
+
 
     stream     images a second of one worker, against Pillow alone decoding the same bytes to arrays, taken in turns;
                by processor time of the worker (true on a busy machine) and by the clock (needs an idle core)
@@ -155,8 +158,8 @@ def bench_memory(folder: Path, epochs: int) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=4.0)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=1.0)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--epochs", type=int, default=10)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
