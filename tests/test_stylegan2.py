@@ -12,6 +12,7 @@ from conftest import GOLDEN, REPO
 from torch import Tensor
 from torch.nn import functional as F
 
+from sdtrain.augment.ada import AdaPipe
 from sdtrain.config import load_config
 from sdtrain.errors import ConfigError, DataError
 from sdtrain.losses.regularizers import lazy_adam, path_length_penalty, path_lengths
@@ -127,6 +128,22 @@ def test_images_and_logits_do_not_depend_on_how_ghosts_are_grouped():
         image = G(z[own], c[own], draws(ghost), mixing=0.9)
         torch.testing.assert_close(image, together[own], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(D(image, c[own]), logits[own], rtol=1e-4, atol=1e-4)
+
+
+def test_with_little_rounding_losses_and_gradients_do_not_depend_on_the_cut():
+    G, D, pipe = small_generator().double(), small_discriminator().double(), AdaPipe("bgc").double()
+    set_ghost_batch(D, 2)
+
+    def gradients(*ghosts: int) -> list[Tensor]:
+        own = draws(*ghosts)
+        z, y = own.normal("z", 16).double(), own.normal("y", 3, 16, 16).double()
+        images, ws = G(z, None, own, mixing=0.9, noise="const", return_ws=True)
+        logits = D(pipe(images, 0.7, own).double())
+        loss = F.softplus(-logits).mean() + path_lengths(ws, images, y).mean()
+        return [loss, *torch.autograd.grad(loss, [*G.parameters()], allow_unused=True)]
+
+    for whole, one, two in zip(gradients(0, 1), gradients(0), gradients(1), strict=True):
+        torch.testing.assert_close(whole, (one + two) / 2, rtol=1e-6, atol=1e-6)
 
 
 def test_style_mixing_shares_a_crossover_within_a_ghost_and_repeats_for_a_teacher():

@@ -24,7 +24,7 @@ from sdtrain.models.stylegan2_layers import (
     SynthesisConv,
     ToRGB,
 )
-from sdtrain.models.stylegan2_ops import downsample2d, fir_filter, upsample2d
+from sdtrain.models.stylegan2_ops import downsample2d, fir_filter, full_precision, upsample2d
 from sdtrain.rng import Draws
 
 Noise = Literal["random", "const", "none"]
@@ -117,7 +117,7 @@ class SynthesisBlock(nn.Module):
         for i, name in enumerate(("conv0", "conv1")[-self.num_conv :]):
             layer = getattr(self, name)
             x = layer(x, ws[:, i], self._noise(name, layer, draws, noise))
-        rgb = self.torgb(x, ws[:, self.num_conv]).float()
+        rgb = full_precision(self.torgb(x, ws[:, self.num_conv]))
         return x, rgb if image is None else upsample2d(image, self.resample_filter) + rgb
 
     def _noise(self, name: str, layer: SynthesisConv, draws: Draws | None, noise: Noise) -> Tensor | None:
@@ -272,9 +272,9 @@ class DiscriminatorEpilogue(nn.Module):
 
     def forward(self, x: Tensor, image: Tensor | None, cmap: Tensor | None) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            x = x.float()
+            x = full_precision(x)
             if image is not None:
-                x = x + self.fromrgb(image.float())
+                x = x + self.fromrgb(full_precision(image))
             x = x if self.mbstd is None else self.mbstd(x)
             x = self.out(self.fc(self.conv(x).flatten(1)))
             return x if cmap is None else (x * cmap).sum(1, keepdim=True) / sqrt(self.cmap_dim)

@@ -151,7 +151,7 @@ class MappingNetwork(Advancing):
     def _inputs(self, z: Tensor | None, c: Tensor | None) -> Tensor:
         parts = []
         if self.z_dim and z is not None:
-            parts.append(unit_second_moment(z.float()))
+            parts.append(unit_second_moment(z.to(self.fc0.weight.dtype)))
         if self.c_dim:
             if c is None or c.shape[-1] != self.c_dim:
                 given = "none" if c is None else f"labels of width {c.shape[-1]}"
@@ -159,7 +159,7 @@ class MappingNetwork(Advancing):
                     f"the network wants one-hot labels of {self.c_dim} classes and got {given}; "
                     f"pass c [N, {self.c_dim}]"
                 )
-            parts.append(unit_second_moment(self.embed(c.float())))
+            parts.append(unit_second_moment(self.embed(c.to(self.embed.weight.dtype))))
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     def _layers(self, x: Tensor) -> Tensor:

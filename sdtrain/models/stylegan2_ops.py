@@ -36,6 +36,11 @@ ACTIVATIONS: dict[str, tuple[Callable[[Tensor, float], Tensor], float]] = {
 }
 
 
+def full_precision(x: Tensor) -> Tensor:
+    """float32, or float64 where somebody wants it."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def bias_act(
     x: Tensor,
     bias: Tensor | None = None,
@@ -193,8 +198,8 @@ def demodulation(weight: Tensor, styles: Tensor) -> Tensor:
     Naively the norm of one modulated copy of the weights per sample; squares factor, so a matrix product does it.
     """
     with torch.autocast(styles.device.type, enabled=False):
-        energy = weight.float().square().sum((2, 3))
-        return (styles.float().square() @ energy.t() + 1e-8).rsqrt()
+        energy = full_precision(weight).square().sum((2, 3))
+        return (full_precision(styles).square() @ energy.t() + 1e-8).rsqrt()
 
 
 def half_range(weight: Tensor, styles: Tensor) -> tuple[Tensor, Tensor]:
@@ -252,7 +257,7 @@ def minibatch_stddev(x: Tensor, group: int | None, channels: int) -> Tensor:
             f"minibatch stddev: a ghost of {n} samples is no multiple of mbstd_group {g}; "
             "choose a group that divides ghost_batch"
         )
-    y = x.float().reshape(g, n // g, channels, c // channels, h, w)
+    y = full_precision(x).reshape(g, n // g, channels, c // channels, h, w)
     deviation = y - y.mean(0)
     std = (deviation.square().mean(0) + 1e-8).sqrt().mean((2, 3, 4))
     return torch.cat([x, std.to(x.dtype).repeat(g, 1)[:, :, None, None].expand(-1, -1, h, w)], 1)
