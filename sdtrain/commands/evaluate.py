@@ -146,7 +146,7 @@ def start_ranks(device: str) -> Any:
 def subject(args: argparse.Namespace, device: Any) -> tuple[Callable[[list[int]], Tensor], dict[str, Any]]:
     """A function from indices to uint8 images, and what is known of it: `num`, maybe `real`, `latents_seed`, `row`."""
     path = Path(args.path)
-    if is_network(path):
+    if is_generator(path):
         return sampler_for(path, device, args.seed, args.weights)
     from sdtrain.metrics.evaluate import subset
     from sdtrain.metrics.images import batches, open_images
@@ -158,13 +158,6 @@ def subject(args: argparse.Namespace, device: Any) -> tuple[Callable[[list[int]]
         return next(batches(images, [chosen[i] for i in indices], len(indices), 0))
 
     return read, {"num": images.num_samples}
-
-
-def is_network(path: Path) -> bool:
-    """Whether PATH is a run, a checkpoint folder or a weights file rather than images."""
-    if path.is_file():
-        return path.suffix != ".tar"
-    return (path / "config.yaml").is_file() or (path / "checkpoints").is_dir() or any(path.glob("*.safetensors"))
 
 
 def sampler_for(
