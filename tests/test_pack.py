@@ -161,6 +161,7 @@ def test_a_killed_packing_continues_and_ends_with_the_same_digest(tmp_path: Path
     damage_byte(min(finished_before), 600)
     again = packed(source, tmp_path / "out", *words[3:7])
     assert again["hash"] == packed(source, tmp_path / "fresh", *words[3:7])["hash"]
+    assert verified(tmp_path / "out", tmp_path) == (0, [])
     kept = [path for path, changed in finished_before.items() if path.stat().st_mtime_ns == changed]
     assert len(kept) >= len(finished_before) - 1
     assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]

@@ -2,7 +2,6 @@
 
     python tests/benchmarks/bench_data.py [--seconds 1] [--rounds 9] [--epochs 10]
 
-
     stream     images a second of one worker, against Pillow alone decoding the same bytes to arrays, taken in turns;
                by processor time of the worker (true on a busy machine) and by the clock (needs an idle core)
     index      seconds to load the index of 100,000 samples
