@@ -31,11 +31,16 @@ class ImageFolder:
         return f"{self.source}: {self.num_samples} images, {self.resolution or 'mixed'} px, {self.hash[:12]}"
 
 
-def open_images(source: str | Path) -> Any:
-    """A packed data set, a pattern of shards or a folder of images. Raises DataError when there is nothing to read."""
+def open_images(source: str | Path | list[str]) -> Any:
+    """A packed data set, a pattern of shards or a list of those, or a folder of images.
+
+    Raises DataError when there is nothing to read.
+    """
     from sdtrain.data.dataset import open_dataset
     from sdtrain.data.images import is_image_name
 
+    if isinstance(source, list):
+        return open_dataset(source)
     folder = Path(source)
     if not folder.is_dir() or (folder / "manifest.json").is_file() or any(folder.glob("*.tar")):
         return open_dataset(str(source))

@@ -1,0 +1,136 @@
+"""The generator behind a path - a run folder, a checkpoint folder or a weights file - and what is known of it."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sdtrain.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ROLE = {"ema": None, "raw": "G"}  # None: the average where there is one
+
+
+def run_folder_of(path: Path) -> Path | None:
+    """The folder with config.yaml that `path` is, or lies in (at most three levels down)."""
+    near = [path.resolve(), *path.resolve().parents[:3]]
+    return next((folder for folder in near if (folder / "config.yaml").is_file()), None)
+
+
+def config_of(path: Path) -> Any:
+    """The configuration of the run that `path` belongs to; None outside a run. Torch is not imported."""
+    from sdtrain.config import load_config
+
+    folder = run_folder_of(path)
+    return None if folder is None else load_config(folder / "config.yaml")
+
+
+class Source:
+    """The generator of a run, checkpoint or file, with the settings of one command."""
+
+    def __init__(
+        self,
+        path: Path,
+        device: Any,
+        *,
+        seed: int | None = None,
+        weights: str = "ema",
+        label: int | None = None,
+        truncation: float | None = None,
+        truncation_cutoff: int | None = None,
+        batch_size: int = 32,
+    ) -> None:
+        """Raises WeightsError for weights that cannot be used, ConfigError for an option this generator has not."""
+        from sdtrain.interop.network import file_of_run, load_network
+
+        self.file = file_of_run(path, ROLE[weights]) if path.is_dir() else path
+        network = load_network(self.file, ROLE[weights])
+        if network.player != "Generator":
+            raise ConfigError(f"{self.file} holds a discriminator, which makes no images; give the file of a generator")
+        net = network.build()
+        if not hasattr(net, "z_dim"):
+            raise ConfigError(f"{self.file} holds {network.kind}, which enlarges images; use `sdtrain upscale`")
+        self.kind, self.role, self.net, self.device = network.kind, network.role, net.to(device), device
+        self.config = config_of(self.file)
+        self.seed = seed if seed is not None else self.config.seed if self.config else 0
+        self.batch_size = batch_size
+        self.class_counts = self._class_counts(network.num_classes, label)
+        self.style = self._style(truncation, truncation_cutoff)
+
+    def _style(self, psi: float | None, cutoff: int | None) -> dict[str, Any]:
+        if psi is None:
+            return {}
+        if "truncation_psi" not in inspect.signature(self.net.forward).parameters:
+            raise ConfigError(f"--truncation is for generators with a style space; {self.kind} has none, leave it out")
+        return {"truncation_psi": psi, "truncation_cutoff": cutoff}
+
+    def _class_counts(self, num_classes: int, label: int | None) -> Sequence[int]:
+        """How often each class is drawn: only `label`, as in the training set of the run, or all alike."""
+        if label is not None and not 0 <= label < num_classes:
+            classes = f"the classes 0 to {num_classes - 1}" if num_classes else "no classes; leave it out"
+            raise ConfigError(f"--class {label}: {self.file} has {classes}")
+        if label is not None:
+            return [int(k == label) for k in range(num_classes)]
+        if num_classes and self.config is not None:
+            from sdtrain.data.dataset import open_dataset
+
+            return open_dataset(self.config.data.train, cache=self.config.data.cache).class_counts
+        return [1] * num_classes
+
+    def __call__(self, indices: Sequence[int]) -> Tensor:
+        """uint8 images [N, 3, R, R] on the CPU."""
+        from sdtrain.sampling import sampler
+
+        more = {"class_counts": self.class_counts, "device": self.device, "batch_size": self.batch_size, **self.style}
+        return sampler(self.net, seed=self.seed, **more)(indices)
+
+    def latents(self, indices: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+        """(z [N, z_dim], one-hot labels or None) of these indices, as `__call__` uses them."""
+        from sdtrain.sampling import draws_for, labels_for
+
+        draws = draws_for(indices, self.seed, self.device)
+        return draws.normal("z", self.net.z_dim), labels_for(draws, self.class_counts)
+
+    @property
+    def has_styles(self) -> bool:
+        return hasattr(self.net, "mapping") and hasattr(self.net, "synthesis")
+
+    def styles(self, indices: Sequence[int]) -> Tensor:
+        """w of every layer [N, num_ws, w_dim], truncated as asked."""
+        import torch
+
+        with torch.no_grad():
+            return self.net.mapping(*self.latents(indices), **self.style)
+
+    def draw(self, codes: Tensor, labels: Tensor | None, noise_of: int) -> Tensor:
+        """uint8 images of styles [N, num_ws, w_dim] or latents [N, z_dim], all with the layer noise of one index."""
+        import torch
+
+        from sdtrain.sampling import draws_for, to_uint8
+
+        made = []
+        for first in range(0, len(codes), self.batch_size):
+            part = slice(first, first + self.batch_size)
+            noise = draws_for([noise_of] * len(codes[part]), self.seed, self.device).sub("noise")
+            with torch.no_grad():
+                if codes.ndim == 3:
+                    images = self.net.synthesis(codes[part], noise)
+                else:
+                    images = self.net(codes[part], None if labels is None else labels[part], noise)
+            made.append(to_uint8(images).cpu())
+        return torch.cat(made)
+
+
+def position_of(file: Path) -> dict[str, int]:
+    """{'seen_img': images seen} of the weights of a run; {} where nothing says so."""
+    for name in ("state.json", "metrics.json"):
+        try:
+            return {"seen_img": json.loads((file.parent / name).read_text())["seen_img"]}
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return {}

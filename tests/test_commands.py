@@ -1,0 +1,269 @@
+"""`sdtrain sample`, `evaluate RUN`, `bench` and `report`: what is done with a run after and before it.
+
+Without these a picture could depend on the batch it was drawn in, a run could be measured by another protocol than its
+own, a table could mix numbers that do not compare, and a mistake would end in a traceback.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sdtrain import cli
+from sdtrain.commands import sample, source
+
+CONFIG = """
+method: sdgan
+batch_size: 8
+ghost_batch: 4
+total_img: 32
+log_img: 8
+sample_img: 0
+eval_img: 32
+save_img: 16
+keep_checkpoints: 3
+seed: 7
+tensorboard: false
+data: {train: SHARDS, workers: 0}
+model:
+  generator: {kind: stylegan2, z_dim: 8, w_dim: 8, channel_base: 64, channel_max: 8, mapping_layers: 1}
+  discriminator: {kind: stylegan2, channel_base: 64, channel_max: 8, cmap_dim: 8}
+adversarial: logistic
+sd: {alpha: 1.0, loss: l1}
+metrics: {names: [rfid], num_fake: 6, num_real: 6, seeds: 1, tap: 64, select_by: rfid, batch_size: 3}
+"""
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 pictures of 16 px: two thirds of class `a`, one third of class `b`."""
+    folder = tmp_path_factory.mktemp("images")
+    noise = np.random.default_rng(0)
+    for i in range(24):
+        (folder / "ab"[i % 3 == 0]).mkdir(exist_ok=True)
+        Image.fromarray(noise.integers(0, 256, (16, 16, 3), np.uint8)).save(folder / "ab"[i % 3 == 0] / f"{i:02d}.png")
+    out = tmp_path_factory.mktemp("shards") / "toy"
+    assert cli.main(["pack", str(folder), str(out), "--resolution", "16", "--labels", "folder", "--workers", "1"]) == 0
+    return out
+
+
+@pytest.fixture(scope="session")
+def config(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("config") / "toy.yaml"
+    path.write_text(CONFIG.replace("SHARDS", str(shards)))
+    return path
+
+
+@pytest.fixture(scope="session")
+def run_folder(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of four steps, with a conditional StyleGAN2."""
+    out = tmp_path_factory.mktemp("runs") / "toy"
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        assert cli.main(["train", "--cfg", str(config), "--out", str(out)]) == 0
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return out
+
+
+@pytest.fixture(scope="session")
+def plain_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A generator without styles and without classes, in a file of its own."""
+    from sdtrain.interop.network import Network, save_network
+
+    options = {"z_dim": 8, "ngf": 2, "lite": False}
+    blank = Network(kind="fastgan", player="Generator", role="G_ema", state={}, options=options, resolution=256)
+    torch.manual_seed(0)
+    network = Network(**{**vars(blank), "state": blank.fresh().state_dict()})
+    return save_network(network, tmp_path_factory.mktemp("file") / "plain")
+
+
+def command(*words: object) -> int:
+    return cli.main([str(word) for word in words])
+
+
+def refusal(capsys: pytest.CaptureFixture, *words: object) -> str:
+    """The sentence with which a command refuses; its exit code must be that of a user error."""
+    capsys.readouterr()
+    assert command(*words) == 2
+    return capsys.readouterr().err.strip()
+
+
+def pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path))
+
+
+# sample ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_image_depends_on_its_index_and_not_on_its_company(run_folder, tmp_path):
+    assert command("sample", run_folder, "--out", tmp_path / "many", "--num", 5, "--batch", 5) == 0
+    assert command("sample", run_folder, "--out", tmp_path / "few", "--indices", "1,3-4", "--batch", 2) == 0
+    assert sorted(file.name for file in (tmp_path / "few").iterdir()) == ["000001.png", "000003.png", "000004.png"]
+    for name in ("000001.png", "000003.png", "000004.png"):
+        assert np.abs(pixels(tmp_path / "many" / name).astype(int) - pixels(tmp_path / "few" / name)).max() <= 1
+    assert (pixels(tmp_path / "few" / "000001.png") != pixels(tmp_path / "few" / "000003.png")).any()
+
+
+def test_images_are_those_of_the_training_run_with_the_same_seed(run_folder):
+    """The run's own sampler, on the network as the run holds it."""
+    from sdtrain.sampling import sampler
+
+    mine, info = sample.open_sampler(run_folder, "cpu")
+    assert info["latents_seed"] == 7 and info["row"]["weights"] == "ema" and info["row"]["seen_img"] == 32
+    counts = mine.class_counts
+    assert counts == [16, 8]
+    theirs = sampler(mine.net, seed=7, class_counts=counts, device="cpu")
+    assert torch.equal(mine([0, 5]), theirs([0, 5]))
+    other, _ = sample.open_sampler(run_folder, "cpu", seed=8)
+    assert not torch.equal(mine([0]), other([0]))
+
+
+def test_average_and_generator_are_different_weights(run_folder):
+    average, _ = sample.open_sampler(run_folder, "cpu")
+    raw, info = sample.open_sampler(run_folder, "cpu", weights="raw")
+    assert (raw.role, average.role, info["row"]["weights"]) == ("G", "G_ema", "raw")
+    assert raw.file.parent.name == "img_000000032" and average.file.parent.name == "best"
+    assert not torch.equal(raw([0]), average([0]))
+
+
+def test_a_checkpoint_folder_and_its_file_are_one_source(run_folder):
+    folder, info = sample.open_sampler(run_folder / "checkpoints" / "img_000000016", "cpu")
+    file, _ = sample.open_sampler(run_folder / "checkpoints" / "img_000000016" / "G_ema.safetensors", "cpu")
+    assert info["row"]["seen_img"] == 16
+    assert torch.equal(folder([0, 1]), file([0, 1]))
+
+
+def test_a_class_is_drawn_alone_when_asked(run_folder):
+    one = source.Source(run_folder, "cpu", label=1)
+    assert one.latents(range(20))[1].tolist() == [[0.0, 1.0]] * 20
+    both = source.Source(run_folder, "cpu").latents(range(2000))[1].mean(0)
+    assert 0.63 < both[0] < 0.7  # a standard deviation is 0.011
+
+
+def test_truncation_to_zero_makes_all_styles_the_mean(run_folder):
+    mean = source.Source(run_folder, "cpu", truncation=0.0).styles([0, 1, 2])
+    assert torch.equal(mean[0], mean[1]) and torch.equal(mean[0], mean[2])
+    part = source.Source(run_folder, "cpu", truncation=0.0, truncation_cutoff=2).styles([0, 1])
+    free = source.Source(run_folder, "cpu").styles([0, 1])
+    assert torch.equal(part[:, 2:], free[:, 2:]) and torch.equal(part[0, :2], part[1, :2])
+
+
+def test_a_grid_is_one_sheet(run_folder, tmp_path):
+    assert command("sample", run_folder, "--out", tmp_path, "--num", 7, "--grid") == 0
+    assert [file.name for file in tmp_path.iterdir()] == ["grid.png"]
+    assert pixels(tmp_path / "grid.png").shape == (48, 48, 3)
+    assert not pixels(tmp_path / "grid.png")[32:, 16:].any()
+
+
+def test_a_mixing_grid_shows_styles_at_its_edges_and_mixtures_inside(run_folder, tmp_path):
+    assert command("sample", run_folder, "--out", tmp_path, "--num", 4, "--mixing-grid", "--mixing-layers", "0-99") == 0
+    sheet = pixels(tmp_path / "mixing.png").astype(int)
+    assert sheet.shape == (48, 48, 3) and not sheet[:16, :16].any()
+    for row in (1, 2):  # all layers from the column: every row repeats the first one
+        assert np.abs(sheet[16 * row : 16 * row + 16, 16:] - sheet[:16, 16:]).max() <= 1
+    assert np.abs(sheet[16:32, :16] - sheet[:16, 16:32]).max() > 1
+
+
+def test_an_interpolation_returns_to_its_start_and_has_even_steps(run_folder, tmp_path):
+    words = ["--indices", "0-1", "--interpolate", 4, "--gif", "--fps", 25]
+    assert command("sample", run_folder, "--out", tmp_path, *words) == 0
+    assert len(list((tmp_path / "interpolation").iterdir())) == 8
+    with Image.open(tmp_path / "interpolation.gif") as gif:
+        assert (gif.n_frames, gif.info["duration"]) == (8, 40)
+    there, back = (pixels(tmp_path / "interpolation" / f"{i:04d}.png").astype(int) for i in (1, 7))
+    assert np.abs(there - back).max() <= 1  # the way back is the way there
+
+
+def test_latents_turn_on_the_great_circle():
+    a, b = torch.tensor([[3.0, 0.0]]), torch.tensor([[0.0, 5.0]])
+    middle = sample.slerp(a, b, torch.tensor([[0.5]]))
+    torch.testing.assert_close(middle, torch.tensor([[1.0, 1.0]]) * 4 / 2**0.5)
+    torch.testing.assert_close(sample.slerp(a, a, torch.tensor([[0.3]])), a)
+
+
+def test_a_generator_without_styles_is_interpolated_in_z(plain_file, tmp_path):
+    assert command("sample", plain_file, "--out", tmp_path, "--indices", "0-1", "--interpolate", 1) == 0
+    first, second = (pixels(tmp_path / "interpolation" / f"{i:04d}.png").astype(int) for i in (0, 1))
+    assert first.shape == (256, 256, 3) and np.abs(first - second).max() > 1
+
+
+SAMPLE_REFUSALS = [
+    (["--indices", "3-1"], "--indices 3-1: '3-1' is neither a number nor a range such as 0-63"),
+    (["--num", "0"], "--num, --batch and --fps must be at least 1"),
+    (["--gif"], "--gif is for a moving picture; add --interpolate FRAMES"),
+    (["--grid", "--mixing-grid"], "--grid, --mixing-grid and --interpolate are three pictures; ask for one at a time"),
+    (
+        ["--truncation-cutoff", "2"],
+        "--truncation-cutoff says in which layers --truncation works; add --truncation PSI",
+    ),
+    (
+        ["--num", "1", "--interpolate", "2"],
+        "a mixing grid or an interpolation needs at least two images; raise --num or widen --indices",
+    ),
+    (["--interpolate", "0"], "--interpolate 0: take at least 1 frame from an image to the next"),
+]
+
+
+@pytest.mark.parametrize(("words", "sentence"), SAMPLE_REFUSALS)
+def test_sample_refuses_arguments_that_cannot_work(words, sentence, tmp_path, capsys):
+    assert refusal(capsys, "sample", tmp_path, "--out", tmp_path / "out", *words) == f"sdtrain: {sentence}"
+    assert not (tmp_path / "out").exists()
+
+
+def test_sample_says_what_a_source_has_not(run_folder, plain_file, tmp_path, capsys, monkeypatch):
+    to = ["--out", tmp_path / "out"]
+    best = run_folder / "best" / "G_ema.safetensors"
+    said = refusal(capsys, "sample", run_folder, *to, "--class", 2)
+    assert said == f"sdtrain: --class 2: {best} has the classes 0 to 1"
+    said = refusal(capsys, "sample", plain_file, *to, "--class", 0)
+    assert said == f"sdtrain: --class 0: {plain_file} has no classes; leave it out"
+    said = refusal(capsys, "sample", plain_file, *to, "--truncation", 0.7)
+    assert said == "sdtrain: --truncation is for generators with a style space; fastgan has none, leave it out"
+    said = refusal(capsys, "sample", plain_file, *to, "--mixing-grid")
+    assert said == "sdtrain: --mixing-grid is for generators with a style space; fastgan has none"
+    critic = run_folder / "checkpoints" / "img_000000032" / "D.safetensors"
+    said = refusal(capsys, "sample", critic, *to)
+    assert said == f"sdtrain: {critic} holds a discriminator, which makes no images; give the file of a generator"
+    said = refusal(capsys, "sample", tmp_path / "nothing", *to)
+    assert said.endswith("nothing; give a run folder, a checkpoint folder or a weights file")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    said = refusal(capsys, "sample", run_folder, *to, "--interpolate", 2, "--mp4")
+    assert said == "sdtrain: --mp4 needs the program ffmpeg, which is not on this machine; install it, or take --gif"
+    assert not (tmp_path / "out").exists()
+
+
+# evaluate RUN ---------------------------------------------------------------------------------------------------
+
+
+def rows(file: Path, kind: str = "eval") -> list[dict]:
+    return [row for row in map(json.loads, file.read_text().splitlines()) if row.get("kind") == kind]
+
+
+def test_a_run_is_measured_as_it_measured_itself(run_folder, tmp_path, capsys):
+    metrics = run_folder / "metrics.jsonl"
+    words = ["--json", tmp_path / "rows.jsonl", "--cache", tmp_path / "cache", "--workers", 0]
+    assert command("evaluate", run_folder, "--split", "val", "--against", metrics, *words) == 0
+    own, again = rows(metrics)[-1], rows(tmp_path / "rows.jsonl")[-1]
+    assert again["rfid"] == pytest.approx(own["rfid"], rel=1e-12)
+    assert again["protocol"] == own["protocol"]
+    assert (again["seen_img"], again["weights"]) == (32, "ema")
+    assert "->" in capsys.readouterr().out
+
+
+def test_an_unlike_seed_or_number_is_told_apart_from_the_runs_own_protocol(run_folder, tmp_path, capsys):
+    words = ["--against", run_folder / "metrics.jsonl", "--cache", tmp_path / "cache", "--workers", 0]
+    said = refusal(capsys, "evaluate", run_folder, *words, "--num", 4)
+    assert "num_fake: 6 and 4" in said
