@@ -9,18 +9,26 @@ any sample of the ghost needs, as on an official device of that batch size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import pi, sqrt
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from sdtrain.augment.ada_filters import filter_bank, geometry_filter
-from sdtrain.errors import ConfigError, DataError
-from sdtrain.models.stylegan2_ops import upfirdn2d
+from sdtrain.augment.ada_transforms import (
+    apply_color,
+    apply_filter,
+    apply_geometry,
+    grey_rotation,
+    matrix,
+    needed_margins,
+    rotation,
+    scaling,
+    shift,
+)
+from sdtrain.errors import ConfigError
 from sdtrain.rng import Draws
 
 # average power of natural images in the four bands of the filter bank
@@ -146,26 +154,6 @@ def _erfinv(x: float) -> float:
     return float(torch.erfinv(torch.tensor(x, dtype=torch.float32)))
 
 
-def _matrix(rows: Sequence[Sequence[Tensor | float]], like: Tensor) -> Tensor:
-    """Stack scalars and [N] tensors into [N, rows, columns]."""
-    entries = [torch.stack([torch.as_tensor(v, dtype=like.dtype, device=like.device).expand_as(like) for v in row], 1)
-               for row in rows]  # fmt: skip
-    return torch.stack(entries, 1)
-
-
-def scaling(sx: Tensor, sy: Tensor) -> Tensor:
-    return _matrix([[sx, 0, 0], [0, sy, 0], [0, 0, 1]], sx)
-
-
-def shift(tx: Tensor, ty: Tensor) -> Tensor:
-    return _matrix([[1, 0, tx], [0, 1, ty], [0, 0, 1]], tx)
-
-
-def rotation(angle: Tensor) -> Tensor:
-    cos, sin = angle.cos(), angle.sin()
-    return _matrix([[cos, -sin, 0], [sin, cos, 0], [0, 0, 1]], angle)
-
-
 def inverse_geometry(o: AdaOptions, chance: Chance, width: int, height: int) -> Tensor:
     """The transform from output to input coordinates, in pixels about the image centre: [N, 3, 3].
 
@@ -222,122 +210,20 @@ def color_matrix(o: AdaOptions, chance: Chance, channels: int) -> Tensor:
     along = torch.outer(grey, grey)  # projection onto the grey axis
     if o.brightness:
         b = chance.gated("brightness", o.brightness, chance.normal("brightness") * o.brightness_std, 0)
-        c = _matrix([[1, 0, 0, b], [0, 1, 0, b], [0, 0, 1, b], [0, 0, 0, 1]], b) @ c
+        c = matrix([[1, 0, 0, b], [0, 1, 0, b], [0, 0, 1, b], [0, 0, 0, 1]], b) @ c
     if o.contrast:
         k = chance.gated("contrast", o.contrast, torch.exp2(chance.normal("contrast") * o.contrast_std), 1)
-        c = _matrix([[k, 0, 0, 0], [0, k, 0, 0], [0, 0, k, 0], [0, 0, 0, 1]], k) @ c
+        c = matrix([[k, 0, 0, 0], [0, k, 0, 0], [0, 0, k, 0], [0, 0, 0, 1]], k) @ c
     if o.lumaflip:
         i = chance.gated("lumaflip", o.lumaflip, (chance.uniform("lumaflip") * 2).floor(), 0)
         c = (eye - 2 * along * i[:, None, None]) @ c
     if o.hue and channels > 1:
         angle = chance.gated("hue", o.hue, (chance.uniform("hue") * 2 - 1) * (pi * o.hue_max), 0)
-        c = _grey_rotation(angle) @ c
+        c = grey_rotation(angle) @ c
     if o.saturation and channels > 1:
         s = chance.gated("saturation", o.saturation, torch.exp2(chance.normal("saturation") * o.saturation_std), 1)
         c = (along + (eye - along) * s[:, None, None]) @ c
     return c
-
-
-def _grey_rotation(angle: Tensor) -> Tensor:
-    """Rodrigues' rotation about (1, 1, 1) / sqrt 3: [N] -> [N, 4, 4]."""
-    cos, sin = angle.cos(), angle.sin()
-    same, before, after = (1 + 2 * cos) / 3, (1 - cos) / 3 - sin / sqrt(3), (1 - cos) / 3 + sin / sqrt(3)
-    rows: list[list[Tensor | float]] = [
-        [same, before, after, 0],
-        [after, same, before, 0],
-        [before, after, same, 0],
-        [0, 0, 0, 1],
-    ]
-    return _matrix(rows, angle)
-
-
-def apply_color(images: Tensor, c: Tensor) -> Tensor:
-    """[N, 3 or 1, H, W] under the matrices [N, 4, 4]; a grey image takes the mean over the rows."""
-    n, channels, height, width = images.shape
-    flat = images.reshape(n, channels, height * width)
-    if channels == 3:
-        flat = torch.baddbmm(c[:, :3, 3:], c[:, :3, :3], flat)
-    elif channels == 1:
-        mean = c[:, :3].mean(1, keepdim=True)
-        flat = flat * mean[:, :, :3].sum(2, keepdim=True) + mean[:, :, 3:]
-    else:
-        raise DataError(f"colour augmentation works on 1 or 3 channels, not {channels}; choose a pipeline without it")
-    return flat.reshape(n, channels, height, width)
-
-
-class _Sample(torch.autograd.Function):
-    """Bilinear sampling on a constant grid: linear, so it and its adjoint are each other's derivatives."""
-
-    @staticmethod
-    def forward(ctx, images: Tensor, grid: Tensor) -> Tensor:
-        ctx.save_for_backward(grid)
-        ctx.size = images.shape
-        return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-
-    @staticmethod
-    def backward(ctx, slope: Tensor) -> tuple[Tensor, None]:
-        return _SampleAdjoint.apply(slope, ctx.saved_tensors[0], ctx.size), None
-
-
-class _SampleAdjoint(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, slope: Tensor, grid: Tensor, size: torch.Size) -> Tensor:
-        ctx.save_for_backward(grid)
-        images = slope.new_empty(size)  # the kernel wants it for the grid's gradient, which is not asked for
-        kernel = torch.ops.aten.grid_sampler_2d_backward
-        return kernel(slope.contiguous(), images, grid, 0, 0, False, [True, False])[0]
-
-    @staticmethod
-    def backward(ctx, slope: Tensor) -> tuple[Tensor, None, None]:
-        return _Sample.apply(slope, ctx.saved_tensors[0]), None, None
-
-
-def needed_margins(g_inv: Tensor, width: int, height: int, support: int) -> list[tuple[int, int, int, int]]:
-    """Pixels (left, right, top, bottom) that each sample's transform reaches beyond its image, at most size - 1.
-
-    g_inv [N, 3, 3]; `support` is what the resampling filters reach in addition.
-    """
-    half = g_inv.new_tensor([(width - 1) / 2, (height - 1) / 2])
-    signs = g_inv.new_tensor([[-1, -1], [1, -1], [1, 1], [-1, 1]])
-    corners = F.pad(signs * half, (0, 1), value=1.0)
-    reached = (g_inv @ corners.t())[:, :2]
-    beyond = torch.stack([(-reached).amax(2), reached.amax(2)], 2) - half[:, None] + support
-    limit = g_inv.new_tensor([[width - 1], [height - 1]])
-    margins = torch.minimum(beyond.clamp(min=0), limit).ceil().int().flatten(1).tolist()
-    return [(m[0], m[1], m[2], m[3]) for m in margins]
-
-
-def apply_geometry(images: Tensor, g_inv: Tensor, taps: Tensor, margin: tuple[int, int, int, int]) -> Tensor:
-    """Resample [N, C, H, W] by [N, 3, 3]: reflect, double, sample bilinearly, halve; both filters are `taps`."""
-    n, channels, height, width = images.shape
-    reach = len(taps) // 4  # what the halving filter needs around the result, in pixels
-    left, right, top, bottom = margin
-    x = F.pad(images, margin, mode="reflect")
-    pad_up = ((len(taps) + 1) // 2, (len(taps) - 2) // 2)
-    x = upfirdn2d(x, taps, up=2, padding=pad_up * 2, gain=4.0)
-    size = (n, channels, 2 * (height + 2 * reach), 2 * (width + 2 * reach))
-    x = _Sample.apply(x, _grid(g_inv, x.shape, size, (left - right) / 2, (top - bottom) / 2))
-    pad_down = ((len(taps) - 1) // 2 - 2 * reach, (len(taps) - 2) // 2 - 2 * reach)
-    return upfirdn2d(x, taps, down=2, padding=pad_down * 2, flip_filter=True)
-
-
-def _grid(g_inv: Tensor, source: torch.Size, target: tuple[int, int, int, int], dx: float, dy: float) -> Tensor:
-    """Sampling grid [N, h, w, 2] in grid_sample's units for images of twice the resolution, padded unevenly by dx, dy.
-
-    The wavelet is centred on one tap, half a doubled pixel beside the middle of its twelve, hence the shifts by 1/4.
-    """
-    n = len(g_inv)
-    like = g_inv[:, 0, 0]
-
-    def fixed(a: float, b: float, make: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        return make(torch.full_like(like, a), torch.full_like(like, b))
-
-    to_source = fixed(-0.25 + dx, -0.25 + dy, shift)
-    g = to_source @ g_inv @ fixed(0.25, 0.25, shift)
-    normalise = fixed(4 / source[3], 4 / source[2], scaling)  # pixels about the centre -> [-1, 1]
-    spread = fixed(target[3] / 4, target[2] / 4, scaling)
-    g = normalise @ g @ spread
-    return F.affine_grid(g[:, :2], [n, 1, target[2], target[3]], align_corners=False)
 
 
 def band_gains(o: AdaOptions, chance: Chance) -> Tensor:
@@ -352,18 +238,6 @@ def band_gains(o: AdaOptions, chance: Chance) -> Tensor:
         one[:, i] = gain
         gains = gains * one / (power * one.square()).sum(1, keepdim=True).sqrt()
     return gains
-
-
-def apply_filter(images: Tensor, kernels: Tensor) -> Tensor:
-    """Filter [N, C, H, W] along both axes with each sample's own zero-phase kernel [N, K]."""
-    n, channels, height, width = images.shape
-    reach = kernels.shape[1] // 2
-    if min(height, width) <= reach:
-        raise DataError(f"the image filter of ADA needs sides above {reach} pixels, got {width}x{height}; leave it out")
-    kernels = kernels.repeat_interleave(channels, 0)[:, None, None]
-    x = F.pad(images.reshape(1, n * channels, height, width), (reach,) * 4, mode="reflect")
-    x = F.conv2d(x, kernels, groups=n * channels)
-    return F.conv2d(x, kernels.transpose(2, 3), groups=n * channels).reshape(images.shape)
 
 
 def add_noise(o: AdaOptions, images: Tensor, chance: Chance) -> Tensor:
