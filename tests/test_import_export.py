@@ -193,6 +193,24 @@ def test_a_network_that_does_not_fit_names_tensors_and_shapes():
         with_classes.build()
 
 
+@pytest.mark.parametrize(
+    "kind, player",
+    [
+        ("../../x", "Generator"),
+        ("os", "system"),
+        ("..errors", "Generator"),
+        ("ghost", "Generator"),
+        ("stylegan2", "importlib"),
+    ],
+)
+def test_a_card_can_name_nothing_but_networks_of_this_package(kind, player, tmp_path):
+    network = recognise(made("stylegan2 G")[0].state_dict(), None, {})
+    path = save_network(network, tmp_path / "G")
+    path.with_suffix(".json").write_text(json.dumps({**network.card, "kind": kind, "player": player}))
+    with pytest.raises(WeightsError, match="the card names the"):
+        load_network(path).build()
+
+
 @pytest.mark.parametrize("make, message", [
     (lambda p: (p / "a.pt").write_bytes(b"PK\x03\x04 broken"), "damaged zip"),
     (lambda p: torch.save({"weights": {"a": torch.ones(1)}}, p / "a.pt"), "holds no weights; its top level"),

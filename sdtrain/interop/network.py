@@ -15,6 +15,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal
 
 import torch
@@ -57,13 +58,23 @@ class Network:
             raise WeightsError(
                 f"the {self.role} of {self.source.get('file', 'this file')} cannot be rebuilt: {self.note}"
             )
-        module = importlib.import_module(f"sdtrain.models.{self.kind}")
+        module = self._module()
         try:
             options = getattr(module, f"{self.player}Options")(**as_tuples(self.options))
             with torch.device(device), torch.random.fork_rng(devices=[]):
                 return getattr(module, self.player)(options, resolution=self.resolution, **self._classes())
         except (ConfigError, TypeError) as error:
             raise WeightsError(f"the {self.role} of {self.source.get('file', 'this file')}: {error}") from error
+
+    def _module(self) -> ModuleType:
+        """The file of sdtrain/models; a card comes from outside, so it may not name anything else."""
+        here = Path(__file__).resolve().parents[1] / "models" / f"{self.kind}.py"
+        if not (str(self.kind).isidentifier() and here.is_file() and self.player in ("Generator", "Discriminator")):
+            raise WeightsError(f"the card names the {self.player} of {self.kind!r}, which sdtrain/models does not have")
+        module = importlib.import_module(f"sdtrain.models.{self.kind}")
+        if not hasattr(module, f"{self.player}Options"):
+            raise WeightsError(f"the card names the {self.player} of {self.kind!r}, which that file does not have")
+        return module
 
     def _classes(self) -> dict[str, int]:
         return {"num_classes": self.num_classes} if self.num_classes else {}
