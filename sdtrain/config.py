@@ -31,7 +31,7 @@ INTERVALS = ("log_img", "sample_img", "eval_img", "save_img")
 HARMLESS = (
     *("name", "total_img", *INTERVALS, "keep_checkpoints", "ghosts_at_once", "on_nonfinite", "tensorboard", "metrics"),
     *("data.workers", "data.prefetch", "data.cache", "data.max_bad", "data.val", "data.test"),
-    *("weights.inception", "sd.log"),
+    *("weights.inception", "weights.alex", "sd.log"),
 )
 
 
@@ -226,7 +226,7 @@ def common_problems(config: Config, world: int | None) -> Iterator[tuple[str, st
         yield "name", f"name '{config.name}' cannot be a folder name: use letters, digits, - and _"
     if config.engine != "ddp":
         yield "engine", f"engine '{config.engine}' is not available in this version: use ddp"
-    if config.data.train in ("", []):
+    if config.data is not None and config.data.train in ("", []):
         yield "data.train", "data.train is empty: give it a folder of shards or a pattern"
 
 
@@ -247,7 +247,7 @@ def _batch_problems(config: Config, world: int | None) -> Iterator[tuple[str, st
 
 def _time_problems(config: Config) -> Iterator[tuple[str, str]]:
     batch = config.batch_size
-    if config.total_img < batch:
+    if config.total_img is not None and config.total_img < batch:
         yield (
             "total_img, batch_size",
             f"total_img {config.total_img} is less than one batch of {batch}: take at least {batch}",

@@ -8,6 +8,7 @@ A method file declares, all optional:
                                              the keys of `model`, and which class of the chosen kind describes each
     PLAYERS = ("G", "D")                     the keys of `optimizer`, one section a player (default: the roles)
     def problems(config): ...                yields (key, sentence) for combinations that cannot work
+    def data_problems(config, dataset): ...  sentences about what the opened training data cannot do
     def weights_needed(config): ...          frozen networks in use: {name in sdtrain.weights: key of `weights`}
 
 A model file declares `GeneratorOptions` and/or `DiscriminatorOptions`. Only these definitions, literal constants and
@@ -59,7 +60,7 @@ def _evaluate(path: Path) -> dict[str, Any]:
     names = {**NAMES, "__name__": f"options of {path.stem}"}
     for node in ast.parse(path.read_text(encoding="utf-8"), str(path)).body:
         wanted = isinstance(node, ast.ClassDef) and (node.name.endswith("Options") or bool(node.decorator_list))
-        wanted = wanted or isinstance(node, ast.FunctionDef) and node.name in ("problems", "weights_needed")
+        wanted = wanted or isinstance(node, ast.FunctionDef) and node.name in ("problems", "data_problems", "weights_needed")
         if wanted or _is_literal(node):
             _run(node, path, names)
     return {name: value for name, value in names.items() if value is not NAMES.get(name)}

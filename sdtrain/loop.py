@@ -28,7 +28,7 @@ def train(run: Run, checkpoint: Checkpoint | None) -> int:
                 tick(run)
             if run.due(c.sample_img):
                 run.task.pictures()
-            if run.due(run.task.eval_img):
+            if run.due(run.task.eval_img) or run.at_stage_end and run.task.ends_with_evaluation:
                 run.task.evaluate("val")
             stop = run.stop_agreed()
             if stop or run.due(c.save_img):

@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
+from sdtrain.data.degrade_options import DegradationOptions as DegradationOptions
+
 IMAGE_UNITS = {"": 1, "ki": 1_000, "Mi": 1_000_000}
 
 
@@ -25,6 +27,28 @@ def parse_images(value: Any) -> Any:
     return int(value) if is_whole else value
 
 
+SPAN = re.compile(r"(\d+(?:\.\d+)?)(ki|Mi)?(?: (epoch|step|image)s?)?")
+
+
+def parse_span(value: Any) -> Any:
+    """A stretch of training as text: '30 epochs', '500 steps', '1.4Mi images'; a bare count means images."""
+    text = str(value).strip() if isinstance(value, (int, float, str)) and not isinstance(value, bool) else ""
+    match = SPAN.fullmatch(text)
+    if match is None:
+        raise ValueError("write a number and its unit, such as 30 epochs, 500 steps or 64ki images")
+    return text if match[3] else f"{text} images"
+
+
+def span_img(span: str, steps_per_epoch: float, batch_size: int) -> int:
+    """Images in a span, whole steps: rounded, and at least one step unless the span is zero."""
+    match = SPAN.fullmatch(span)
+    assert match is not None  # the type Span lets nothing else through
+    number = float(match[1]) * IMAGE_UNITS[match[2] or ""]
+    steps = number * {"epoch": steps_per_epoch, "step": 1.0}.get(match[3], 1 / batch_size)
+    return max(round(steps), 1) * batch_size if number else 0
+
+
+Span = Annotated[str, BeforeValidator(parse_span)]
 Images = Annotated[int, BeforeValidator(parse_images), Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
@@ -78,6 +102,8 @@ class Optimizer:
     """Positions at which lr is multiplied by `decay`."""
     decay: Positive = 0.5
     """Factor at each milestone."""
+    drop_at: tuple[Fraction, ...] = ()
+    """Shares of the stage after which lr is multiplied by `decay`."""
     linear_decay_img: tuple[Images, Images] | None = None
     """lr falls in a straight line to zero between these positions; null = never."""
 
@@ -204,7 +230,11 @@ class Weights:
     """Inception of FID, KID, precision and recall."""
     features: str | None = None
     """Feature network of the projected discriminator."""
+    perceptual: str | None = None
+    """VGG of the perceptual loss of super-resolution."""
+    alex: str | None = None
+    """AlexNet trunk of the LPIPS metric of super-resolution."""
 
 
-__all__ = [name for name in dir() if name[0].isupper() and name not in {"Any", "BeforeValidator", "IMAGE_UNITS"}]
+__all__ = [n for n in dir() if n[0].isupper() and n not in {"Any", "BeforeValidator", "IMAGE_UNITS", "SPAN"}]
 __all__ += ["dataclass", "field", "parse_images"]

@@ -21,6 +21,10 @@ def check_data(config: Any) -> Any:
         )
     if not (config.data.resolution or dataset.resolution):
         raise ConfigError(f"{dataset.source} holds images of mixed sizes; set data.resolution or pack them to one size")
+    method = declared("methods", config.method)
+    problems = method["data_problems"](config, dataset) if "data_problems" in method else []
+    if problems:
+        raise DataError("\n  ".join(problems))
     return dataset
 
 
@@ -65,10 +69,11 @@ def make_plan(config: Any, run: Any = None) -> dict[str, Any]:
     from sdtrain.weights import check_weights
 
     dataset = check_data(config)
-    steps = config.total_img // config.batch_size
+    method = run.method if run is not None else _build(config, dataset)
+    total_img = method.stages[-1].end_img if method.stages else 0
     needs = weights_needed(config)
-    networks = _networks(config, dataset, run)
-    memory = _memory(networks)
+    networks = _networks(method)
+    memory = _memory(networks, _stages(method))
     return {
         "name": config.name,
         "config_hash": config_hash(config),
@@ -77,9 +82,10 @@ def make_plan(config: Any, run: Any = None) -> dict[str, Any]:
             "samples": dataset.num_samples,
             "shards": len(dataset.shards),
             "hash": dataset.hash,
-            "epochs": config.total_img / dataset.num_samples,
+            "epochs": total_img / dataset.num_samples,
         },
-        "steps": steps,
+        "steps": total_img // config.batch_size,
+        "stages": _stages(method),
         "images_per_tick": config.log_img,
         "steps_per_tick": config.log_img // config.batch_size,
         "ghosts": config.num_ghosts,
@@ -94,9 +100,16 @@ def make_plan(config: Any, run: Any = None) -> dict[str, Any]:
     }
 
 
-def _networks(config: Any, dataset: Any, run: Any) -> dict[str, dict[str, Any]]:
+def _stages(method: Any) -> list[dict[str, Any]]:
+    """What every stage trains and until when."""
+    return [
+        {"name": s.name, "end_img": s.end_img, "trains": [n for nets in method.players(s.name).values() for n in nets]}
+        for s in method.stages
+    ]
+
+
+def _networks(method: Any) -> dict[str, dict[str, Any]]:
     """Parameters and bytes of every network the method holds."""
-    method = run.method if run is not None else _build(config, dataset)
     trained = {net: p for stage in method.stages for p, nets in method.players(stage.name).items() for net in nets}
     table = {}
     for name, net in method.nets.items():
@@ -127,8 +140,11 @@ def _build(config: Any, dataset: Any) -> Any:
     return kit.method()
 
 
-def _memory(networks: dict[str, dict[str, Any]]) -> dict[str, float]:
-    parts = {part: sum(n[f"{part}_gb"] for n in networks.values()) for part in ("weights", "gradients", "optimizer")}
+def _memory(networks: dict[str, dict[str, Any]], stages: list[dict[str, Any]]) -> dict[str, float]:
+    """All weights, and gradients and optimizer of the stage that trains most; frozen networks cost weights alone."""
+    parts = {"weights": sum(n["weights_gb"] for n in networks.values())}
+    for part in ("gradients", "optimizer"):
+        parts[part] = max((sum(networks[n][f"{part}_gb"] for n in s["trains"]) for s in stages), default=0.0)
     return {**parts, "total_without_activations": sum(parts.values())}
 
 
@@ -155,6 +171,8 @@ def render(plan: dict[str, Any]) -> str:
         f"  time        {plan['steps']} steps, {plan['images_per_tick']} images = {plan['steps_per_tick']} steps a tick",
         f"  ranks       {plan['ghosts']} ghosts: run on {', '.join(map(str, plan['valid_world_sizes']))} ranks, same curve",
     ]
+    for s in plan["stages"] if len(plan["stages"]) > 1 else ():
+        lines.append(f"  stage       {s['name']} until {s['end_img']} images, trains {', '.join(s['trains'])}")
     for name, n in plan["networks"].items():
         counts = f"{n['parameters'] / 1e6:9.3f} M parameters, {n['trainable'] / 1e6:9.3f} M trained"
         lines.append(f"  {name:<11} {counts}  {n['role']}")

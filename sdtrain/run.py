@@ -72,6 +72,15 @@ class Run:
         before = self.seen_img - self.config.batch_size
         return bool(interval_img) and self.seen_img // interval_img > before // interval_img
 
+    def span(self, stage: Stage) -> tuple[int, int]:
+        """Where a stage begins and ends."""
+        ends = [0, *(s.end_img for s in self.method.stages)]
+        return ends[[s.name for s in self.method.stages].index(stage.name)], stage.end_img
+
+    @property
+    def at_stage_end(self) -> bool:
+        return self.seen_img >= self.stage.end_img
+
     def remaining_stages(self) -> Iterator[Stage]:
         for stage in self.method.stages:
             if self.seen_img < stage.end_img:
@@ -81,11 +90,15 @@ class Run:
         """Make the stage's players, with fresh optimizers or those of the checkpoint that lies inside the stage."""
         inside = checkpoint is not None and checkpoint.state["stage"] == stage.name
         self.stage = stage
-        if not inside and hasattr(self.method, "enter"):
-            self.method.enter(stage.name, self.folder.path)
+        if hasattr(self.method, "enter"):
+            self.method.enter(stage.name, None if inside else self.task.hand_over())
         options = self.config.optimizer
         members = self.method.players(stage.name)
-        self.players = {n: Player(n, [self.nets[m] for m in nets], getattr(options, n)) for n, nets in members.items()}
+        span = self.span(stage)
+        self.players = {
+            name: Player(name, [self.nets[net] for net in nets], getattr(options, name), span)
+            for name, nets in members.items()
+        }
         self.engine = Engine(self.players, self.nets, self.device, self.config.precision)
         if inside and checkpoint is not None:
             for name, player in self.players.items():
@@ -122,6 +135,7 @@ class Run:
         """This rank's share of the global batch, cut into pieces of `ghosts_at_once` ghosts, on the device."""
         at_once = self.ghosts_at_once
         size = at_once * self.config.ghost_batch
+        lq = None if batch.lq is None else batch.lq.to(self.device, non_blocking=True)
         images = batch.images.to(self.device, non_blocking=True)
         labels = None if batch.labels is None else batch.labels.to(self.device, non_blocking=True)
         made = []
@@ -130,7 +144,10 @@ class Run:
             draws = self.draws(self.ghosts[first : first + at_once])
             real = self.method.to_range(images[part])
             chunk_labels = None if labels is None else labels[part]
-            chunk = Chunk(step=self.step, seen_img=self.seen_img, real=real, labels=chunk_labels, draws=draws)
+            inputs = {} if lq is None else {"lq": self.method.to_range(lq[part])}
+            chunk = Chunk(
+                step=self.step, seen_img=self.seen_img, real=real, labels=chunk_labels, draws=draws, inputs=inputs
+            )
             made.append(self.method.prepare(chunk, self.stage.name) if hasattr(self.method, "prepare") else chunk)
         return made
 
@@ -148,6 +165,8 @@ class Run:
         """Write a checkpoint of this position with all ranks."""
         shared = {name: self._kept(name) for name in self.nets if name not in self.method.teachers}
         shared |= {f"{name}.optim": player.state() for name, player in self.players.items()}
+        if hasattr(self.task, "tensors"):  # what a later stage will start from
+            shared["best"] = self.task.tensors()
         state = {
             "step": self.step,
             "seen_img": self.seen_img,
@@ -179,6 +198,8 @@ class Run:
             if name not in self.method.teachers:
                 load_strictly(self.nets[name].module, checkpoint.tensors(name), f"{checkpoint.path.name}/{name}")
         self.method.load_state(checkpoint.state["method"])
+        if checkpoint.has("best"):
+            self.task.load_tensors(checkpoint.tensors("best"))
         if hasattr(self.method, "load_ghost_state"):
             files = {g: f"ghosts_{g:04d}" for g in self.ghosts}
             self.method.load_ghost_state({g: checkpoint.tensors(f) for g, f in files.items() if checkpoint.has(f)})

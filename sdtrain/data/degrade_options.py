@@ -1,7 +1,5 @@
 """Settings of the second-order degradation. Imports nothing, so that a configuration is checked without torch."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

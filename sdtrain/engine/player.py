@@ -33,8 +33,10 @@ class Net:
 class Player:
     """Networks that one optimizer moves."""
 
-    def __init__(self, name: str, nets: Sequence[Net], options: Optimizer) -> None:
-        self.name, self.nets, self.options = name, list(nets), options
+    def __init__(
+        self, name: str, nets: Sequence[Net], options: Optimizer, stage_img: tuple[int, int] = (0, 0)
+    ) -> None:
+        self.name, self.nets, self.options, self.stage_img = name, list(nets), options, stage_img
         self.named = {
             f"{i}.{key}" if len(self.nets) > 1 else key: p
             for i, net in enumerate(self.nets)
@@ -50,7 +52,7 @@ class Player:
     def set_lr(self, seen_img: int) -> None:
         """The learning rate is a function of images seen, never of a scheduler's own count."""
         for group in self.optimizer.param_groups:
-            group["lr"] = self.options.lr * lr_factor(self.options, seen_img)
+            group["lr"] = self.options.lr * lr_factor(self.options, seen_img, self.stage_img)
 
     @contextmanager
     def sharing(self, overlap: bool, last: bool) -> Iterator[None]:
@@ -112,10 +114,15 @@ def make_optimizer(params: list[nn.Parameter], options: Optimizer) -> torch.opti
     return torch.optim.Adam(params, lr=options.lr, betas=tuple(options.betas), eps=options.eps)
 
 
-def lr_factor(options: Optimizer, seen_img: int) -> float:
-    """Linear warm-up, then a factor `decay` at every milestone, then a straight line to zero between two positions."""
+def lr_factor(options: Optimizer, seen_img: int, stage_img: tuple[int, int] = (0, 0)) -> float:
+    """Linear warm-up, then a factor `decay` at every milestone, then a straight line to zero between two positions.
+
+    Milestones are positions in the run, or shares (`drop_at`) of the stage from `stage_img[0]` to `stage_img[1]`.
+    """
     warm = min(1.0, seen_img / options.warmup_img) if options.warmup_img else 1.0
+    start, end = stage_img
     steps = sum(seen_img >= milestone for milestone in options.milestones_img)
+    steps += sum(seen_img >= start + share * (end - start) for share in options.drop_at)
     line = 1.0
     if options.linear_decay_img:
         start, end = options.linear_decay_img

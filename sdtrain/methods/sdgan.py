@@ -19,6 +19,7 @@ from torch import Tensor
 from sdtrain.losses.adversarial import ADVERSARIAL, r1_penalty
 from sdtrain.losses.consistency import balanced_consistency
 from sdtrain.losses.regularizers import path_length_penalty, path_lengths
+from sdtrain.losses.self_distillation import self_distillation
 from sdtrain.methods.phase import Chunk, Loss, Phase, Stage, Terms
 from sdtrain.options import R1, Augment, PathLength, SelfDistillation
 
@@ -152,9 +153,7 @@ class SDGAN:
         assert self.distance is not None
         with torch.no_grad():
             fake_ema = self.generate(self.G_ema, x, draws, teacher=True)
-        if self.T is not None:
-            fake, fake_ema = self.T(fake, fake_ema, draws.sub("T"))
-        return self.distance(fake, fake_ema).mean()
+        return self_distillation(fake, fake_ema, self.distance, self.T, draws)
 
     def loss_D(self, x: Chunk) -> Loss:
         """The adversarial loss of D on fresh fakes and the real images of this step."""

@@ -25,6 +25,8 @@ def grid_shape(resolution: int) -> tuple[int, int]:
 class Task:
     """Bound to one run."""
 
+    ends_with_evaluation = False  # `finish` sees to the last weights
+
     def __init__(self, run: Any) -> None:
         self.run = run
         self._evaluators: dict[str, Any] = {}

@@ -1,0 +1,20 @@
+"""L_SD of SD-GAN, Eq. (2): the distance between what a network and its own average make of the same input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+Distance = Callable[[Tensor, Tensor], Tensor]
+PairedAugment = Callable[[Tensor, Tensor, Any], tuple[Tensor, Tensor]]
+
+
+def self_distillation(
+    fake: Tensor, fake_ema: Tensor, distance: Distance, T: PairedAugment | None = None, draws: Any = None
+) -> Tensor:
+    """L_SD(T(fake), T(fake_ema)), a mean over samples. Images [N, 3, H, W] in [-1, 1]; T is one draw for both."""
+    if T is not None:
+        fake, fake_ema = T(fake, fake_ema.detach(), draws.sub("T"))
+    return distance(fake, fake_ema.detach()).mean()

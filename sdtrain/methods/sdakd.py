@@ -1,0 +1,409 @@
+"""SDAKD: a narrow student generator and a narrow student discriminator (Kaparinos and Mezaris 2025, Eq. 1-4).
+
+    stage 1  teacher       G_T, D_T by the recipe of the original work against the ground truth
+    stage 2  supervised    G_S: L_sup + lambda_1 L_MLP                        Eq. (1)    D_S: L_2(P_S, P_T)    Eq. (2)
+    stage 3  adversarial   G_S: L_sup + lambda_1 L_MLP + lambda_2 L_adv_S     Eq. (3)    D_S: L_adv_S          Eq. (4)
+
+The teacher's image replaces the ground truth in every loss of the student generator; ground truth is what D calls real.
+The stage `naive` is the baseline: the recipe of the original work at the student's widths, without a teacher.
+Networks: G, D are the students, G_ema the average of G, G_T, D_T the teachers, G_T_raw the generator whose average G_T
+is while it trains, MLP the transform of the student's feature map.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sdtrain.losses.adversarial import ADVERSARIAL, r1_penalty
+from sdtrain.losses.feature import mlp_loss, probability_loss
+from sdtrain.losses.self_distillation import self_distillation
+from sdtrain.methods.phase import Chunk, Loss, Phase, Stage, Terms
+from sdtrain.options import (
+    R1,
+    AdversarialLoss,
+    Count,
+    DegradationOptions,
+    Fraction,
+    Images,
+    NonNegative,
+    Positive,
+    SelfDistillation,
+    Span,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Student:
+    C: str | Positive = "1/4"  # share of the teacher's channels, in every convolution
+    D_C: str | Positive | None = None  # the same for the discriminator; null = C; 1 = naive (C, 1)
+    growth: Literal["scaled", "fixed"] = "scaled"  # RRDBNet's growth channels; fixed at 32 opens in other tools
+    style: Literal["fixed", "scaled"] = "fixed"  # GCFSR's style width; the paper speaks of convolutions only
+
+
+@dataclass(frozen=True, kw_only=True)
+class Teacher:
+    generator: str | None = None  # file or run folder; null = stage 1 trains one
+    discriminator: str | None = None  # file; null = stage 1 trains one, on the given generator if there is one
+    precision: Literal["fp32", "bf16"] = "fp32"  # arithmetic of the teachers' forward passes (paper: silent)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """The original work's own training: stage 1 and the naive baselines. Defaults are Real-ESRGAN's."""
+
+    pixel: NonNegative = 1.0  # weight of L1
+    perceptual: NonNegative = 1.0  # weight of the perceptual loss
+    adversarial: NonNegative = 0.1  # weight of L_adv for the generator
+    pixel_share: Fraction = 0.0  # share of n1 that trains the generator with L1 alone (Real-ESRNet: 5/7)
+    sharpen_target: bool = True  # the generator's target is the sharpened ground truth; D's real image never is
+
+
+@dataclass(frozen=True, kw_only=True)
+class Supervision:
+    """L_sup. The paper: 'as in the original works'."""
+
+    pixel: NonNegative = 1.0  # weight of L1 to the teacher's image
+    perceptual: NonNegative = 1.0  # weight of the perceptual loss to the teacher's image
+
+
+@dataclass(frozen=True, kw_only=True)
+class Validation:
+    """The paper does not say how the low-quality validation images are made; they are stored and hashed."""
+
+    lq: Literal["second_order", "bicubic", "down_up"] = "second_order"  # down_up is GCFSR's
+    factors: tuple[Count, ...] = (16, 32, 64)  # GCFSR: one FID each, and their mean chooses
+    seed: int = 0  # of the degradation and of layer noise; the same in every run, so that numbers compare
+    names: tuple[Literal["fid", "psnr_y", "ssim_y", "lpips"], ...] = ("fid", "psnr_y", "ssim_y", "lpips")
+    select_by: Literal["fid", "psnr_y", "ssim_y", "lpips"] = "fid"  # the paper's rule: lowest validation FID
+    strips: int = 4  # validation images in the strips LQ | student | teacher | HQ
+    histogram_images: int = 100  # training images of the D output histograms (Figures 2 and 3)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    # in this order; the teacher's is left out when both its files are given; naive stands alone
+    stages: tuple[Literal["teacher", "supervised", "adversarial", "naive"], ...] = (
+        "teacher",
+        "supervised",
+        "adversarial",
+    )
+    n1: Span = "30 epochs"  # length of stage 1 and of naive: epochs, steps or images
+    n2: Span = "30 epochs"
+    n3: Span = "30 epochs"
+    total_img: Images | None = None  # null = all stages; less ends the run there
+    student: Student = Student()
+    teacher: Teacher = Teacher()
+    recipe: Recipe = Recipe()
+    supervision: Supervision = Supervision()
+    perceptual: Literal["vgg19", "vgg16"] = "vgg19"  # Real-ESRGAN's and GCFSR's
+    lambda_1: NonNegative = 1.0  # weight of L_MLP; 0 = no map is distilled
+    lambda_2: NonNegative | Literal["auto"] = 0.1  # weight of L_adv_S; auto balances Eq. (3) at the start of stage 3
+    fm_layer: str | None = None  # map that is distilled (silent; null = the backbone's last of sdtrain/models/KIND.py)
+    fm_reduction: Literal["mean", "sum"] = "mean"  # only a mean keeps the terms of Eq. (3) alike with lambda_1 = 1
+    fm_tiles: Count = 1  # strips in which L_MLP is computed: less memory, the same value
+    p_loss: Literal["probability", "logit"] = "probability"  # Eq. (2) speaks of probabilities
+    p_images: Literal["half", "real", "teacher"] = "half"  # what D_S sees in stage 2: ground truth, G_T's, or both
+    start_from: Literal["best", "last"] = "best"  # G_S of stage 3: best validation of stage 2 or its last; D_S: last
+    adversary: Literal["student", "teacher"] = "student"  # who judges in stage 3; teacher = Ablations 1 to 3
+    teacher_d: Literal["train", "frozen"] = "train"  # whether the judging teacher goes on training (not in the paper)
+    noise: Literal["shared", "independent"] = "shared"  # GCFSR's layer noise of teacher and student (silent)
+    adversarial: AdversarialLoss = "logistic"  # L_adv; logistic is BCE with logits as well as the non-saturating loss
+    order: Literal["G first", "D first"] = "G first"  # Real-ESRGAN: D judges the images G's step made; GCFSR: D first
+    r1: R1 = R1()
+    sd: SelfDistillation = SelfDistillation(alpha=0.0)  # SD-GAN's L_SD in stage 3, on top of Eq. (3)
+    lq: Literal["second_order", "bicubic", "down_up", "paired"] = "second_order"  # training inputs; down_up is GCFSR's
+    degradation: DegradationOptions = DegradationOptions()
+    factors: tuple[Count, ...] = (64, 64, 64, 64, 32, 32, 16, 16, 8, 4)  # GCFSR: drawn uniformly from this list
+    eval_epochs: NonNegative = 1.0  # epochs between validations (paper: each); 0 = every eval_img images
+    validation: Validation = Validation()
+
+
+ROLES = {"generator": "GeneratorOptions", "discriminator": "DiscriminatorOptions"}
+PLAYERS = ("G_pixel", "G_original", "D_original", "G_sup", "D_sup", "G", "D")
+
+
+def problems(config: Any) -> list[tuple[str, str]]:
+    from sdtrain.tasks.sr_checks import problems as found
+
+    return found(config)
+
+
+def data_problems(config: Any, dataset: Any) -> list[str]:
+    from sdtrain.tasks.sr_checks import data_problems as found
+
+    return found(config, dataset)
+
+
+def weights_needed(config: Any) -> dict[str, str]:
+    """Frozen networks in use: file -> key of `weights`."""
+    used = {"alex": "alex"} if "lpips" in config.validation.names and config.data.val else {}
+    if config.recipe.perceptual or config.supervision.perceptual:
+        used[config.perceptual] = "perceptual"
+    return used | ({"lpips_vgg": "lpips"} if config.sd.alpha and config.sd.loss == "lpips-vgg" else {})
+
+
+class SDAKD:
+    """The phases of the three stages. `inputs` makes low-quality images and calls generators on them."""
+
+    task = "restoration"
+    students = ("G",)
+    evaluated = "G_ema"
+    controls = ()
+
+    def __init__(
+        self,
+        options: Any,
+        nets: Mapping[str, Any],
+        stages: list[Stage],
+        inputs: Any,
+        *,
+        perceptual: Callable[[Tensor, Tensor], Tensor] | None = None,
+        distance: Callable[[Tensor, Tensor], Tensor] | None = None,
+        T: Any = None,
+    ) -> None:
+        self.o, self.nets, self.stages, self.inputs = options, dict(nets), stages, inputs
+        self.perceptual, self.distance, self.T = perceptual, distance, T
+        self.L_adv = ADVERSARIAL[options.adversarial.replace("-", "_")]
+        self.lambda_2: float | None = None if options.lambda_2 == "auto" else options.lambda_2
+        given = {"G_T": options.teacher.generator, "D_T": options.teacher.discriminator}
+        self.teachers = tuple(name for name in given if given[name] and name in self.nets)
+        self.stream_options, self.to_range = inputs.stream_options, inputs.to_range
+        self.layers = (options.fm_layer or self.nets["G_T"].module.fm_layer,) if "MLP" in self.nets else ()
+        self.made: dict[Any, Tensor] = {}  # images of this step that several phases use
+
+    @classmethod
+    def build(cls, config: Any, kit: Any) -> SDAKD:
+        from sdtrain.tasks import sr_build
+
+        return sr_build.build(cls, config, kit)
+
+    def loss_pixel(self, G: Any, x: Chunk) -> Loss:
+        """Real-ESRNet: L1 to the sharpened ground truth."""
+        L_1 = F.l1_loss(self.inputs(G, x, x.draws.sub("G")), self.target(x))
+        return L_1, {"G/l1": L_1}
+
+    def loss_G_original(self, G: Any, D: Any, x: Chunk) -> Loss:
+        """w_1 L_1 + w_p L_perceptual + w_adv L_adv_T against the ground truth, as the original works train."""
+        fake, target, w = self.keep("fake", x, self.inputs(G, x, x.draws.sub("G"))), self.target(x), self.o.recipe
+        terms = {"G/l1": F.l1_loss(fake, target), "G/adv": self.L_adv.g(D(fake))}
+        loss = w.pixel * terms["G/l1"] + w.adversarial * terms["G/adv"]
+        if w.perceptual and self.perceptual is not None:
+            terms["G/perceptual"] = self.perceptual(fake, target)
+            loss = loss + w.perceptual * terms["G/perceptual"]
+        return loss, terms
+
+    def target(self, x: Chunk) -> Tensor:
+        return self.inputs.sharpened(x.real) if self.o.recipe.sharpen_target else x.real
+
+    def loss_G_stage2(self, x: Chunk) -> Loss:
+        """Eq. (1): L_G_S-stage2 = L_sup + lambda_1 L_MLP."""
+        _, terms = self.supervised_terms(x)
+        return self.eq_1(terms), terms
+
+    def loss_D_stage2(self, x: Chunk) -> Loss:
+        """Eq. (2): L_D_S-stage2 = L_2(P_real_S, P_real_T)."""
+        images = self.judged_in_stage2(x)
+        P_T = self.as_teacher(lambda: self.nets["D_T"](images))
+        L_2 = probability_loss(self.nets["D"](images), P_T, self.o.p_loss)
+        return L_2, {"D/p": L_2}
+
+    def loss_G_stage3(self, x: Chunk) -> Loss:
+        """Eq. (3): L_G_S-stage3 = L_sup + lambda_1 L_MLP + lambda_2 L_adv_S (+ alpha L_SD, SD-GAN's Eq. 2)."""
+        fake, terms = self.terms_of_eq_3(x)
+        assert self.lambda_2 is not None  # `balance` came first
+        loss = self.eq_1(terms) + self.lambda_2 * terms["G/adv"]
+        terms |= self.ratios(terms)
+        if self.o.sd.alpha:
+            terms["G/sd"] = self.L_SD(x, fake)
+            loss = loss + self.o.sd.alpha * terms["G/sd"]
+        return loss, terms
+
+    def loss_D_stage3(self, x: Chunk) -> Loss:
+        """Eq. (4): L_D_S-stage3 = L_adv_S, the discriminator's side; ground truth is the real image."""
+        return self.loss_D_adv(self.nets["G"], self.nets["D"], x)
+
+    def loss_D_adv(self, G: Any, D: Any, x: Chunk) -> Loss:
+        """L_adv of D on the ground truth and on images of G: those of G's step, or new ones when D comes first."""
+        fake = self.made.get(("fake", x.draws.ghosts)) if self.o.order == "G first" else None
+        fake = self.no_grad(G, x, "D") if fake is None else fake
+        real_logits, fake_logits = D(x.real), D(fake)
+        on_real, on_fake = self.L_adv.d(real_logits, fake_logits)
+        logits = {"D/real_logit": real_logits.mean(), "D/fake_logit": fake_logits.mean()}
+        return on_real + on_fake, {"D/real": on_real, "D/fake": on_fake, **logits}
+
+    def with_R1(self, D: Any, loss: Callable[[Chunk], Loss], x: Chunk) -> Loss:
+        """L_adv + gamma/2 * interval * E ||grad_x D(x)||^2, one step for both as GCFSR does."""
+        total, terms = loss(x)
+        real = x.real.detach().requires_grad_(True)
+        R1 = r1_penalty(real, D(real))
+        return total + R1 * (self.o.r1.gamma / 2 * self.o.r1.every), {**terms, "D/r1": R1}
+
+    def eq_1(self, terms: Terms) -> Tensor:
+        return terms["G/sup"] + self.o.lambda_1 * terms["G/mlp"] if self.o.lambda_1 else terms["G/sup"]
+
+    def supervised_terms(self, x: Chunk) -> tuple[Tensor, Terms]:
+        """The student's images and L_sup and, unless lambda_1 is 0, L_MLP."""
+        draws = x.draws.sub("G")
+        fake, maps = self.with_maps(self.nets["G"], x, draws)
+        taught = draws if self.o.noise == "shared" else draws.sub("teacher")
+        teacher, teacher_maps = self.as_teacher(lambda: self.with_maps(self.nets["G_T"], x, taught))
+        self.keep("fake", x, fake), self.keep("teacher", x, teacher)
+        terms = {"G/sup": self.L_sup(fake, teacher)}
+        for layer in self.layers:
+            how = {"reduction": self.o.fm_reduction, "tiles": self.o.fm_tiles}
+            terms["G/mlp"] = mlp_loss(self.nets["MLP"], maps[layer], teacher_maps[layer], **how)
+        return fake, terms
+
+    def terms_of_eq_3(self, x: Chunk) -> tuple[Tensor, Terms]:
+        fake, terms = self.supervised_terms(x)
+        terms["G/adv"] = self.L_adv.g(self.nets["D"](fake))
+        return fake, terms
+
+    def L_sup(self, fake: Tensor, teacher: Tensor) -> Tensor:
+        """L_1 + perceptual distance to the teacher's image, with the original work's weights."""
+        w = self.o.supervision
+        loss = w.pixel * F.l1_loss(fake, teacher)
+        return loss + w.perceptual * self.perceptual(fake, teacher) if w.perceptual and self.perceptual else loss
+
+    def L_SD(self, x: Chunk, fake: Tensor) -> Tensor:
+        """SD-GAN's distance between the student and its own average on the same input and noise."""
+        fake_ema = self.no_grad(self.nets["G_ema"], x, "G")
+        assert self.distance is not None
+        return self_distillation(self.signed(fake), self.signed(fake_ema), self.distance, self.T, x.draws.sub("G"))
+
+    def ratios(self, terms: Terms) -> Terms:
+        """How the weighted terms of Eq. (3) stand to L_sup: the paper wants all about 1 at the start."""
+        weights = {"G/mlp": self.o.lambda_1, "G/adv": self.lambda_2}
+        parts = {f"G/ratio_{n[2:]}": weights[n] * terms[n] / terms["G/sup"] for n in weights if n in terms}
+        return {**{n: v.detach() for n, v in parts.items()}, "G/lambda_2": terms["G/adv"].new_tensor(self.lambda_2)}
+
+    def balance(self, means: Terms) -> None:
+        """lambda_2: auto. The weighted adversarial term becomes the mean of the other terms of Eq. (3), once."""
+        others = [float(means["G/sup"])] + ([self.o.lambda_1 * float(means["G/mlp"])] if self.o.lambda_1 else [])
+        self.lambda_2 = sum(others) / len(others) / max(abs(float(means["G/adv"])), 1e-12)
+
+    def phases(self, stage: str, step: int) -> list[Phase]:
+        self.made = {}
+        G, D = self.game(stage)
+        phase_G, phase_D = self.phase_G(stage, G, D), self.phase_D(stage, G, D, step)
+        phases = [phase_D, phase_G] if self.o.order == "D first" and stage != "supervised" else [phase_G, phase_D]
+        players = self.players(stage)
+        return [phase for phase in phases if phase.player in players]
+
+    def phase_G(self, stage: str, G: Any, D: Any) -> Phase:
+        # under DDP a module may not be recomputed strip by strip, so tiles share gradients after backward
+        whole = {"reaches_all": self.o.fm_tiles == 1}
+        if stage == "supervised":
+            return Phase(name="G", player="G_sup", loss=self.loss_G_stage2, **whole)
+        if stage == "adversarial":
+            first = {"prepass": self.measure, "receive": self.balance} if self.lambda_2 is None else {}
+            return Phase(name="G", player="G", loss=self.loss_G_stage3, **whole, **first)
+        if stage.endswith("_pixel"):
+            return Phase(name="G", player="G_pixel", loss=partial(self.loss_pixel, G))
+        return Phase(name="G", player="G_original", loss=partial(self.loss_G_original, G, D))
+
+    def phase_D(self, stage: str, G: Any, D: Any, step: int) -> Phase:
+        if stage == "supervised":
+            return Phase(name="D", player="D_sup", loss=self.loss_D_stage2)
+        adversarial = stage == "adversarial"
+        player = "D" if adversarial else "D_original"
+        loss = self.loss_D_stage3 if adversarial else partial(self.loss_D_adv, G, D)
+        if self.o.r1.gamma and step % self.o.r1.every == 0:
+            return Phase(name="D", player=player, loss=partial(self.with_R1, D, loss), reaches_all=False, fp32=True)
+        return Phase(name="D", player=player, loss=loss)
+
+    def game(self, stage: str) -> tuple[Any, Any]:
+        """Who plays in a stage: the teachers or the students."""
+        names = (self.teacher_in_training, "D_T") if stage.startswith("teacher") else ("G", "D")
+        return self.nets.get(names[0]), self.nets.get(names[1])
+
+    @property
+    def teacher_in_training(self) -> str:
+        return "G_T_raw" if "G_T_raw" in self.nets else "G_T"
+
+    def players(self, stage: str) -> dict[str, tuple[str, ...]]:
+        student: tuple[str, ...] = ("G", "MLP") if "MLP" in self.nets else ("G",)
+        if stage == "supervised":
+            both = {"G_sup": student, "D_sup": ("D",)}
+            return both if self.o.adversary == "student" else {"G_sup": student}
+        if stage == "adversarial":
+            frozen = self.o.adversary == "teacher" and self.o.teacher_d == "frozen"
+            return {"G": student} if frozen else {"G": student, "D": ("D",)}
+        teacher = stage.startswith("teacher")
+        G = {"G_pixel" if stage.endswith("_pixel") else "G_original": ("G_T_raw" if teacher else "G",)}
+        D = {} if stage.endswith("_pixel") else {"D_original": ("D_T" if teacher else "D",)}
+        return {**(G if not teacher or "G_T_raw" in self.nets else {}), **D}
+
+    def averages(self, stage: str) -> dict[str, str]:
+        if stage.startswith("teacher"):
+            return {"G_T": "G_T_raw"} if "G_T_raw" in self.nets else {}
+        return {"G_ema": "G"}
+
+    def evaluated_in(self, stage: str) -> str:
+        """The average that validation is about: the teacher's while it trains, else the student's."""
+        return "G_T" if stage.startswith("teacher") else "G_ema"
+
+    def enter(self, stage: str, best: Mapping[str, dict[str, Tensor]] | None) -> None:
+        """Begin a stage with the weights that validation chose in the one before; None = go on inside the stage."""
+        from sdtrain.tasks import sr_build
+
+        sr_build.hand_over(self, stage, best)
+
+    def prepare(self, x: Chunk, stage: str) -> Chunk:
+        return self.inputs.prepare(x)
+
+    def keep(self, name: str, x: Chunk, images: Tensor) -> Tensor:
+        self.made[name, x.draws.ghosts] = images.detach()
+        return images
+
+    def no_grad(self, G: Any, x: Chunk, purpose: str) -> Tensor:
+        with torch.no_grad():
+            return self.inputs(G, x, x.draws.sub(purpose))
+
+    def with_maps(self, G: Any, x: Chunk, draws: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.inputs(G, x, draws, layers=self.layers) if self.layers else (self.inputs(G, x, draws), {})
+
+    def as_teacher(self, forward: Callable[[], Any]) -> Any:
+        """Without gradients, in the teachers' own precision."""
+        device = next(self.nets["G_T"].module.parameters()).device.type
+        with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=self.o.teacher.precision == "bf16"):
+            return forward()
+
+    def judged_in_stage2(self, x: Chunk) -> Tensor:
+        """Images for Eq. (2): every second sample of a ghost is real, and which half changes from step to step."""
+        if self.o.p_images == "real":
+            return x.real
+        teacher = self.made["teacher", x.draws.ghosts]
+        if self.o.p_images == "teacher":
+            return teacher
+        position = torch.arange(len(teacher), device=teacher.device) % x.draws.ghost_batch
+        return torch.where(((position + x.step) % 2 == 0).view(-1, 1, 1, 1), x.real, teacher)
+
+    def signed(self, images: Tensor) -> Tensor:
+        """Images in [-1, 1], which distances and T expect."""
+        return images if self.inputs.low < 0 else images * 2 - 1
+
+    def measure(self, x: Chunk) -> Terms:
+        return self.terms_of_eq_3(x)[1]
+
+    def state(self) -> dict[str, Any]:
+        return {"lambda_2": self.lambda_2}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.lambda_2 = state["lambda_2"]
+
+    def ghost_state(self) -> dict[int, dict[str, Tensor]]:
+        return self.inputs.state()
+
+    def load_ghost_state(self, state: Mapping[int, Mapping[str, Tensor]]) -> None:
+        self.inputs.load_state(state, next(self.nets["G"].module.parameters()).device)
+
+
+METHOD = SDAKD

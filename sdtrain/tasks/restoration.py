@@ -1,0 +1,254 @@
+"""What a super-resolution run does once in a while: strips, D output histograms, validation, the best of each stage.
+
+    best/G_ema.safetensors, .json   the student validation likes best (of the latest stage), and how to rebuild it
+    best/metrics.json               what chose it
+    best/STAGE_G.safetensors        the same for each stage; STAGE_last_G, STAGE_last_D: how the stage ended
+    samples/strips_*.png            LQ | student | teacher | HQ, with the middle enlarged below
+    samples/d_outputs_*.png, .json  P(real) of D_T and D_S on images of the student (Figures 2 and 3 of SDAKD)
+    inputs/SPLIT.safetensors        the fixed low-quality inputs
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdtrain.engine.checkpoint import save_tensors, write_atomically
+from sdtrain.engine.ranks import barrier, is_main, rank, sum_over_ranks, world
+from sdtrain.methods.phase import Chunk
+from sdtrain.rng import Draws
+from sdtrain.tasks import sr_pictures
+from sdtrain.tasks.validation import HIGHER_IS_BETTER, ValidationList
+
+log = logging.getLogger("sdtrain")
+
+
+class Task:
+    """Bound to one run."""
+
+    def __init__(self, run: Any) -> None:
+        self.run, self.config, self.method = run, run.config, run.method
+        self.lists: dict[str, ValidationList] = {}
+        self.best: dict[str, dict[str, Tensor]] = {}  # net -> weights that validation liked best in this stage
+
+    @property
+    def eval_img(self) -> int:
+        """Images between two validations; 0 = never. The paper validates after each epoch."""
+        c = self.config
+        if not c.eval_img or not c.data.val:
+            return 0
+        steps = round(c.eval_epochs * self.run.kit.steps_per_epoch)
+        return max(steps, 1) * c.batch_size if c.eval_epochs else c.eval_img
+
+    @property
+    def ends_with_evaluation(self) -> bool:
+        """The last weights of a stage are validated before they are saved, unless that has just happened."""
+        return bool(self.eval_img)
+
+    def of(self, split: str) -> ValidationList:
+        if split not in self.lists:
+            run = self.run
+            self.lists[split] = ValidationList(run.config, split, self.method.inputs, run.folder.path, run.device)
+        return self.lists[split]
+
+    def evaluate(self, split: str) -> None:
+        """Measure the stage's average on the list; remember it when it is the best of the stage so far."""
+        run, name = self.run, self.method.evaluated_in(self.run.stage.name)
+        if name in self.method.teachers:  # it does not change while only its discriminator trains
+            return
+        values = self._measure(split, lambda i, factor: self.of(split).upscale(run.nets[name], i, factor))
+        self._row("eval", split, values, weights="ema")
+        if split == "val":
+            self.keep_best(values)
+
+    def _measure(self, split: str, upscale: Any) -> dict[str, float]:
+        with self.run.watch.section("evaluate"):
+            return self.of(split).measure(upscale)
+
+    def _row(self, kind: str, split: str, values: dict[str, float], **more: Any) -> None:
+        run = self.run
+        where = {"seen_img": run.seen_img, "stage": run.stage.name, "split": split}
+        run.folder.row(kind=kind, **where, **more, **values, protocol=self.of(split).protocol())
+        shown = "  ".join(f"{n} {v:.4g}" for n, v in values.items())
+        log.info("%s %s %s  %s", kind, split, more.get("method", run.stage.name), shown)
+
+    def keep_best(self, values: dict[str, float]) -> None:
+        """The paper's rule: lowest validation FID (or whatever `validation.select_by` says), in each stage."""
+        run, key = self.run, self.config.validation.select_by
+        stage = run.stage.name
+        sign = -1 if key in HIGHER_IS_BETTER else 1
+        before = run.best.get(stage, {}).get(key, sign * math.inf)
+        if not sign * values[key] < sign * before:
+            return
+        run.best = {**run.best, stage: {**values, "seen_img": run.seen_img}}
+        names = [self.method.evaluated_in(stage), *(["MLP"] if "MLP" in run.nets and stage == "supervised" else [])]
+        self.best = {n: {k: v.detach().clone() for k, v in run.nets[n].module.state_dict().items()} for n in names}
+        self.write_best(stage)
+
+    def write_best(self, stage: str) -> None:
+        """Files of the best weights of `stage`, for people and for `sdtrain upscale`."""
+        run, name = self.run, self.method.evaluated_in(stage)
+        if is_main():
+            self.write_network(f"{stage}_G", name, self.best[name])
+            self.write_network("G_ema", name, self.best[name])
+            chosen = json.dumps({"stage": stage, **run.best[stage]}).encode()
+            for file in ("metrics.json", f"{stage}_metrics.json"):
+                write_atomically(run.folder.path / "best" / file, chosen)
+        barrier()
+
+    def write_network(self, file: str, net: str, tensors: dict[str, Tensor]) -> None:
+        """best/FILE.safetensors and its card."""
+        folder = self.run.folder.path / "best"
+        save_tensors(folder / f"{file}.safetensors", tensors)
+        write_atomically(folder / f"{file}.json", json.dumps(self.card(net)).encode())
+
+    def card(self, net: str) -> dict[str, Any]:
+        """How to rebuild a network: kind, player, role and options."""
+        section = self.config.model.discriminator if net.startswith("D") else self.config.model.generator
+        options = {k: v for k, v in vars(self.run.nets[net].module.options).items() if k != "kind"}
+        role = "D" if net.startswith("D") else "G_ema"
+        player = "Discriminator" if role == "D" else "Generator"
+        card = {"kind": section.kind, "player": player, "role": role, "options": options}
+        faces = self.config.model.generator.kind == "gcfsr"
+        return card | ({"resolution": self.run.kit.resolution} if faces else {})
+
+    def hand_over(self) -> dict[str, dict[str, Tensor]]:
+        """The best weights of the stage that is over; the next stage begins to collect its own."""
+        best, self.best = self.best, {}
+        return best
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint must hold so that the next stage starts the same after a kill: NET/TENSOR."""
+        return {f"{net}/{name}": value for net, part in self.best.items() for name, value in part.items()}
+
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        self.best = {}
+        for name, value in tensors.items():
+            net, _, tensor = name.partition("/")
+            self.best.setdefault(net, {})[tensor] = value.to(self.run.device)
+
+    def leave_stage(self) -> None:
+        """Keep how the stage ended beside its best."""
+        run, stage = self.run, self.run.stage.name
+        trained = [net for nets in self.method.players(stage).values() for net in nets]
+        for net in trained if is_main() else ():
+            role = "D" if net.startswith("D") else "G" if net != "MLP" else ""
+            if role:
+                source = self.method.evaluated_in(stage) if role == "G" else net
+                self.write_network(f"{stage}_last_{role}", source, run.nets[source].module.state_dict())
+        barrier()
+
+    def finish(self) -> None:
+        """Pictures of the end, the test list once with the best weights, and the table."""
+        run, c = self.run, self.config
+        if c.sample_img and not run.due(c.sample_img):
+            self.pictures()
+        if not self.eval_img:
+            return
+        split = "test" if c.data.test else "val"
+        table = {"bicubic": self._measure(split, self.of(split).bicubic)}
+        if "G_T" in run.nets:
+            table["teacher"] = self._measure(split, self._upscaler(split, run.nets["G_T"].module))
+        for name, values in table.items():
+            self._row("baseline", split, values, method=name)
+        if c.data.test:
+            best = self.best_network()
+            table["student"] = self._measure("test", self._upscaler("test", best))
+            self._row("eval", "test", table["student"], weights="ema")
+        self.report(split, table)
+
+    def _upscaler(self, split: str, net: Any) -> Any:
+        return lambda i, factor: self.of(split).upscale(net, i, factor)
+
+    def best_network(self) -> Any:
+        """A copy of the average with the best weights of the last stage (its last weights where nothing was chosen)."""
+        name = self.method.evaluated_in(self.run.stage.name)
+        net = copy.deepcopy(self.run.nets[name].module)
+        if name in self.best:
+            net.load_state_dict(self.best[name])
+        return net
+
+    def report(self, split: str, table: dict[str, dict[str, float]]) -> None:
+        """The validation of each stage's best and the test of the last, as one table in the log."""
+        rows = {f"{stage} (val)": values for stage, values in self.run.best.items()}
+        rows |= {f"{name} ({split})": values for name, values in table.items()}
+        names = self.config.validation.names
+        log.info("%-24s %s", "", "  ".join(f"{n:>8}" for n in names))
+        for row, values in rows.items():
+            log.info("%-24s %s", row, "  ".join(f"{values[n]:8.3f}" for n in names))
+
+    def pictures(self) -> None:
+        """Strips of fixed validation images, and the histograms of D."""
+        if self.config.data.val:
+            self.strips()
+        self.histograms()
+
+    def strips(self) -> None:
+        run, images = self.run, self.of("val")
+        assert images.stored
+        if is_main():
+            nets = [run.nets[name] for name in ("G_ema", "G_T") if name in run.nets]
+            rows = []
+            for i in range(min(self.config.validation.strips, len(images))):
+                factor = images.factors[-1]
+                made = [images.upscale(net, i, factor)[0].cpu() for net in nets]
+                rows.append(sr_pictures.strip([images.lq(i, factor), *made, images.hq(i)]))
+            run.folder.image("strips", sr_pictures.as_hwc(torch.cat(rows, 1)), run.seen_img)
+        barrier()
+
+    def histograms(self) -> None:
+        """P(real) of every discriminator on images of the student from the first training images of a fixed order."""
+        run, seen = self.run, self.run.seen_img
+        found = {name: self.d_outputs(run.nets[name]) for name in ("D_T", "D") if name in run.nets}
+        names = {"D": "D_S", "D_T": "D_T"}
+        counts = {names[n]: sr_pictures.histogram(values) for n, values in found.items()}
+        record = {names[n]: {"probabilities": v, "counts": counts[names[n]]} for n, v in found.items()}
+        run.folder.write_json(f"samples/d_outputs_{seen:09d}.json", {"seen_img": seen, **record})
+        run.folder.image("d_outputs", sr_pictures.bars(counts), seen)
+        for n, values in found.items():
+            run.folder.histogram(f"d_outputs/{names[n]}", torch.tensor(values), seen)
+
+    @torch.no_grad()
+    def d_outputs(self, D: Any) -> list[float]:
+        """Mean of sigmoid(logit) on each student image; D and G_S in eval, inputs fixed by `validation.seed`."""
+        images = self.training_images()
+        rows = torch.zeros(len(images), dtype=torch.float64)
+        was_training = D.module.training
+        D.module.eval()
+        for row in range(rank(), len(images), world()):
+            chunk = self.fixed_chunk(row, images[row])
+            fake = self.method.inputs(self.run.nets["G_ema"].module, chunk, chunk.draws)
+            rows[row] = D.module(fake).sigmoid().mean().double().cpu()
+        D.module.train(was_training)
+        sum_over_ranks([rows])
+        return rows.tolist()
+
+    def training_images(self) -> list[int]:
+        """The first samples of an order that the validation seed fixes."""
+        import numpy as np
+
+        from sdtrain.data.order import order
+
+        count = min(self.config.validation.histogram_images, self.run.dataset.num_samples)
+        return order(self.config.validation.seed, np.arange(count), self.run.dataset.num_samples).tolist()
+
+    def fixed_chunk(self, row: int, index: int) -> Chunk:
+        """One training image as a chunk of its own: top-left crop, degraded without the pool by numbers of `row`."""
+        from sdtrain.data.degrade import reflect_to
+        from sdtrain.data.reader import read_image
+
+        run, method = self.run, self.method
+        side = method.stream_options.get("crop") or run.kit.resolution
+        image = reflect_to(read_image(run.dataset, index), side)[:, :side, :side]
+        real = method.to_range(image[None].to(run.device))
+        draws = Draws(
+            seed=self.config.validation.seed, step=0, ghosts=(row,), ghost_batch=1, device=run.device, path="histogram"
+        )
+        chunk = Chunk(step=0, seen_img=0, real=real, labels=None, draws=draws)
+        return method.inputs.fixed(chunk)

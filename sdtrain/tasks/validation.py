@@ -1,0 +1,182 @@
+"""Measuring a super-resolution network on a fixed list: FID, PSNR-Y, SSIM-Y and LPIPS, the same bits on any ranks.
+
+    RUN/inputs/SPLIT.safetensors   the low-quality inputs, 8 bits, made once; their hash is part of the protocol
+
+Every image goes through the networks alone, so its numbers do not depend on who else is measured or on which rank.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdtrain.data.dataset import open_dataset
+from sdtrain.data.degrade import fixed_lq
+from sdtrain.data.reader import read_image
+from sdtrain.data.resize_matlab import gcfsr_test_input, gcfsr_test_small, imresize
+from sdtrain.engine.ranks import barrier, is_main, rank, sum_over_ranks, world
+from sdtrain.errors import DataError
+from sdtrain.metrics.features import Extractor, inception, random_inception
+from sdtrain.metrics.fid import fid_of_features
+from sdtrain.metrics.sr_metrics import psnr_y, ssim_y, to_uint8
+from sdtrain.rng import Draws
+from sdtrain.weights import load_weights
+
+HIGHER_IS_BETTER = ("psnr_y", "ssim_y")
+Upscale = Callable[[int, int], Tensor]  # (image number, factor) -> uint8 [1, 3, H, W]
+
+
+class ValidationList:
+    """One split: `hq(i)` and `lq(i, factor)` as uint8, and `measure(upscale)`."""
+
+    def __init__(self, config: Any, split: str, inputs: Any, folder: Path, device: torch.device) -> None:
+        self.config, self.split, self.inputs, self.device = config, split, inputs, device
+        self.options = config.validation
+        source = getattr(config.data, split)
+        self.data = open_dataset(source, cache=config.data.cache)
+        if self.data.num_samples < 2:
+            raise DataError(f"data.{split} {source} holds {self.data.num_samples} image; FID needs at least 2")
+        self.faces = config.model.generator.kind == "gcfsr"
+        self.factors = tuple(self.options.factors) if self.faces else (inputs.scale,)
+        self.path = folder / "inputs" / f"{split}.safetensors"
+
+    def __len__(self) -> int:
+        return self.data.num_samples
+
+    def hq(self, i: int) -> Tensor:
+        """Image i [3, H, W], cut to whole multiples of the scale."""
+        image, step = read_image(self.data, i), self.inputs.scale
+        return image[:, : image.shape[1] // step * step, : image.shape[2] // step * step]
+
+    def lq(self, i: int, factor: int) -> Tensor:
+        return self.stored[f"{i:05d}/{factor}"]
+
+    @cached_property
+    def stored(self) -> dict[str, Tensor]:
+        """The low-quality inputs; the main rank makes them when the run folder has none. Collective."""
+        from safetensors.torch import load, save
+
+        from sdtrain.data.atomic import write_bytes
+
+        if is_main() and not self.path.is_file():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            made = {f"{i:05d}/{f}": self._degraded(i, f) for i in range(len(self)) for f in self.factors}
+            write_bytes(self.path, save(made))
+        barrier()
+        content = self.path.read_bytes()
+        self.lq_hash = hashlib.sha256(content).hexdigest()
+        return load(content)
+
+    def _degraded(self, i: int, factor: int) -> Tensor:
+        """Image i made worse [3, h, w] uint8: by image, number and `validation.seed` alone."""
+        hq = self.hq(i).float() / 255
+        if self.faces:
+            return to_uint8(gcfsr_test_small(hq[None], factor)[0])
+        o = self.options
+        return to_uint8(
+            fixed_lq(hq, str(i), o.seed, kind=o.lq, scale=factor, options=self.config.degradation)
+        )
+
+    @torch.no_grad()
+    def upscale(self, net: Any, i: int, factor: int) -> Tensor:
+        """What `net` makes of input i: uint8 [1, 3, H, W] on the device; layer noise is fixed by image and seed."""
+        module = getattr(net, "module", net)
+        was_training = module.training
+        module.eval()
+        try:
+            lq = self.lq(i, factor).to(self.device)[None].float() / 255
+            if not self.faces:
+                return to_uint8(module(lq))
+            draws = Draws(seed=self.options.seed, step=0, ghosts=(i,), ghost_batch=1, device=self.device, path="val")
+            x = gcfsr_test_input(lq, factor) * 2 - 1
+            side = self.hq(i).shape[-1]
+            return to_uint8(module(x[..., :side, :side], float(factor), draws.sub("noise")), -1.0, 1.0)
+        finally:
+            module.train(was_training)
+
+    def bicubic(self, i: int, factor: int) -> Tensor:
+        """The input enlarged by MATLAB's bicubic: what a student must beat."""
+        return to_uint8(imresize(self.lq(i, factor).to(self.device)[None].float() / 255, factor))
+
+    def measure(self, upscale: Upscale) -> dict[str, float]:
+        """All configured values; with several factors also NAME_FACTOR each, and NAME is their mean. Collective."""
+        names, values = self.options.names, dict[str, float]()
+        assert self.stored
+        for factor in self.factors:
+            found = self._measure_factor(upscale, factor)
+            values |= {f"{n}_{factor}": found[n] for n in names} if len(self.factors) > 1 else found
+        if len(self.factors) > 1:
+            means = {n: sum(values[f"{n}_{f}"] for f in self.factors) / len(self.factors) for n in names}
+            values = means | values
+        return values
+
+    def _measure_factor(self, upscale: Upscale, factor: int) -> dict[str, float]:
+        singles = [n for n in self.options.names if n != "fid"]
+        rows = torch.zeros(len(self), len(singles), dtype=torch.float64, device=self.device)
+        features = torch.zeros(len(self), self.extractor.width if self.extractor else 0, device=self.device)
+        for i in range(rank(), len(self), world()):
+            fake, real = upscale(i, factor), self.hq(i).to(self.device)[None]
+            for column, name in enumerate(singles):
+                rows[i, column] = self._single(name, fake, real, factor)
+            if self.extractor:
+                features[i] = self.extractor(fake)[0]
+        sum_over_ranks([rows])
+        values = dict(zip(singles, rows.mean(0).tolist()))
+        if self.extractor:
+            sum_over_ranks([features])
+            values["fid"] = fid_of_features(self.real_features, features)
+        return {name: values[name] for name in self.options.names}
+
+    def _single(self, name: str, fake: Tensor, real: Tensor, factor: int) -> Tensor:
+        if name == "lpips":
+            return self.lpips(fake / 127.5 - 1, real / 127.5 - 1)[0]
+        border = 0 if self.faces else factor
+        return {"psnr_y": psnr_y, "ssim_y": ssim_y}[name](fake, real, crop_border=border)[0]
+
+    @cached_property
+    def real_features(self) -> Tensor:
+        assert self.extractor is not None
+        rows = torch.zeros(len(self), self.extractor.width, device=self.device)
+        for i in range(rank(), len(self), world()):
+            rows[i] = self.extractor(self.hq(i).to(self.device)[None])[0]
+        sum_over_ranks([rows])
+        return rows
+
+    @cached_property
+    def extractor(self) -> Extractor | None:
+        if "fid" not in self.options.names:
+            return None
+        m, source = self.config.metrics, self.config.weights.inception or "download"
+        if m.extractor == "random-inception" or source == "random":
+            return random_inception(0, int(m.tap), lambda: [self.hq(i)[None] for i in range(len(self))], self.device)
+        return inception(source, int(m.tap), self.device)
+
+    @cached_property
+    def lpips(self) -> Any:
+        from sdtrain.losses.perceptual import LPIPS
+
+        state = load_weights("alex", self.config.weights.alex or "download")
+        return LPIPS(state, net="alex").to(self.device).eval().requires_grad_(False)
+
+    def protocol(self) -> dict[str, Any]:
+        """How the values are measured; numbers compare when all of this is equal."""
+        assert self.stored
+        o = self.options
+        return {
+            "split": self.split,
+            "num_images": len(self),
+            "real_hash": self.data.hash,
+            "lq": o.lq,
+            "lq_hash": self.lq_hash,
+            "factors": list(self.factors),
+            "seed": o.seed,
+            "fid": self.extractor.identity if self.extractor else None,
+            "lpips": f"alex, {self.config.weights.alex or 'download'}" if "lpips" in o.names else None,
+            "psnr_y, ssim_y": f"8 bits, border {0 if self.faces else self.inputs.scale}",
+        }
