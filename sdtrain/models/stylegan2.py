@@ -112,7 +112,7 @@ class SynthesisBlock(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """ws [N, num_conv + 1, w_dim] -> features [N, C, r, r] and accumulated float32 image [N, 3, r, r]."""
         if x is None:
-            x = self.const[None].expand(len(ws), -1, -1, -1)
+            x = self.const[None].expand(ws.shape[0], -1, -1, -1)
         x = x if self.dtype is None else x.to(self.dtype)
         for i, name in enumerate(("conv0", "conv1")[-self.num_conv :]):
             layer = getattr(self, name)
