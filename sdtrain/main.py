@@ -31,6 +31,8 @@ def run(args: argparse.Namespace) -> int:
 
     config = load_config(args.cfg, args.set, world=int(os.environ.get("WORLD_SIZE", "1")))
     out = Path(args.out or f"runs/{config.name}")
+    if getattr(config, "simulation", None):  # a method that is a system of equations, not a training run
+        return simulate(config, out, args.plan)
     if args.plan:
         from sdtrain.plan import make_plan, render
 
@@ -45,8 +47,6 @@ def train(config: Any, out: Path, allow: list[str]) -> int:
 
     dataset = check_data(config)
     used = check_weights_needed(config)
-    if getattr(config, "simulation", None):  # a method that is a system of equations, not a training run
-        return simulate(config, out)
     check_folder(config, out, allow)
     device = start(config)
     from sdtrain.loop import train as train_loop
@@ -62,10 +62,14 @@ def train(config: Any, out: Path, allow: list[str]) -> int:
     return train_loop(run, checkpoint)
 
 
-def simulate(config: Any, out: Path) -> int:
-    import importlib
+def simulate(config: Any, out: Path, only_plan: bool) -> int:
+    """Needs no data, no ranks and no run folder to resume."""
+    from sdtrain.tasks import simulation
 
-    return importlib.import_module(f"sdtrain.methods.{config.method}").simulate(config, out)
+    if only_plan:
+        print(simulation.describe(config))
+        return EXIT_OK
+    return simulation.simulate(config, out)
 
 
 def start(config: Any) -> Any:

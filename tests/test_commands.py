@@ -105,7 +105,7 @@ def pixels(path: Path) -> np.ndarray:
     return np.asarray(Image.open(path))
 
 
-# sample ---------------------------------------------------------------------------------------------------------
+# sample
 
 
 def test_an_image_depends_on_its_index_and_not_on_its_company(run_folder, tmp_path):
@@ -245,7 +245,7 @@ def test_sample_says_what_a_source_has_not(run_folder, plain_file, tmp_path, cap
     assert not (tmp_path / "out").exists()
 
 
-# evaluate RUN ---------------------------------------------------------------------------------------------------
+# evaluate RUN
 
 
 def rows(file: Path, kind: str = "eval") -> list[dict]:

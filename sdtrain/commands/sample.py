@@ -131,7 +131,7 @@ def open_sampler(
     return source, info
 
 
-# Pictures -----------------------------------------------------------------------------------------------------------
+# Pictures
 
 
 def images(source: Source, indices: list[int], args: argparse.Namespace) -> str:
@@ -209,7 +209,7 @@ def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
     return direction * torch.lerp(length_a, length_b, t)
 
 
-# Files --------------------------------------------------------------------------------------------------------------
+# Files
 
 
 def save(path: Path, picture: Any) -> None:
