@@ -121,6 +121,22 @@ class Ema:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Init:
+    """What the networks of a fresh run start from (fine-tuning); a run that resumes never looks here."""
+
+    source: str | None = None
+    """Run folder (its newest checkpoint), checkpoint folder, .safetensors, or official .pkl, .pt, .pth; null = the seed."""
+    G: str | None = None
+    """Another place for G, or `fresh`; null = source. A place without G gives its G_ema."""
+    G_ema: str | None = None
+    """Another place for the average, or `fresh` = a copy of G; null = source. A place without G_ema gives its G."""
+    D: str | None = None
+    """Another place for D, or `fresh`; null = source."""
+    ada_p: Literal["reset", "keep"] = "reset"
+    """ADA starts from augment.p, as official resuming does, or from the p of `source`."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class SelfDistillation:
     """L_SD of the SD-GAN paper, Eq. (1) and (2): the distance between G(z) and G_ema(z)."""
 
@@ -130,8 +146,8 @@ class SelfDistillation:
     """The distance."""
     augment: bool = True
     """Apply T, the same draw to both images, before the distance."""
-    padding: Literal["zeros", "border", "reflection"] = "zeros"
-    """What T puts in corners that leave the image; zeros is grey."""
+    padding: Literal["zeros", "reflection"] = "reflection"
+    """What T shows beyond the edge: the authors' code reflects, the listing of the paper leaves zeros (grey)."""
     noise: Literal["shared", "independent"] = "shared"
     """Whether the teacher sees the student's layer noise."""
     mixing: Literal["matched", "none"] = "matched"
@@ -218,6 +234,78 @@ class Metrics:
     """Images through the extractor at once, a rank."""
     select_by: str = "fid"
     """The value that chooses `best/`, lower is better."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Student:
+    """How narrow the students of SDAKD are."""
+
+    C: str | Positive = "1/4"
+    """Share of the teacher's channels, in every convolution; a number or a fraction such as 1/4."""
+    D_C: str | Positive | None = None
+    """The same for the discriminator; null = C, 1 = the naive baseline (C, 1)."""
+    growth: Literal["scaled", "fixed"] = "scaled"
+    """RRDBNet's growth channels; fixed at 32, students open in other tools."""
+    style: Literal["fixed", "scaled"] = "fixed"
+    """GCFSR's style width; the paper speaks of convolutions only."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Teacher:
+    """Trained networks to distil, instead of stage 1."""
+
+    generator: str | None = None
+    """File or run folder; null = stage 1 trains one."""
+    discriminator: str | None = None
+    """File; null = stage 1 trains one, on the given generator if there is one."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the teachers' forward passes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """The original work's own training: stage 1 and the naive baselines. Defaults are Real-ESRGAN's."""
+
+    pixel: NonNegative = 1.0
+    """Weight of L1."""
+    perceptual: NonNegative = 1.0
+    """Weight of the perceptual loss."""
+    adversarial: NonNegative = 0.1
+    """Weight of the adversarial loss of the generator."""
+    pixel_share: Fraction = 0.0
+    """Share of n1 that trains the generator with L1 alone (Real-ESRNet: 5/7)."""
+    sharpen_target: bool = True
+    """The generator's target is the sharpened ground truth; the real image of D never is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Supervision:
+    """L_sup of SDAKD: distance to the teacher's image, with the weights of the original works."""
+
+    pixel: NonNegative = 1.0
+    """Weight of L1."""
+    perceptual: NonNegative = 1.0
+    """Weight of the perceptual loss."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Validation:
+    """What a super-resolution run measures after each epoch. Inputs are made once, stored and hashed."""
+
+    lq: Literal["second_order", "bicubic", "down_up"] = "second_order"
+    """How the low-quality images are made; down_up is GCFSR's. The paper does not say for Real-ESRGAN."""
+    factors: tuple[Count, ...] = (16, 32, 64)
+    """GCFSR: one FID each; their mean chooses."""
+    seed: int = 0
+    """Of the degradation and of layer noise; keep it, so that numbers of runs compare."""
+    names: tuple[Literal["fid", "psnr_y", "ssim_y", "lpips"], ...] = ("fid", "psnr_y", "ssim_y", "lpips")
+    """Which."""
+    select_by: Literal["fid", "psnr_y", "ssim_y", "lpips"] = "fid"
+    """What chooses the best weights of a stage; the paper: lowest FID."""
+    strips: int = 4
+    """Images shown as LQ | student | teacher | HQ."""
+    histogram_images: int = 100
+    """Training images behind the histograms of D's outputs (Figures 2 and 3 of SDAKD)."""
 
 
 @dataclass(frozen=True, kw_only=True)

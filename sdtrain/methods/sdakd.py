@@ -13,7 +13,7 @@ is while it trains, MLP the transform of the student's feature map.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -30,60 +30,16 @@ from sdtrain.options import (
     AdversarialLoss,
     Count,
     DegradationOptions,
-    Fraction,
     Images,
     NonNegative,
-    Positive,
+    Recipe,
     SelfDistillation,
     Span,
+    Student,
+    Supervision,
+    Teacher,
+    Validation,
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Student:
-    C: str | Positive = "1/4"  # share of the teacher's channels, in every convolution
-    D_C: str | Positive | None = None  # the same for the discriminator; null = C; 1 = naive (C, 1)
-    growth: Literal["scaled", "fixed"] = "scaled"  # RRDBNet's growth channels; fixed at 32 opens in other tools
-    style: Literal["fixed", "scaled"] = "fixed"  # GCFSR's style width; the paper speaks of convolutions only
-
-
-@dataclass(frozen=True, kw_only=True)
-class Teacher:
-    generator: str | None = None  # file or run folder; null = stage 1 trains one
-    discriminator: str | None = None  # file; null = stage 1 trains one, on the given generator if there is one
-    precision: Literal["fp32", "bf16"] = "fp32"  # arithmetic of the teachers' forward passes (paper: silent)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """The original work's own training: stage 1 and the naive baselines. Defaults are Real-ESRGAN's."""
-
-    pixel: NonNegative = 1.0  # weight of L1
-    perceptual: NonNegative = 1.0  # weight of the perceptual loss
-    adversarial: NonNegative = 0.1  # weight of L_adv for the generator
-    pixel_share: Fraction = 0.0  # share of n1 that trains the generator with L1 alone (Real-ESRNet: 5/7)
-    sharpen_target: bool = True  # the generator's target is the sharpened ground truth; D's real image never is
-
-
-@dataclass(frozen=True, kw_only=True)
-class Supervision:
-    """L_sup. The paper: 'as in the original works'."""
-
-    pixel: NonNegative = 1.0  # weight of L1 to the teacher's image
-    perceptual: NonNegative = 1.0  # weight of the perceptual loss to the teacher's image
-
-
-@dataclass(frozen=True, kw_only=True)
-class Validation:
-    """The paper does not say how the low-quality validation images are made; they are stored and hashed."""
-
-    lq: Literal["second_order", "bicubic", "down_up"] = "second_order"  # down_up is GCFSR's
-    factors: tuple[Count, ...] = (16, 32, 64)  # GCFSR: one FID each, and their mean chooses
-    seed: int = 0  # of the degradation and of layer noise; the same in every run, so that numbers compare
-    names: tuple[Literal["fid", "psnr_y", "ssim_y", "lpips"], ...] = ("fid", "psnr_y", "ssim_y", "lpips")
-    select_by: Literal["fid", "psnr_y", "ssim_y", "lpips"] = "fid"  # the paper's rule: lowest validation FID
-    strips: int = 4  # validation images in the strips LQ | student | teacher | HQ
-    histogram_images: int = 100  # training images of the D output histograms (Figures 2 and 3)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,22 +86,22 @@ PLAYERS = ("G_pixel", "G_original", "D_original", "G_sup", "D_sup", "G", "D")
 
 
 def problems(config: Any) -> list[tuple[str, str]]:
-    from sdtrain.tasks.sr_checks import problems as found
+    from sdtrain.tasks import sr_checks
 
-    return found(config)
+    return sr_checks.problems(config)
 
 
 def data_problems(config: Any, dataset: Any) -> list[str]:
-    from sdtrain.tasks.sr_checks import data_problems as found
+    from sdtrain.tasks import sr_checks
 
-    return found(config, dataset)
+    return sr_checks.data_problems(config, dataset)
 
 
 def weights_needed(config: Any) -> dict[str, str]:
     """Frozen networks in use: file -> key of `weights`."""
-    used = {"alex": "alex"} if "lpips" in config.validation.names and config.data.val else {}
-    if config.recipe.perceptual or config.supervision.perceptual:
-        used[config.perceptual] = "perceptual"
+    vgg = config.recipe.perceptual or config.supervision.perceptual
+    used = {config.perceptual: "perceptual"} if vgg else {}
+    used |= {"alex": "alex"} if "lpips" in config.validation.names and config.data.val else {}
     return used | ({"lpips_vgg": "lpips"} if config.sd.alpha and config.sd.loss == "lpips-vgg" else {})
 
 
@@ -153,9 +109,8 @@ class SDAKD:
     """The phases of the three stages. `inputs` makes low-quality images and calls generators on them."""
 
     task = "restoration"
-    students = ("G",)
-    evaluated = "G_ema"
-    controls = ()
+    students, evaluated = ("G",), "G_ema"
+    controls = ("G/sup", "G/mlp", "G/adv")
 
     def __init__(
         self,
@@ -186,21 +141,19 @@ class SDAKD:
 
     def loss_pixel(self, G: Any, x: Chunk) -> Loss:
         """Real-ESRNet: L1 to the sharpened ground truth."""
-        L_1 = F.l1_loss(self.inputs(G, x, x.draws.sub("G")), self.target(x))
+        L_1 = F.l1_loss(self.inputs(G, x, x.draws.sub("G")), self.inputs.target(x))
         return L_1, {"G/l1": L_1}
 
     def loss_G_original(self, G: Any, D: Any, x: Chunk) -> Loss:
         """w_1 L_1 + w_p L_perceptual + w_adv L_adv_T against the ground truth, as the original works train."""
-        fake, target, w = self.keep("fake", x, self.inputs(G, x, x.draws.sub("G"))), self.target(x), self.o.recipe
+        fake, target, w = self.inputs(G, x, x.draws.sub("G")), self.inputs.target(x), self.o.recipe
+        self.made["fake", x.draws.ghosts] = fake.detach()
         terms = {"G/l1": F.l1_loss(fake, target), "G/adv": self.L_adv.g(D(fake))}
         loss = w.pixel * terms["G/l1"] + w.adversarial * terms["G/adv"]
         if w.perceptual and self.perceptual is not None:
             terms["G/perceptual"] = self.perceptual(fake, target)
             loss = loss + w.perceptual * terms["G/perceptual"]
         return loss, terms
-
-    def target(self, x: Chunk) -> Tensor:
-        return self.inputs.sharpened(x.real) if self.o.recipe.sharpen_target else x.real
 
     def loss_G_stage2(self, x: Chunk) -> Loss:
         """Eq. (1): L_G_S-stage2 = L_sup + lambda_1 L_MLP."""
@@ -219,7 +172,6 @@ class SDAKD:
         fake, terms = self.terms_of_eq_3(x)
         assert self.lambda_2 is not None  # `balance` came first
         loss = self.eq_1(terms) + self.lambda_2 * terms["G/adv"]
-        terms |= self.ratios(terms)
         if self.o.sd.alpha:
             terms["G/sd"] = self.L_SD(x, fake)
             loss = loss + self.o.sd.alpha * terms["G/sd"]
@@ -254,7 +206,7 @@ class SDAKD:
         fake, maps = self.with_maps(self.nets["G"], x, draws)
         taught = draws if self.o.noise == "shared" else draws.sub("teacher")
         teacher, teacher_maps = self.as_teacher(lambda: self.with_maps(self.nets["G_T"], x, taught))
-        self.keep("fake", x, fake), self.keep("teacher", x, teacher)
+        self.made |= {("fake", x.draws.ghosts): fake.detach(), ("teacher", x.draws.ghosts): teacher}
         terms = {"G/sup": self.L_sup(fake, teacher)}
         for layer in self.layers:
             how = {"reduction": self.o.fm_reduction, "tiles": self.o.fm_tiles}
@@ -276,13 +228,16 @@ class SDAKD:
         """SD-GAN's distance between the student and its own average on the same input and noise."""
         fake_ema = self.no_grad(self.nets["G_ema"], x, "G")
         assert self.distance is not None
-        return self_distillation(self.signed(fake), self.signed(fake_ema), self.distance, self.T, x.draws.sub("G"))
+        both = self.inputs.signed(fake), self.inputs.signed(fake_ema)
+        return self_distillation(*both, self.distance, self.T, x.draws.sub("G"))
 
-    def ratios(self, terms: Terms) -> Terms:
-        """How the weighted terms of Eq. (3) stand to L_sup: the paper wants all about 1 at the start."""
-        weights = {"G/mlp": self.o.lambda_1, "G/adv": self.lambda_2}
-        parts = {f"G/ratio_{n[2:]}": weights[n] * terms[n] / terms["G/sup"] for n in weights if n in terms}
-        return {**{n: v.detach() for n, v in parts.items()}, "G/lambda_2": terms["G/adv"].new_tensor(self.lambda_2)}
+    def control(self, step: int, means: dict[str, float]) -> dict[str, float]:
+        """How the weighted terms of Eq. (3) stand to L_sup, from global means: the paper wants about 1 at the start."""
+        weights = {"mlp": self.o.lambda_1, "adv": self.lambda_2}
+        if "G/sup" not in means or "G/adv" not in means:
+            return {}
+        ratios = {n: w * means[f"G/{n}"] / means["G/sup"] for n, w in weights.items() if f"G/{n}" in means and w}
+        return {**{f"G/ratio_{n}": v for n, v in ratios.items()}, "G/lambda_2": weights["adv"] or 0.0}
 
     def balance(self, means: Terms) -> None:
         """lambda_2: auto. The weighted adversarial term becomes the mean of the other terms of Eq. (3), once."""
@@ -298,13 +253,13 @@ class SDAKD:
         return [phase for phase in phases if phase.player in players]
 
     def phase_G(self, stage: str, G: Any, D: Any) -> Phase:
-        # under DDP a module may not be recomputed strip by strip, so tiles share gradients after backward
-        whole = {"reaches_all": self.o.fm_tiles == 1}
+        whole = self.o.fm_tiles == 1  # DDP cannot follow recomputed strips: gradients are shared afterwards
         if stage == "supervised":
-            return Phase(name="G", player="G_sup", loss=self.loss_G_stage2, **whole)
+            return Phase(name="G", player="G_sup", loss=self.loss_G_stage2, reaches_all=whole)
         if stage == "adversarial":
-            first = {"prepass": self.measure, "receive": self.balance} if self.lambda_2 is None else {}
-            return Phase(name="G", player="G", loss=self.loss_G_stage3, **whole, **first)
+            first = (lambda x: self.terms_of_eq_3(x)[1], self.balance) if self.lambda_2 is None else (None, None)
+            phase = Phase(name="G", player="G", loss=self.loss_G_stage3, reaches_all=whole)
+            return replace(phase, prepass=first[0], receive=first[1])
         if stage.endswith("_pixel"):
             return Phase(name="G", player="G_pixel", loss=partial(self.loss_pixel, G))
         return Phase(name="G", player="G_original", loss=partial(self.loss_G_original, G, D))
@@ -321,12 +276,9 @@ class SDAKD:
 
     def game(self, stage: str) -> tuple[Any, Any]:
         """Who plays in a stage: the teachers or the students."""
-        names = (self.teacher_in_training, "D_T") if stage.startswith("teacher") else ("G", "D")
-        return self.nets.get(names[0]), self.nets.get(names[1])
-
-    @property
-    def teacher_in_training(self) -> str:
-        return "G_T_raw" if "G_T_raw" in self.nets else "G_T"
+        if stage.startswith("teacher"):
+            return self.nets.get("G_T_raw", self.nets["G_T"]), self.nets["D_T"]
+        return self.nets["G"], self.nets["D"]
 
     def players(self, stage: str) -> dict[str, tuple[str, ...]]:
         student: tuple[str, ...] = ("G", "MLP") if "MLP" in self.nets else ("G",)
@@ -352,16 +304,12 @@ class SDAKD:
 
     def enter(self, stage: str, best: Mapping[str, dict[str, Tensor]] | None) -> None:
         """Begin a stage with the weights that validation chose in the one before; None = go on inside the stage."""
-        from sdtrain.tasks import sr_build
+        from sdtrain.tasks.sr_build import hand_over
 
-        sr_build.hand_over(self, stage, best)
+        hand_over(self, stage, best)
 
     def prepare(self, x: Chunk, stage: str) -> Chunk:
         return self.inputs.prepare(x)
-
-    def keep(self, name: str, x: Chunk, images: Tensor) -> Tensor:
-        self.made[name, x.draws.ghosts] = images.detach()
-        return images
 
     def no_grad(self, G: Any, x: Chunk, purpose: str) -> Tensor:
         with torch.no_grad():
@@ -385,13 +333,6 @@ class SDAKD:
             return teacher
         position = torch.arange(len(teacher), device=teacher.device) % x.draws.ghost_batch
         return torch.where(((position + x.step) % 2 == 0).view(-1, 1, 1, 1), x.real, teacher)
-
-    def signed(self, images: Tensor) -> Tensor:
-        """Images in [-1, 1], which distances and T expect."""
-        return images if self.inputs.low < 0 else images * 2 - 1
-
-    def measure(self, x: Chunk) -> Terms:
-        return self.terms_of_eq_3(x)[1]
 
     def state(self) -> dict[str, Any]:
         return {"lambda_2": self.lambda_2}

@@ -49,7 +49,7 @@ def networks(config: Any, kit: Any) -> dict[str, Net]:
     nets["D"] = kit.discriminator(narrowed(model.discriminator, 1 if config.adversary == "teacher" else judge))
     if config.lambda_1 and "G_T" in nets:
         T = nets["G_T"].module
-        nets["MLP"] = feature_mlp(kit, config.fm_layer or T.fm_layer, G.module, T)
+        nets["MLP"] = feature_mlp(kit, config.fm_layer or str(T.fm_layer), G.module, T)
     return nets
 
 

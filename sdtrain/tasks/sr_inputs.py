@@ -26,11 +26,9 @@ from sdtrain.rng import Draws
 class Photos:
     """Pairs (HQ crop, LQ of 1 / scale): the second-order degradation with its pool, plain bicubic, or given pairs."""
 
-    low = 0.0  # images in [low, 1]
-
     def __init__(self, config: Any, scale: int) -> None:
         self.lq, self.scale, self.options = config.lq, scale, config.degradation
-        self.degradation = Degradation(self.options)
+        self.degradation, self.sharp_target = Degradation(self.options), config.recipe.sharpen_target
         self.pool = pool_for(self.options, config.ghost_batch) if self.lq == "second_order" else None
         side = self.options.source_size if self.lq == "second_order" else self.options.crop_size
         self.stream_options: dict[str, Any] = {"crop": side, "pad": self.lq == "second_order"}
@@ -41,6 +39,11 @@ class Photos:
     def to_range(images: Tensor) -> Tensor:
         """uint8 -> float32 in [0, 1]."""
         return images.float().div_(255)
+
+    @staticmethod
+    def signed(images: Tensor) -> Tensor:
+        """The images in [-1, 1], which distances and T expect."""
+        return images * 2 - 1
 
     def prepare(self, x: Chunk) -> Chunk:
         """The chunk with `real` cropped and `inputs["lq"]` made."""
@@ -64,11 +67,12 @@ class Photos:
             return replace(x, real=pair["hq"], inputs={"lq": pair["lq"]})
         return replace(x, inputs={"lq": eight_bit(imresize(x.real, 1 / self.scale))})
 
-    @staticmethod
-    def sharpened(hq: Tensor) -> Tensor:
-        """The target of Real-ESRGAN's own training: the unsharp-masked ground truth."""
-        with exact_math(hq.device):
-            return sharpen(hq)
+    def target(self, x: Chunk) -> Tensor:
+        """What the original training compares with: the ground truth, unsharp-masked in Real-ESRGAN's recipe."""
+        if not self.sharp_target:
+            return x.real
+        with exact_math(x.real.device):
+            return sharpen(x.real)
 
     def __call__(self, G: Any, x: Chunk, draws: Draws, layers: Sequence[str] = ()) -> Any:
         return G(x.inputs["lq"], layers=layers)
@@ -84,7 +88,6 @@ class Photos:
 class Faces:
     """GCFSR's pairs: down by a factor drawn for each image, and up again."""
 
-    low = -1.0
     scale = 1
 
     def __init__(self, config: Any) -> None:
@@ -96,6 +99,10 @@ class Faces:
         """uint8 -> float32 in [-1, 1]."""
         return images.float().div_(127.5).sub_(1)
 
+    @staticmethod
+    def signed(images: Tensor) -> Tensor:
+        return images
+
     def prepare(self, x: Chunk) -> Chunk:
         factors = draw_factors(x.draws, self.factors)
         lq = gcfsr_train_input((x.real + 1) / 2, factors) * 2 - 1
@@ -104,8 +111,8 @@ class Faces:
     fixed = prepare
 
     @staticmethod
-    def sharpened(hq: Tensor) -> Tensor:
-        return hq
+    def target(x: Chunk) -> Tensor:
+        return x.real
 
     def __call__(self, G: Any, x: Chunk, draws: Draws, layers: Sequence[str] = ()) -> Any:
         return G(x.inputs["lq"], x.inputs["factor"], draws.sub("noise"), layers=layers)
