@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# SD-GAN on ProjectedGAN's networks.
+#   sbatch slurm/sdgan.sh                                   configs/sdgan_projected.yaml
+#   sbatch slurm/sdgan.sh --cfg FILE --set KEY=VALUE ...    any other; sbatch's own options come before the script
+# The same command goes on from the last checkpoint. Near its time limit the job saves and requeues itself.
+#SBATCH --job-name=sdgan
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=4
+#SBATCH --gpus-per-node=4
+#SBATCH --cpus-per-task=8
+#SBATCH --time=24:00:00
+#SBATCH --output=%x-%j.log
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=USR1@120
+
+# Slurm runs a copy of this file, so the folder of its siblings is the one the job was submitted from
+source "${SLURM_SUBMIT_DIR:-$PWD}/slurm/common.sh"
+[ "$#" -gt 0 ] || set -- --cfg sdgan_projected
+run "$@"
