@@ -1,5 +1,5 @@
-"""The job scripts, on a Slurm made of two stubs. Without these a preempted job could end for good, or a broken one could
-requeue itself for ever, and it would be noticed days later.
+"""The job scripts, on a Slurm made of two stubs. Without these a preempted job could end for good, or a broken one
+could requeue itself for ever, and it would be noticed days later.
 """
 
 from __future__ import annotations
