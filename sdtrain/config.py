@@ -51,6 +51,9 @@ class Config:
     """Images a ghost: the unit of batch statistics and random numbers."""
     ghosts_at_once: Count | None = None
     """Ghosts in one forward pass; null = all of the rank, less saves memory."""
+    summation: Literal["exact", "fast"] = "exact"
+    """exact: one forward a ghost, sums in float64; the curve is the same, number for number, on any number of ranks.
+    fast: several ghosts at once, overlapped with sharing; equal up to rounding, which training amplifies."""
     total_img: Images
     """Images to train on."""
     log_img: Images = 4_000

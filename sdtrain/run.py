@@ -21,6 +21,7 @@ from sdtrain.engine.ranks import agree_max, gather_objects, rank, world
 from sdtrain.engine.runfolder import RunFolder
 from sdtrain.engine.timing import Stopwatch
 from sdtrain.errors import RunError
+from sdtrain.finetune import Initial, apply_initial
 from sdtrain.kit import Kit
 from sdtrain.methods.phase import Chunk, Stage
 from sdtrain.rng import Draws
@@ -49,7 +50,8 @@ class Run:
         self.dataset = dataset
         self.num_ghosts = config.batch_size // config.ghost_batch
         share = self.num_ghosts // world()
-        self.ghosts_at_once = config.ghosts_at_once or share
+        self.exact = config.summation == "exact"
+        self.ghosts_at_once = 1 if self.exact else config.ghosts_at_once or share
         self.ghosts = tuple(range(rank() * share, (rank() + 1) * share))
         self.kit = Kit(config, device, config.data.resolution or self.dataset.resolution, self.dataset.num_classes)
         self.kit.steps_per_epoch = self.dataset.num_samples / config.batch_size
@@ -96,10 +98,10 @@ class Run:
         members = self.method.players(stage.name)
         span = self.span(stage)
         self.players = {
-            name: Player(name, [self.nets[net] for net in nets], getattr(options, name), span)
+            name: Player(name, [self.nets[net] for net in nets], getattr(options, name), span, not self.exact)
             for name, nets in members.items()
         }
-        self.engine = Engine(self.players, self.nets, self.device, self.config.precision)
+        self.engine = Engine(self.players, self.nets, self.device, self.config.precision, self.exact)
         if inside and checkpoint is not None:
             for name, player in self.players.items():
                 player.load_state(checkpoint.tensors(f"{name}.optim"))
@@ -210,6 +212,10 @@ class Run:
         if checkpoint is not None:
             self.restore(checkpoint)
         return checkpoint, refused
+
+    def start_from(self, initial: Initial) -> None:
+        """Fine-tuning: a fresh run takes these weights; everything else starts as in any run."""
+        apply_initial(initial, self.nets, self.method)
 
     def stop_agreed(self) -> int:
         """The stop signal that any rank has received, 0 when none has: the same answer on all ranks."""

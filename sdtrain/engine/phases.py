@@ -58,8 +58,16 @@ class Meter:
 class Engine:
     """Moves players. Knows ranks, precision and devices; knows nothing of losses."""
 
-    def __init__(self, players: dict[str, Player], nets: dict[str, Net], device: torch.device, precision: str) -> None:
-        self.players, self.nets, self.device = players, nets, device
+    def __init__(
+        self,
+        players: dict[str, Player],
+        nets: dict[str, Net],
+        device: torch.device,
+        precision: str,
+        exact: bool = False,
+    ) -> None:
+        """`exact`: every chunk is one ghost, and gradients are added up in float64 (config key `summation`)."""
+        self.players, self.nets, self.device, self.exact = players, nets, device, exact
         self.bf16 = precision == "bf16"
         self.meter = Meter()
 
@@ -83,15 +91,20 @@ class Engine:
 
     def _backward(self, phase: Phase, player: Player, chunks: Sequence[Chunk], modules: list) -> Terms:
         share = Meter()
+        overlap = phase.reaches_all and not self.exact
         for i, chunk in enumerate(chunks):
             next_chunk(*modules)
             weight = chunk.draws.num_samples / sum(c.draws.num_samples for c in chunks)
-            with player.sharing(overlap=phase.reaches_all, last=i == len(chunks) - 1):
+            with player.sharing(overlap, last=i == len(chunks) - 1):
                 with self.autocast(not phase.fp32):
                     loss, terms = phase.loss(chunk)
-                (loss * weight).backward()
+                (loss if self.exact else loss * weight).backward()
+            if self.exact:
+                player.collect_gradients()
             share.add({**terms, f"{phase.name}/loss": loss}, weight)
-        if not phase.reaches_all:
+        if self.exact:
+            player.average_collected(len(chunks) * world())
+        elif not overlap:
             player.average_gradients()
         return share.sums
 

@@ -34,8 +34,14 @@ class Player:
     """Networks that one optimizer moves."""
 
     def __init__(
-        self, name: str, nets: Sequence[Net], options: Optimizer, stage_img: tuple[int, int] = (0, 0)
+        self,
+        name: str,
+        nets: Sequence[Net],
+        options: Optimizer,
+        stage_img: tuple[int, int] = (0, 0),
+        overlap: bool = False,
     ) -> None:
+        """`overlap`: share gradients during backward (DDP), not after it."""
         self.name, self.nets, self.options, self.stage_img = name, list(nets), options, stage_img
         self.named = {
             f"{i}.{key}" if len(self.nets) > 1 else key: p
@@ -45,7 +51,8 @@ class Player:
         }
         self.params = list(self.named.values())
         self.optimizer = make_optimizer(self.params, options)
-        if world() > 1:
+        self.exact_sums: dict[int, Tensor] = {}
+        if overlap and world() > 1:
             for net in self.nets:
                 net.wrapped = share_gradients(net.module)
 
@@ -69,7 +76,7 @@ class Player:
                     net.live = False
 
     def average_gradients(self) -> None:
-        """Average over ranks after backward: for losses that do not reach every parameter, or have second derivatives."""
+        """Average over ranks after backward: for losses that miss parameters or have second derivatives."""
         if world() == 1:
             return
         for p in self.params:
@@ -78,6 +85,22 @@ class Player:
         grads = [p.grad for p in self.params if p.grad is not None]
         sum_over_ranks(grads)
         torch._foreach_div_(grads, world())
+
+    def collect_gradients(self) -> None:
+        """Move the gradients of one ghost into float64 sums: added up there, ghosts leave no trace of their order."""
+        for i, p in enumerate(self.params):
+            if p.grad is not None:
+                held = self.exact_sums.get(i)
+                self.exact_sums[i] = p.grad.double() if held is None else held.add_(p.grad)
+                p.grad = None
+
+    def average_collected(self, num_ghosts: int) -> None:
+        """The mean over all ghosts of all ranks, rounded to the parameters' precision once."""
+        sums = [self.exact_sums.get(i, torch.zeros_like(p, dtype=torch.float64)) for i, p in enumerate(self.params)]
+        sum_over_ranks(sums)
+        for p, total in zip(self.params, sums):
+            p.grad = (total / num_ghosts).to(p.dtype)
+        self.exact_sums = {}
 
     def gradients(self) -> list[Tensor]:
         return [p.grad for p in self.params if p.grad is not None]
@@ -143,3 +166,4 @@ def only_training(player: Player, players: Sequence[Player]) -> Iterator[None]:
             p.requires_grad_(True)
         for p in player.params:
             p.grad = None
+        player.exact_sums = {}

@@ -101,8 +101,8 @@ class ConditionalBatchNorm2d(Advancing):
 
     def _advance(self, entry: list[Tensor]) -> None:
         mean, var, count = entry
-        self.stored_mean.lerp_(mean / count, self.momentum)
-        self.stored_var.lerp_(var / count, self.momentum)
+        self.stored_mean.lerp_((mean / count).to(self.stored_mean), self.momentum)
+        self.stored_var.lerp_((var / count).to(self.stored_var), self.momentum)
 
 
 class InitLayer(nn.Module):

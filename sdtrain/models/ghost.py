@@ -41,14 +41,14 @@ class Advancing(nn.Module):
         return entry
 
     def _record(self, seen: list[Tensor]) -> None:
-        """Add what this forward saw to its pass; outside a phase advance at once."""
+        """Add what a forward saw to the ledger (in float64, so that the order of chunks and ranks leaves no trace)."""
         entry = self._enter()
         if entry is None:
             self._advance(seen)
         elif entry:
-            torch._foreach_add_(entry, seen)
+            torch._foreach_add_(entry, [tensor.double() for tensor in seen])
         else:
-            entry.extend(seen)
+            entry.extend(tensor.double() for tensor in seen)
 
     def _sums(self) -> list[Tensor]:
         """The ledger's tensors that ranks must add up before `_advance`."""
@@ -126,8 +126,8 @@ class GhostBatchNorm2d(Advancing, nn.BatchNorm2d):
 
     def _advance(self, entry: list[Tensor]) -> None:
         mean, var, count = entry
-        self.running_mean.lerp_(mean / count, self.momentum)
-        self.running_var.lerp_(var / count, self.momentum)
+        self.running_mean.lerp_((mean / count).to(self.running_mean), self.momentum)
+        self.running_var.lerp_((var / count).to(self.running_var), self.momentum)
         self.num_batches_tracked.add_(1)
 
 

@@ -178,18 +178,12 @@ class MappingNetwork(Advancing):
     def _track(self, w: Tensor) -> None:
         w = w.detach()
         seen = [w.sum(0), w.new_full((1,), float(len(w)))]
-        entry = self._enter()
-        if entry is None:
-            self._advance(seen)
-        elif entry:
-            torch._foreach_add_(entry, seen)
-        else:
-            entry.extend(seen)
+        self._record(seen)
 
     def _advance(self, entry: list[Tensor]) -> None:
         assert self.w_avg_beta is not None
         total, count = entry
-        self.w_avg.lerp_(total / count, 1 - self.w_avg_beta)
+        self.w_avg.lerp_((total / count).to(self.w_avg), 1 - self.w_avg_beta)
 
 
 class SynthesisConv(nn.Module):
