@@ -13,16 +13,15 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 cd "$ROOT"
 name="quickstart${1:+_$1}"
 [ -f "configs/$name.yaml" ] || fail "configs/$name.yaml does not exist; there is: $(echo configs/quickstart*.yaml)"
-resolution="${QUICKSTART_RESOLUTION:-32}"
 
 setup_venv quickstart
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # one thread a rank
 export SDTRAIN_CPU="${SDTRAIN_CPU-1}"           # set it empty to use GPUs
 
 if [ ! -f "data/$name/shards/manifest.json" ]; then
-    say "cutting photographs into crops and packing them"
-    python -c 'import sys; from sdtrain.data.photos import export_photos; export_photos(sys.argv[1])' "data/$name/photos"
-    sdtrain pack "data/$name/photos" "data/$name/shards" --tile "$resolution" --stride "$((resolution / 2))" --shard-count 4
+    say "cutting photographs into 32 px pieces and packing them"
+    python -c 'import sys; from sdtrain.data.photos import *; export_photos(sys.argv[1], 256, PICTURES)' "data/$name/photos"
+    sdtrain pack "data/$name/photos" "data/$name/shards" --tile 32 --stride 8 --shard-count 4
 fi
 
 say "training on 2 ranks (again from the last checkpoint, if there is one)"
