@@ -62,10 +62,6 @@ def _stages(config: Any) -> Iterator[tuple[str, str]]:
         )
     if files.discriminator and not files.generator:
         yield "teacher.generator", "teacher.discriminator is given without the generator it judged: give both"
-    for name in ("generator", "discriminator"):
-        path = getattr(files, name)
-        if path and not Path(path).expanduser().exists():
-            yield f"teacher.{name}", f"teacher.{name} {path} does not exist: give a .pth or .safetensors file"
     if config.adversary == "teacher" and names == ["naive"]:
         yield "adversary", "a naive baseline has no teacher to judge it: set adversary: student"
 
@@ -124,7 +120,11 @@ def crop_of(config: Any) -> int:
 
 def data_problems(config: Any, dataset: Any) -> list[str]:
     """What the opened training data cannot do for this configuration, and lists that overlap."""
-    found = []
+    found = [
+        f"teacher.{name} {path} does not exist: give a .pth or .safetensors file, or let stage 1 train one"
+        for name in ("generator", "discriminator")
+        if (path := getattr(config.teacher, name)) and set(config.stages) != {"naive"} and not _exists(path)
+    ]
     crop, side = crop_of(config), dataset.resolution
     if side and side < crop:
         found.append(
@@ -134,6 +134,10 @@ def data_problems(config: Any, dataset: Any) -> list[str]:
     if config.lq == "paired" and not dataset.paired:
         found.append(f"{dataset.source} lacks low-quality partners (KEY.lq.png): pack pairs, or choose another lq")
     return found + overlaps(config, dataset)
+
+
+def _exists(path: str) -> bool:
+    return Path(path).expanduser().exists()
 
 
 def overlaps(config: Any, train: Any) -> list[str]:
