@@ -93,10 +93,11 @@ class Kit:
         if options.kind == "diffaug":
             from sdtrain.augment.diffaug import diff_augment
 
-            return lambda x, draws, p: diff_augment(x, draws, policy=options.policy, cutout_ratio=options.cutout)
+            policy = "color,translation,cutout" if options.policy is None else options.policy
+            return lambda x, draws, p: diff_augment(x, draws, policy=policy, cutout_ratio=options.cutout)
         from sdtrain.augment.ada import AdaPipe
 
-        pipe = AdaPipe(options.policy).to(self.device)
+        pipe = AdaPipe(options.policy or "bgc").to(self.device)
         return lambda x, draws, p: pipe(x, p, draws)
 
     def consistency_augmentation(self) -> Any:

@@ -43,11 +43,12 @@ def run(args: argparse.Namespace) -> int:
 
 def train(config: Any, out: Path, allow: list[str]) -> int:
     """Check everything that can be checked cheaply, join the other ranks, resume, train."""
-    from sdtrain.plan import check_data, check_weights_needed, make_plan
+    from sdtrain.plan import check_data, check_initial, check_weights_needed, make_plan
 
     dataset = check_data(config)
     used = check_weights_needed(config)
     check_folder(config, out, allow)
+    initial = None if has_checkpoints(out) else check_initial(config, dataset)
     device = start(config)
     from sdtrain.loop import train as train_loop
     from sdtrain.run import Run
@@ -55,7 +56,10 @@ def train(config: Any, out: Path, allow: list[str]) -> int:
     run = Run(config, out, device, dataset)
     run.folder.create()
     checkpoint, refused = run.resume()
-    write_down(run, make_plan(config, run) if not run.step else None, used)
+    if checkpoint is None and (initial := initial or check_initial(config, dataset)):
+        run.start_from(initial)
+        used |= {f"init.{role}": start for role, start in initial.described.items()}
+    write_down(run, make_plan(config, run, initial) if not run.step else None, used)
     announce(run, checkpoint, refused)
     run.folder.open_log(run.seen_img)
     run.stop.listen()
@@ -83,13 +87,17 @@ def start(config: Any) -> Any:
     return device
 
 
+def has_checkpoints(out: Path) -> bool:
+    return any((out / "checkpoints").glob("img_*"))
+
+
 def check_folder(config: Any, out: Path, allow: list[str]) -> None:
     """Raises `ConfigError` when the folder holds a run whose configuration differs in what decides weights."""
     from sdtrain.config import differences, read_tree, to_tree
     from sdtrain.errors import ConfigError
 
     written = out / "config.yaml"
-    if not written.exists() or not any((out / "checkpoints").glob("img_*")):
+    if not written.exists() or not has_checkpoints(out):
         return
     changed = [d for d in differences(read_tree(written), to_tree(config)) if not d.harmless and d.key not in allow]
     if changed:

@@ -176,8 +176,8 @@ class Augment:
 
     kind: Literal["none", "diffaug", "ada"] = "none"
     """DiffAugment (always on) or ADA (each transform with probability p)."""
-    policy: str = "color,translation,cutout"
-    """DiffAugment: which changes; ADA: bgc, bgcf, bgcfn, bgcfnc, blit, geom, color, filter, noise or cutout."""
+    policy: str | None = None
+    """DiffAugment: which of color,translation,cutout; ADA: one of its presets; null = all three, or bgc."""
     cutout: Fraction = 0.2
     """DiffAugment: side of the blanked square, as a share of the side."""
     p: Fraction = 0.0

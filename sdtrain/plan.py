@@ -54,6 +54,15 @@ def check_weights_needed(config: Any) -> dict[str, Any]:
     return {name: describe_source(name, source) for name, source in needs.items()}
 
 
+def check_initial(config: Any, dataset: Any) -> Any:
+    """The weights a fresh run starts from, read and checked; None without `init`. Raises `WeightsError`."""
+    from sdtrain.finetune import read_initial, wanted
+
+    if not wanted(config):
+        return None
+    return read_initial(config, config.data.resolution or dataset.resolution, dataset.num_classes)
+
+
 def describe_source(name: str, source: str) -> dict[str, Any]:
     """Where a frozen network's tensors come from, and the hash of the file when it is there."""
     from sdtrain.weights import sha256_of, weights_path
@@ -64,12 +73,16 @@ def describe_source(name: str, source: str) -> dict[str, Any]:
     return {"source": source, "place": str(path), "sha256": sha256_of(path) if path.is_file() else "missing"}
 
 
-def make_plan(config: Any, run: Any = None) -> dict[str, Any]:
-    """The plan as data. Builds the networks (on the CPU) unless a `run` that has them is given."""
+def make_plan(config: Any, run: Any = None, initial: Any = None) -> dict[str, Any]:
+    """The plan as data. Builds the networks (on the CPU) unless a `run` that has them is given.
+
+    `initial` is what `check_initial` has found; without a run it is looked up here.
+    """
     from sdtrain.weights import check_weights
 
     dataset = check_data(config)
     method = run.method if run is not None else _build(config, dataset)
+    initial = initial if run is not None else check_initial(config, dataset)
     total_img = method.stages[-1].end_img if method.stages else 0
     needs = weights_needed(config)
     networks = _networks(method)
@@ -96,6 +109,7 @@ def make_plan(config: Any, run: Any = None) -> dict[str, Any]:
         "disk_gb": sum(n["checkpoint_gb"] for n in networks.values()) * (config.keep_checkpoints + 1),
         "weights": {name: describe_source(name, source) for name, source in needs.items()},
         "weights_missing": check_weights(needs),
+        "init": initial.described if initial else {},
         "switched_off": _switched_off(config),
     }
 
@@ -182,6 +196,10 @@ def render(plan: dict[str, Any]) -> str:
         f"  disk        {plan['checkpoint_gb']:.2f} GB a checkpoint, {plan['disk_gb']:.2f} GB at most",
     ]
     lines += [f"  weights     {name}: {' '.join(where.values())}" for name, where in plan["weights"].items()]
+    for role, start in plan["init"].items():
+        notes = [f"{key} {value}" for key, value in start.get("differs", {}).items()]
+        where = " ".join(str(value) for key, value in start.items() if key != "differs")
+        lines.append(f"  init        {role}: {where}{'; unlike the file: ' + ', '.join(notes) if notes else ''}")
     lines += [f"  MISSING     {problem}" for problem in plan["weights_missing"]]
     lines += [f"  off         {', '.join(plan['switched_off'])}: not computed"] if plan["switched_off"] else []
     return "\n".join(lines)

@@ -35,7 +35,8 @@ def start_ranks() -> torch.device:
 
     on_gpu = torch.cuda.is_available() and not os.environ.get("SDTRAIN_CPU")
     alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
-    state = PartialState(cpu=not on_gpu, **({} if alone else {"timeout": RANK_TIMEOUT, "backend": "nccl" if on_gpu else "gloo"}))
+    together = {} if alone else {"timeout": RANK_TIMEOUT, "backend": "nccl" if on_gpu else "gloo"}
+    state = PartialState(cpu=not on_gpu, **together)
     if state.device.type == "cuda":
         torch.backends.cudnn.benchmark = True
     return state.device
@@ -226,7 +227,9 @@ def load_strictly(module: torch.nn.Module, tensors: dict[str, Tensor], where: st
     """Load by exact names and shapes, frozen parts excepted. Raises `RunError` naming the first difference."""
     frozen = tuple(getattr(module, "frozen_prefixes", ()))
     wanted = {k: v for k, v in module.state_dict().items() if not (frozen and k.startswith(frozen))}
-    wrong = [k for k in wanted if k not in tensors or tensors[k].shape != wanted[k].shape] + [k for k in tensors if k not in wanted]
+    wrong = [k for k in wanted if k not in tensors or tensors[k].shape != wanted[k].shape]
+    wrong += [k for k in tensors if k not in wanted]
     if wrong:
-        raise RunError(f"{where}: tensor {wrong[0]} and {len(wrong) - 1} more do not fit this network; is it of another configuration?")
+        what = f"tensor {wrong[0]} and {len(wrong) - 1} more do not fit this network"
+        raise RunError(f"{where}: {what}; is it of another configuration?")
     module.load_state_dict(tensors, strict=False)

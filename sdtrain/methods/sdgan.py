@@ -21,11 +21,12 @@ from sdtrain.losses.consistency import balanced_consistency
 from sdtrain.losses.regularizers import path_length_penalty, path_lengths
 from sdtrain.losses.self_distillation import self_distillation
 from sdtrain.methods.phase import Chunk, Loss, Phase, Stage, Terms
-from sdtrain.options import R1, Augment, PathLength, SelfDistillation
+from sdtrain.options import R1, Augment, Init, PathLength, SelfDistillation
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
+    init: Init = Init()  # fine-tuning: what G, G_ema and D start from
     sd: SelfDistillation = SelfDistillation()
     adversarial: Literal["hinge", "logistic", "least-squares", "wasserstein"] = "hinge"
     augment: Augment = Augment()  # what D sees instead of the plain image, in every pass
@@ -38,6 +39,10 @@ class Options:
 
 ROLES = {"generator": "GeneratorOptions", "discriminator": "DiscriminatorOptions"}
 PLAYERS = ("G", "D")
+POLICIES = {
+    "diffaug": ("color", "translation", "cutout"),
+    "ada": ("blit", "geom", "color", "filter", "noise", "cutout", "bg", "bgc", "bgcf", "bgcfn", "bgcfnc"),
+}
 
 
 def problems(config: Any) -> list[tuple[str, str]]:
@@ -49,6 +54,22 @@ def problems(config: Any) -> list[tuple[str, str]]:
             found.append((key, f"{key} {value:g} needs model.generator.kind: stylegan2; set it to 0"))
     if config.bcr and config.augment.kind != "none":
         found.append(("bcr", "balanced consistency augments by itself; set augment.kind: none"))
+    policy, known = config.augment.policy, POLICIES.get(config.augment.kind, ())
+    parts = [policy] if config.augment.kind == "ada" else (policy or "").split(",")
+    if policy and known and not set(parts) <= set(known):
+        kind, some = config.augment.kind, "one" if config.augment.kind == "ada" else "some, joined by commas,"
+        found.append(("augment.policy", f"augment.policy '{policy}' is none of {kind}: take {some} of {', '.join(known)}"))
+    starts = {role: getattr(config.init, role) or config.init.source for role in ("G", "G_ema", "D")}
+    if starts["G_ema"] not in (None, "fresh") and config.ema.rampup is not None and config.ema.decay is None:
+        found.append(
+            (
+                "ema.rampup",
+                f"ema.rampup {config.ema.rampup:g} makes the first step copy G over the G_ema that init loads; "
+                "set ema.rampup: null, as official resuming does",
+            )
+        )
+    if config.init.ada_p == "keep" and (config.augment.kind != "ada" or not config.init.source):
+        found.append(("init.ada_p", "init.ada_p: keep needs augment.kind: ada and an init.source that has a p"))
     return found
 
 
