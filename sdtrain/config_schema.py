@@ -31,6 +31,7 @@ import sdtrain.options
 
 PACKAGE = Path(__file__).resolve().parent
 ROLES = {"generator": "GeneratorOptions", "discriminator": "DiscriminatorOptions"}
+FUNCTIONS = ("problems", "data_problems", "weights_needed")
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 NAMES = {name: getattr(sdtrain.options, name) for name in sdtrain.options.__all__}
 NAMES |= {"Literal": Literal, "Annotated": Annotated, "Any": Any, "Field": Field, "dataclasses": dataclasses}
@@ -60,7 +61,7 @@ def _evaluate(path: Path) -> dict[str, Any]:
     names = {**NAMES, "__name__": f"options of {path.stem}"}
     for node in ast.parse(path.read_text(encoding="utf-8"), str(path)).body:
         wanted = isinstance(node, ast.ClassDef) and (node.name.endswith("Options") or bool(node.decorator_list))
-        wanted = wanted or isinstance(node, ast.FunctionDef) and node.name in ("problems", "data_problems", "weights_needed")
+        wanted = wanted or isinstance(node, ast.FunctionDef) and node.name in FUNCTIONS
         if wanted or _is_literal(node):
             _run(node, path, names)
     return {name: value for name, value in names.items() if value is not NAMES.get(name)}

@@ -22,12 +22,17 @@ def shared_dir(*parts: str) -> Path:
     return path
 
 
-def run_python(*args: str, env: dict[str, str] | None = None, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+Done = subprocess.CompletedProcess[str]
+
+
+def run_python(*args: str, env: dict[str, str] | None = None, timeout: float = 300) -> Done:
     """Run this interpreter on `args` from the repository root, one thread a process, and return what it printed."""
     full_env = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
-    return subprocess.run([sys.executable, *args], capture_output=True, text=True, cwd=REPO, env=full_env, timeout=timeout)
+    command = [sys.executable, *args]
+    return subprocess.run(command, capture_output=True, text=True, cwd=REPO, env=full_env, timeout=timeout)
 
 
-def run_ranks(num_ranks: int, *args: str, env: dict[str, str] | None = None, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+def run_ranks(num_ranks: int, *args: str, env: dict[str, str] | None = None, timeout: float = 300) -> Done:
     """Run a script on real processes through torchrun; the script must assert the world size it expects."""
-    return run_python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_ranks), *args, env=env, timeout=timeout)
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_ranks))
+    return run_python(*launch, *args, env=env, timeout=timeout)

@@ -28,7 +28,8 @@ def beta_of(options: Ema, seen_img: int, batch_size: int) -> float:
 @torch.no_grad()
 def update_ema(ema: nn.Module, net: nn.Module, beta: float) -> None:
     """theta_ema <- beta * theta_ema + (1 - beta) * theta, Eq. (1). Buffers (statistics, u, v, w_avg) are copied."""
-    ours, theirs = list(ema.parameters()), list(net.parameters())
+    ours: list[torch.Tensor] = list(ema.parameters())
+    theirs = net.parameters()
     torch._foreach_lerp_(ours, [p.to(o.dtype) for o, p in zip(ours, theirs)], 1.0 - beta)
     for kept, seen in zip(ema.buffers(), net.buffers()):
         kept.copy_(seen)

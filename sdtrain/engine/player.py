@@ -118,6 +118,8 @@ class Player:
         }
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """Take over what `state` gave; a parameter that has nothing there starts afresh."""
+        self.optimizer.state.clear()
         for key, p in self.named.items():
             slots = {k.rpartition("/")[2]: v for k, v in tensors.items() if k.rpartition("/")[0] == key}
             if slots:
@@ -134,7 +136,8 @@ def share_gradients(module: nn.Module) -> nn.Module:
 def make_optimizer(params: list[nn.Parameter], options: Optimizer) -> torch.optim.Optimizer:
     if options.kind == "sgd":
         return torch.optim.SGD(params, lr=options.lr)
-    return torch.optim.Adam(params, lr=options.lr, betas=tuple(options.betas), eps=options.eps)
+    beta1, beta2 = options.betas
+    return torch.optim.Adam(params, lr=options.lr, betas=(beta1, beta2), eps=options.eps)
 
 
 def lr_factor(options: Optimizer, seen_img: int, stage_img: tuple[int, int] = (0, 0)) -> float:

@@ -10,7 +10,7 @@ import torch
 
 
 class Stopwatch:
-    """Adds up seconds by section. On CUDA the device's own events are used and read only when the figures are asked for."""
+    """Adds up seconds by section. On CUDA the device's own events are used, and read only when somebody asks."""
 
     def __init__(self, device: torch.device) -> None:
         self.on_gpu = device.type == "cuda"

@@ -22,7 +22,7 @@ class Chunk:
     real: Tensor  # [num_samples, 3, H, W] float32 in the range the method asked for
     labels: Tensor | None  # one-hot [num_samples, num_classes] or None
     draws: Draws  # the random numbers of these ghosts at this step
-    inputs: Mapping[str, Tensor] = field(default_factory=dict)  # what `prepare` of the method made of the images (lq, ...)
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)  # what `prepare` made of the images (lq, ...)
 
 
 @dataclass(frozen=True, kw_only=True)
