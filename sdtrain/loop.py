@@ -1,4 +1,4 @@
-"""The training loop. `train` is the whole of it; everything done once in a while is a function below, called in order."""
+"""The training loop. `train` is the whole of it; what is done once in a while is a function below, called in order."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sdtrain.engine.phases import Meter, NonFinite
 from sdtrain.engine.ranks import gather_objects, is_main, world
 from sdtrain.engine.timing import peak_memory_gb
 from sdtrain.errors import EXIT_OK, EXIT_REQUEUE
-from sdtrain.methods.phase import Chunk
+from sdtrain.methods.phase import Chunk, Terms
 from sdtrain.run import Run
 
 log = logging.getLogger("sdtrain")
@@ -36,20 +36,20 @@ def train(run: Run, checkpoint: Checkpoint | None) -> int:
             if stop:
                 return stopped(run, stop)
         run.task.leave_stage()
-    return finish(run)
+    return finish(run, checkpoint)
 
 
 def advance(run: Run, chunks: list[Chunk]) -> None:
     """One step of the clock: every phase of the method, controllers, averages."""
     backup = snapshot(run) if run.config.on_nonfinite == "skip" else None
     try:
-        means: dict[str, float] = {}
+        steering: Terms = {}
         for phase in run.method.phases(run.stage.name, run.step):
             with run.watch.section(phase.name):
                 terms = run.engine.run(phase, chunks)
-            means |= {n: terms[n] for n in terms if n in run.method.controls}
+            steering |= {n: terms[n] for n in terms if n in run.method.controls}
         if run.method.controls:
-            run.engine.meter.add(controls(run, means))
+            run.engine.meter.add(controls(run, steering))
         with run.watch.section("ema"):
             run.average()
     except NonFinite as problem:
@@ -61,7 +61,7 @@ def advance(run: Run, chunks: list[Chunk]) -> None:
     run.step += 1
 
 
-def controls(run: Run, terms: dict[str, Any]) -> dict[str, Any]:
+def controls(run: Run, terms: Terms) -> Terms:
     """Hand the method the global means it steers by; returns what it wants logged."""
     meter = Meter()
     meter.add(terms)
@@ -75,10 +75,12 @@ def controls(run: Run, terms: dict[str, Any]) -> dict[str, Any]:
 
 def snapshot(run: Run) -> dict[str, Any]:
     """Copies of everything a step may change, so that a bad step can be undone as a whole."""
+    learning = {n: net.module for n, net in run.nets.items() if n not in run.method.teachers}
     return {
-        "nets": {n: copy.deepcopy(net.module.state_dict()) for n, net in run.nets.items() if n not in run.method.teachers},
+        "nets": {n: copy.deepcopy(module.state_dict()) for n, module in learning.items()},
         "players": {n: {k: v.clone() for k, v in player.state().items()} for n, player in run.players.items()},
         "method": copy.deepcopy(run.method.state()),
+        "meter": run.engine.meter.state(),
     }
 
 
@@ -88,6 +90,7 @@ def undo(run: Run, backup: dict[str, Any]) -> None:
     for name, tensors in backup["players"].items():
         run.players[name].load_state(tensors)
     run.method.load_state(backup["method"])
+    run.engine.meter.load_state(backup["meter"], run.device)
 
 
 def tick(run: Run) -> None:
@@ -119,7 +122,7 @@ def progress(run: Run, losses: dict[str, float], perf: dict[str, float]) -> None
         return
     total = run.method.stages[-1].end_img
     left = (total - run.seen_img) / 1000 * perf["sec_per_kimg"]
-    shown = "  ".join(f"{n} {v:.3f}" for n, v in losses.items() if n.count("/") == 1 and not n.endswith(("/loss", "_sign")))
+    main = {n: v for n, v in losses.items() if n.count("/") == 1 and not n.endswith(("/loss", "_sign"))}
     log.info(
         "%s %s of %s (%.1f%%)  %.1f s/kimg  wait %.0f%%  ETA %s  %s",
         run.stage.name,
@@ -129,7 +132,7 @@ def progress(run: Run, losses: dict[str, float], perf: dict[str, float]) -> None
         perf["sec_per_kimg"],
         100 * perf["data_wait_frac"],
         duration(left),
-        shown,
+        "  ".join(f"{n} {v:.3f}" for n, v in main.items()),
     )
 
 
@@ -143,9 +146,10 @@ def stopped(run: Run, signal_number: int) -> int:
     return EXIT_REQUEUE
 
 
-def finish(run: Run) -> int:
-    """The last save and the test list, once."""
-    if run.config.save_img and not run.due(run.config.save_img):
+def finish(run: Run, checkpoint: Checkpoint | None) -> int:
+    """The last save and the test list, once; a finished run that is started again has nothing left to save."""
+    saved = checkpoint is not None and checkpoint.state["step"] == run.step
+    if run.config.save_img and not saved and not run.due(run.config.save_img):
         run.save()
     run.task.finish()
     run.folder.close()

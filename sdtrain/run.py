@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sdtrain.engine.checkpoint import Checkpoint, newest, save_checkpoint
 from sdtrain.engine.ema import beta_of, update_ema
-from sdtrain.engine.phases import Engine
+from sdtrain.engine.phases import Engine, Meter
 from sdtrain.engine.player import Net, Player
 from sdtrain.engine.preempt import StopRequest
 from sdtrain.engine.ranks import agree_max, gather_objects, rank, world
@@ -106,7 +106,7 @@ class Run:
         if inside and checkpoint is not None:
             for name, player in self.players.items():
                 player.load_state(checkpoint.tensors(f"{name}.optim"))
-            self.engine.meter.load_state(checkpoint.state["meters"].get(str(rank()), {}), self.device)
+            self.engine.meter.load_state(Meter.shared_out(checkpoint.state["meters"], world()), self.device)
         self.watch.restart()
 
     def batches(self) -> Iterator[Any]:

@@ -9,7 +9,7 @@
         complete.json            the marker, written last: size and sha256 of every other file
       latest                     a hint for people, never trusted
 
-A checkpoint is written into `.writing-img_...`, synced, and renamed; a reader believes `complete.json` and nothing else.
+A checkpoint is written into `.writing-img_...`, synced and renamed; a reader believes `complete.json` and nothing else.
 """
 
 from __future__ import annotations
@@ -18,33 +18,41 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+import signal
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from sdtrain.engine.ranks import barrier, gather_objects, is_main
+from sdtrain.engine.ranks import gather_objects, is_main
 from sdtrain.errors import RunError
 
 MARKER = "complete.json"
-_fault = os.environ.get("SDTRAIN_FAULT", "")  # fault tests name a boundary at which the process dies
+_fault = os.environ.get("SDTRAIN_FAULT", "")  # fault tests name a boundary at which the process is killed
+_passed: dict[str, int] = {}  # how often each boundary has been crossed, counted only in fault tests
 
 
 def fault_point(name: str) -> None:
-    """Die without a word where a fault test asks for it; does nothing in a normal run."""
-    if _fault and _fault == name:
-        os._exit(9)
+    """Be killed where a fault test asks for it: `NAME`, or `NAME@3` for the third time. Nothing in a normal run."""
+    if _fault.partition("@")[0] == name != "":
+        _passed[name] = _passed.get(name, 0) + 1
+        if _passed[name] == int(_fault.partition("@")[2] or 1):
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Write beside the target, flush to disk, rename: readers see the old file or the new one, never a part."""
     tmp = path.with_name(f".{path.name}.writing")
     with open(tmp, "wb") as file:
-        file.write(data)
+        file.write(data[: len(data) // 2])
+        file.flush()
+        fault_point("mid-file")
+        file.write(data[len(data) // 2 :])
         file.flush()
         os.fsync(file.fileno())
+    fault_point("before-rename-file")
     os.replace(tmp, path)
     sync_folder(path.parent)
 
@@ -105,24 +113,39 @@ def save_checkpoint(
     rank could not write (disk full, folder gone); earlier checkpoints are untouched then.
     """
     final, tmp = root / f"img_{seen_img:09d}", root / f".writing-img_{seen_img:09d}"
-    if is_main():
-        shutil.rmtree(tmp, ignore_errors=True)
-        _together(lambda: tmp.mkdir(parents=True), tmp)
-    else:
-        _together(lambda: None, tmp)
-    files = _together(lambda: _write_files(tmp, shared if is_main() else {}, ghosts, state if is_main() else None), tmp)
-    if is_main():
-        fault_point("before-marker")
-        write_atomically(tmp / MARKER, json.dumps({"files": {k: v for part in files for k, v in part.items()}}).encode())
-        fault_point("after-marker")
-        if final.exists():  # the same position again, after a resume from an older checkpoint
-            shutil.rmtree(final)
-        os.rename(tmp, final)
-        sync_folder(root)
-        write_atomically(root / "latest", final.name.encode())
-        retain(root, keep)
-    barrier()
+    needed = sum(t.nbytes for tensors in [*shared.values(), *ghosts.values()] for t in tensors.values())
+    _together(lambda: _begin(tmp) if is_main() else None, tmp, needed)
+    mine = (shared, state) if is_main() else ({}, None)
+    files = _together(lambda: _write_files(tmp, mine[0], ghosts, mine[1]), tmp, needed)
+    listed = {name: facts for part in files for name, facts in part.items()}
+    _together(lambda: _commit(tmp, final, listed) if is_main() else None, tmp, needed)
+    _together(lambda: _tidy(root, final, keep) if is_main() else None, tmp, needed)
     return final
+
+
+def _begin(tmp: Path) -> None:
+    shutil.rmtree(tmp, ignore_errors=True)
+    tmp.mkdir(parents=True)
+    fault_point("begin")
+
+
+def _commit(tmp: Path, final: Path, files: Mapping[str, Any]) -> None:
+    """Write the marker and give the folder its name: from here on it counts."""
+    fault_point("before-marker")
+    write_atomically(tmp / MARKER, json.dumps({"files": files}).encode())
+    fault_point("after-marker")
+    if final.exists():  # it was refused when this run resumed from an older one, or it holds this very position
+        os.rename(final, final.with_name(f".writing-old-{final.name}"))
+        fault_point("between-renames")
+    os.rename(tmp, final)
+    sync_folder(final.parent)
+    fault_point("after-rename")
+
+
+def _tidy(root: Path, final: Path, keep: int) -> None:
+    write_atomically(root / "latest", final.name.encode())
+    fault_point("after-latest")
+    retain(root, keep)
 
 
 def _write_files(folder: Path, shared: Mapping, ghosts: Mapping, state: Mapping | None) -> dict[str, dict]:
@@ -137,24 +160,29 @@ def _write_files(folder: Path, shared: Mapping, ghosts: Mapping, state: Mapping 
     return {name: digest(folder / name) for name in names}
 
 
-def _together(action, folder: Path) -> list[Any]:
-    """Run `action` on every rank; if it failed on one, all raise the same error."""
+def _together(action: Callable[[], Any], folder: Path, needed: int) -> list[Any]:
+    """Run `action` on every rank, and wait for all; if it failed on one, all raise the same error."""
+    mine, problem = None, None
     try:
-        mine: Any = action()
-        problem = None
+        mine = action()
     except OSError as error:
-        mine, problem = None, str(error)
-    results = gather_objects((mine, problem))
-    problems = [p for _, p in results if p]
-    if problems:
+        problem = f"{error.strerror or error}"
+    results = gather_objects((mine, problem, needed))
+    if problem := next((p for _, p, _ in results if p), None):
         if is_main():
             shutil.rmtree(folder, ignore_errors=True)
-        free = shutil.disk_usage(folder.parent if folder.parent.exists() else "/").free
-        raise RunError(
-            f"cannot write the checkpoint {folder.name.removeprefix('.writing-')}: {problems[0]} ({free / 1e9:.1f} GB free); "
-            "earlier checkpoints are untouched; free some space and start the same command again"
-        )
-    return [result for result, _ in results]
+        raise RunError(_cannot_write(folder, problem, max(n for _, _, n in results)))
+    return [result for result, _, _ in results]
+
+
+def _cannot_write(folder: Path, problem: str, needed: int) -> str:
+    there = next(path for path in folder.parents if path.exists())
+    free = shutil.disk_usage(there).free
+    return (
+        f"cannot write the checkpoint {folder.name.removeprefix('.writing-')} in {folder.parent}: {problem}; it needs "
+        f"{needed} bytes ({needed / 1e9:.3f} GB), {free} bytes ({free / 1e9:.3f} GB) are free; earlier checkpoints are "
+        "untouched; free some space and start the same command again"
+    )
 
 
 def retain(root: Path, keep: int) -> None:
@@ -165,6 +193,7 @@ def retain(root: Path, keep: int) -> None:
     for old in complete[:-keep] if keep else []:
         fault_point("retention")
         (old / MARKER).unlink()  # from here on it does not count, however far the deletion gets
+        fault_point("mid-retention")
         shutil.rmtree(old)
 
 
@@ -189,12 +218,13 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """Open one folder by name. Raises `RunError` with the reason when it is not complete."""
     reason = "there is no such folder" if not path.is_dir() else verify(path)
     if reason:
-        raise RunError(f"{path}: not a usable checkpoint: {reason}; name another one or remove it to fall back to an older")
+        advice = "name another one or remove it to fall back to an older"
+        raise RunError(f"{path}: not a usable checkpoint: {reason}; {advice}")
     return Checkpoint(path, json.loads((path / "state.json").read_text()))
 
 
 def newest(root: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint that verifies, and a sentence for every newer one that was refused. All ranks get the same."""
+    """The newest checkpoint that verifies, and why each newer one was refused; the same on all ranks."""
     found: tuple[str | None, list[str]] = (None, [])
     if is_main():
         found = _search(root)
@@ -206,7 +236,7 @@ def newest(root: Path) -> tuple[Checkpoint | None, list[str]]:
 
 
 def _search(root: Path) -> tuple[str | None, list[str]]:
-    refused = []
+    refused: list[str] = []
     for path in sorted(root.glob("img_*"), reverse=True):
         reason = verify(path)
         if reason is None:

@@ -1,4 +1,4 @@
-"""Running a phase: chunks forward and backward, agreement that all is finite, one optimizer step, one advance of pass state."""
+"""Running a phase: chunks forward and backward, agreement that all is finite, one optimizer step, pass state moves."""
 
 from __future__ import annotations
 
@@ -49,6 +49,14 @@ class Meter:
     def state(self) -> dict[str, list[float]]:
         """This rank's sums and counts; floats survive JSON exactly."""
         return {n: [float(s), float(self.counts[n])] for n, s in self.sums.items()}
+
+    @staticmethod
+    def shared_out(states: dict[str, dict[str, list[float]]], num_ranks: int) -> dict[str, list[float]]:
+        """What a rank takes over from those that saved: its own sums, or their mean if they were another number."""
+        if len(states) == num_ranks:
+            return states[str(rank())]
+        first = next(iter(states.values()), {})
+        return {n: [sum(s[n][0] for s in states.values()) / len(states), count] for n, (_, count) in first.items()}
 
     def load_state(self, state: dict[str, list[float]], device: torch.device) -> None:
         self.sums = {n: torch.tensor(s, dtype=torch.float64, device=device) for n, (s, _) in state.items()}

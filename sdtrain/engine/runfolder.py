@@ -38,6 +38,7 @@ class RunFolder:
         self._tensorboard = tensorboard
         self._board: Any = None
         self._rows: Any = None
+        self._measured: set[tuple[int, str]] = set()  # positions and splits that already have an eval row
 
     def create(self) -> None:
         """Make the folders. Raises `RunError` on every rank when they cannot be written."""
@@ -62,6 +63,8 @@ class RunFolder:
         if self.metrics.exists():
             kept = [line for line in self.metrics.read_text().splitlines() if _position(line) <= resumed_img]
             write_atomically(self.metrics, "".join(f"{line}\n" for line in kept).encode())
+            evals = [row for row in map(json.loads, kept) if row["kind"] == "eval"]
+            self._measured = {(row["seen_img"], row["split"]) for row in evals}
         self._rows = open(self.metrics, "a", encoding="utf-8")
         if self._tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -80,6 +83,10 @@ class RunFolder:
             for name, value in values.items():
                 if name not in skip and isinstance(value, (int, float)):
                     self._board.add_scalar(f"{prefix}{name}".replace("//", "/"), value, values["seen_img"])
+
+    def measured(self, seen_img: int, split: str) -> bool:
+        """Whether this position had been evaluated before the run was started again; the same answer on all ranks."""
+        return gather_objects((seen_img, split) in self._measured)[0]
 
     def image(self, tag: str, picture: Any, seen_img: int) -> None:
         """Store a uint8 HWC picture as PNG under samples/ and in TensorBoard."""
@@ -125,7 +132,7 @@ def environment(weights: dict[str, Any]) -> dict[str, Any]:
         except PackageNotFoundError:
             return "absent"
 
-    packages = ("sdtrain", "torch", "torchvision", "accelerate", "webdataset", "lpips", "torch-fidelity", "timm", "numpy")
+    packages = "sdtrain torch torchvision accelerate webdataset lpips torch-fidelity timm numpy".split()
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": sys.argv,
@@ -144,7 +151,8 @@ def git_commit() -> str | None:
 
     here = Path(__file__).resolve().parents[2]
     try:
-        found = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
+        command = ["git", "-C", str(here), "rev-parse", "HEAD"]
+        found = subprocess.run(command, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return found.stdout.strip() or None

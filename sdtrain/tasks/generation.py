@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from sdtrain.engine.checkpoint import save_tensors, write_atomically
+from sdtrain.engine.checkpoint import fault_point, save_tensors, write_atomically
 from sdtrain.engine.ranks import barrier, is_main
 from sdtrain.sampling import generate, grid, sampler, to_uint8
 
@@ -101,6 +101,7 @@ class Task:
         if is_main():
             name = run.method.evaluated
             save_tensors(run.folder.path / "best" / f"{name}.safetensors", run.nets[name].module.state_dict())
+            fault_point("best")
             row = json.dumps({"seen_img": run.seen_img, **values}, default=str)
             write_atomically(run.folder.path / "best" / "metrics.json", row.encode())
         barrier()
@@ -113,7 +114,8 @@ class Task:
         run, c = self.run, self.run.config
         if c.sample_img and not run.due(c.sample_img):
             self.pictures()
-        if c.eval_img and not run.due(c.eval_img):
-            self.evaluate("val")
-        if c.eval_img and c.data.test is not None:
-            self.evaluate("test")
+        due = [split for split in ("val", "test") if c.eval_img and (split == "val" or c.data.test is not None)]
+        for split in due:
+            just_now = split == "val" and run.due(c.eval_img)
+            if not just_now and not run.folder.measured(run.seen_img, split):
+                self.evaluate(split)
