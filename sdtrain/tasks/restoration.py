@@ -132,6 +132,8 @@ class Task:
         for name, value in tensors.items():
             net, _, tensor = name.partition("/")
             self.best.setdefault(net, {})[tensor] = value.to(self.run.device)
+        if self.best:
+            self.write_best(list(self.run.best)[-1])  # best/ is what this checkpoint knows, whatever came after it
 
     def leave_stage(self) -> None:
         """Keep how the stage ended beside its best."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sdtrain.data.degrade_check import check_options, pool_problem, smallest_side
+from sdtrain.data.degrade_check import USM_MARGIN, check_options, pool_problem, smallest_side
 from sdtrain.errors import ConfigError, DataError
 from sdtrain.models.width import narrowed
 
@@ -77,6 +77,13 @@ def _inputs(config: Any) -> Iterator[tuple[str, str]]:
             yield key, f"{key}: {what}; choose from 4, 8, 16, 32, 64"
     if config.lq == "second_order":
         yield from _degradation(config)
+    crop, trains = config.degradation.crop_size, {"teacher", "naive"} & set(config.stages)
+    if not faces and trains and config.recipe.sharpen_target and crop <= USM_MARGIN:
+        yield (
+            "recipe.sharpen_target, degradation.crop_size",
+            f"recipe.sharpen_target needs crops of at least {USM_MARGIN + 1} pixels, not {crop}: enlarge "
+            "degradation.crop_size or set recipe.sharpen_target: false",
+        )
 
 
 def _degradation(config: Any) -> Iterator[tuple[str, str]]:
