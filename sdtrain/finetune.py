@@ -93,7 +93,8 @@ def _read(path: Path, role: str) -> Network:
 def _player(path: Path, role: str) -> Network:
     network = load_network(_file(path, role), role)
     if network.player.lower() != SECTIONS[role]:
-        raise WeightsError(f"{path} holds a {network.player.lower()}, where a {SECTIONS[role]} is wanted; give its file")
+        found = network.player.lower()
+        raise WeightsError(f"{path} holds a {found}, where a {SECTIONS[role]} is wanted; give its file")
     return network
 
 

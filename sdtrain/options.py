@@ -125,7 +125,7 @@ class Init:
     """What the networks of a fresh run start from (fine-tuning); a run that resumes never looks here."""
 
     source: str | None = None
-    """Run folder (its newest checkpoint), checkpoint folder, .safetensors, or official .pkl, .pt, .pth; null = the seed."""
+    """Run folder (its newest checkpoint), checkpoint folder, .safetensors, official .pkl, .pt, .pth; null = by seed."""
     G: str | None = None
     """Another place for G, or `fresh`; null = source. A place without G gives its G_ema."""
     G_ema: str | None = None

@@ -9,11 +9,11 @@ from sdtrain.config_schema import declared
 from sdtrain.errors import ConfigError, DataError, WeightsError
 
 
-def check_data(config: Any) -> Any:
-    """Open the training data. Raises `DataError` for too few samples, `ConfigError` for a resolution that cannot be."""
+def check_data(config: Any, keep_index: bool = True) -> Any:
+    """Open the training data, writing nothing without `keep_index`. Raises `DataError` for too few samples, `ConfigError` for a resolution that cannot be."""
     from sdtrain.data.dataset import open_dataset
 
-    dataset = open_dataset(config.data.train, cache=config.data.cache)
+    dataset = open_dataset(config.data.train, cache=config.data.cache, keep_index=keep_index)
     if dataset.num_samples < config.batch_size:
         raise DataError(
             f"{dataset.source} has {dataset.num_samples} samples, fewer than one batch of {config.batch_size}; "
@@ -80,7 +80,7 @@ def make_plan(config: Any, run: Any = None, initial: Any = None) -> dict[str, An
     """
     from sdtrain.weights import check_weights
 
-    dataset = check_data(config)
+    dataset = check_data(config, keep_index=run is not None)
     method = run.method if run is not None else _build(config, dataset)
     initial = initial if run is not None else check_initial(config, dataset)
     total_img = method.stages[-1].end_img if method.stages else 0
@@ -178,12 +178,13 @@ def _switched_off(config: Any) -> list[str]:
 def render(plan: dict[str, Any]) -> str:
     """The plan for people."""
     data, memory = plan["data"], plan["memory_gb_per_rank"]
+    ranks = ", ".join(map(str, plan["valid_world_sizes"]))
     lines = [
         f"plan of {plan['name']}  (config {plan['config_hash'][:12]}, data {data['hash'][:12]})",
         f"  data        {data['what']}",
         f"              {data['samples']} samples in {data['shards']} shards, {data['epochs']:.1f} epochs",
-        f"  time        {plan['steps']} steps, {plan['images_per_tick']} images = {plan['steps_per_tick']} steps a tick",
-        f"  ranks       {plan['ghosts']} ghosts: run on {', '.join(map(str, plan['valid_world_sizes']))} ranks, same curve",
+        f"  time        {plan['steps']} steps, a tick is {plan['steps_per_tick']} = {plan['images_per_tick']} images",
+        f"  ranks       {plan['ghosts']} ghosts: run on {ranks} ranks, same curve",
     ]
     for s in plan["stages"] if len(plan["stages"]) > 1 else ():
         lines.append(f"  stage       {s['name']} until {s['end_img']} images, trains {', '.join(s['trains'])}")
@@ -191,8 +192,9 @@ def render(plan: dict[str, Any]) -> str:
         counts = f"{n['parameters'] / 1e6:9.3f} M parameters, {n['trainable'] / 1e6:9.3f} M trained"
         lines.append(f"  {name:<11} {counts}  {n['role']}")
     lines += [
-        f"  memory      {memory['weights']:.2f} GB weights + {memory['gradients']:.2f} gradients + {memory['optimizer']:.2f} "
-        f"optimizer = {memory['total_without_activations']:.2f} GB a rank, activations not counted",
+        f"  memory      {memory['weights']:.2f} GB weights + {memory['gradients']:.2f} gradients "
+        f"+ {memory['optimizer']:.2f} optimizer = {memory['total_without_activations']:.2f} GB a rank, "
+        "activations not counted",
         f"  disk        {plan['checkpoint_gb']:.2f} GB a checkpoint, {plan['disk_gb']:.2f} GB at most",
     ]
     lines += [f"  weights     {name}: {' '.join(where.values())}" for name, where in plan["weights"].items()]

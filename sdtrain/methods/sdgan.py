@@ -58,7 +58,8 @@ def problems(config: Any) -> list[tuple[str, str]]:
     parts = [policy] if config.augment.kind == "ada" else (policy or "").split(",")
     if policy and known and not set(parts) <= set(known):
         kind, some = config.augment.kind, "one" if config.augment.kind == "ada" else "some, joined by commas,"
-        found.append(("augment.policy", f"augment.policy '{policy}' is none of {kind}: take {some} of {', '.join(known)}"))
+        take = f"take {some} of {', '.join(known)}"
+        found.append(("augment.policy", f"augment.policy '{policy}' is none of {kind}: {take}"))
     starts = {role: getattr(config.init, role) or config.init.source for role in ("G", "G_ema", "D")}
     if starts["G_ema"] not in (None, "fresh") and config.ema.rampup is not None and config.ema.decay is None:
         found.append(
@@ -146,11 +147,11 @@ class SDGAN:
 
     def phases(self, stage: str, step: int) -> list[Phase]:
         """G, its regulariser, D, its regulariser, as the official StyleGAN2-ADA and ProjectedGAN loops order them."""
-        penalty = {"reaches_all": False, "fp32": True}
+        penalty: dict[str, Any] = {"reaches_all": False, "fp32": True}
         phases = [Phase(name="G", player="G", loss=self.loss_G)]
         if self.o.path_length.weight and step % self.o.path_length.every == 0:
-            mean = {"prepass": self.mean_path_length, "receive": self._receive_path_length}
-            phases.append(Phase(name="G_pl", player="G", loss=self.loss_path_length, **penalty, **mean))
+            penalty_of_mean = {**penalty, "prepass": self.mean_path_length, "receive": self._receive_path_length}
+            phases.append(Phase(name="G_pl", player="G", loss=self.loss_path_length, **penalty_of_mean))
         phases.append(Phase(name="D", player="D", loss=self.loss_D))
         if self.o.r1.gamma and step % self.o.r1.every == 0:
             phases.append(Phase(name="D_r1", player="D", loss=self.loss_R1, **penalty))

@@ -106,6 +106,7 @@ class MappingNetwork(Advancing):
     """
 
     w_avg: Tensor
+    fc0: FullyConnected
 
     def __init__(
         self,
