@@ -267,3 +267,55 @@ def test_an_unlike_seed_or_number_is_told_apart_from_the_runs_own_protocol(run_f
     words = ["--against", run_folder / "metrics.jsonl", "--cache", tmp_path / "cache", "--workers", 0]
     said = refusal(capsys, "evaluate", run_folder, *words, "--num", 4)
     assert "num_fake: 6 and 4" in said
+
+
+# bench
+
+
+def test_the_cost_table_compares_variants_and_splits_the_cost(config, tmp_path, capsys):
+    words = ["--steps", 2, "--variants", "baseline,sd-l1,sd", "--json", tmp_path / "bench.jsonl"]
+    assert command("bench", "--cfg", config, *words) == 0
+    out = capsys.readouterr().out
+    assert "medians of 2 interleaved steps" in out and "images of " in out
+    found = json.loads((tmp_path / "bench.jsonl").read_text())
+    rows_of = found["variants"]
+    assert list(rows_of) == ["baseline", "sd-l1", "sd"]
+    assert rows_of["baseline"]["ratio"] == 1
+    assert rows_of["sd"]["ratio"] > 2, "VGG weighs more than a toy generator"
+    assert rows_of["sd"]["memory_gb"] > rows_of["sd-l1"]["memory_gb"] >= rows_of["baseline"]["memory_gb"] > 0
+    split = found["distillation"]
+    assert list(split["parts"]) == ["teacher forward", "T", "distance forward", "backward"]
+    # Two images through VGG16 forward, one back to the pixels: half of the forward operations again
+    forward, backward = (split["parts"][name]["flops"] for name in ("distance forward", "backward"))
+    assert backward == pytest.approx(forward / 2, rel=0.1)
+    total = sum(part["seconds"] for part in split["parts"].values())
+    assert 0.3 < total / split["measured_extra"] < 3
+
+
+def test_bench_amortises_what_is_done_every_few_steps(config):
+    from sdtrain.commands.variants import Variant
+    from sdtrain.config import load_config
+
+    lazy = load_config(config, ["r1.gamma=1", "path_length.weight=2", "r1.every=16", "path_length.every=4"])
+    variant = Variant("lazy", lazy, torch.device("cpu"), 16, 2)
+    assert variant.shares() == {"ema": 1, "G": 1, "G_pl": 1 / 4, "D": 1, "D_r1": 1 / 16}
+    assert variant.step_seconds({"G": 1.0, "G_pl": 4.0, "D": 1.0, "D_r1": 16.0, "ema": 0.0}) == 4.0
+
+
+def test_bench_runs_on_noise_and_says_so(config, capsys):
+    words = ["--set", "data.train=no/such/shards", "--resolution", 32, "--steps", 1, "--variants", "baseline", "--bf16"]
+    assert command("bench", "--cfg", config, *words) == 0
+    out = capsys.readouterr().out
+    assert "noise instead of images: waiting for data is not measured" in out
+    assert "at 32 px on CPU" in out and ", bf16, batch 8 in ghosts of 4" in out
+
+
+def test_bench_refuses_what_it_cannot_compare(config, capsys):
+    said = refusal(capsys, "bench", "--cfg", config, "--variants", "sd,fast")
+    assert said == "sdtrain: --variants has fast; choose from baseline, sd-l1, sd-plain, sd, sd-bf16"
+    said = refusal(capsys, "bench", "--cfg", config, "--steps", 0)
+    assert said == "sdtrain: --steps 0: measure at least 1 step"
+    said = refusal(capsys, "bench", "--cfg", "dirac")
+    assert said == "sdtrain: dirac: method dirac has no self-distillation (sd) whose cost could be shown"
+    said = refusal(capsys, "bench", "--cfg", config, "--set", "data.train=no/such/shards")
+    assert said == "sdtrain: no/such/shards cannot be read and says no size; add --resolution PIXELS"

@@ -52,10 +52,11 @@ class Source:
         network = load_network(self.file, ROLE[weights])
         if network.player != "Generator":
             raise ConfigError(f"{self.file} holds a discriminator, which makes no images; give the file of a generator")
-        net = network.build()
+        net: Any = network.build()
         if not hasattr(net, "z_dim"):
             raise ConfigError(f"{self.file} holds {network.kind}, which enlarges images; use `sdtrain upscale`")
-        self.kind, self.role, self.net, self.device = network.kind, network.role, net.to(device), device
+        self.kind, self.role, self.device = network.kind, network.role, device
+        self.net: Any = net.to(device)
         self.config = config_of(self.file)
         self.seed = seed if seed is not None else self.config.seed if self.config else 0
         self.batch_size = batch_size

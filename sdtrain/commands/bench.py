@@ -1,0 +1,238 @@
+"""`sdtrain bench --cfg NAME`: the paper's Table 2 for any configuration and machine - what self-distillation costs.
+
+Variants are interleaved in one process, so that a busy machine slows all of them alike. Without data it runs on noise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sdtrain.errors import EXIT_OK, ConfigError, DataError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sdtrain.commands.variants import Variant
+
+# variant -> keys of the configuration
+VARIANTS: dict[str, list[str]] = {
+    "baseline": ["sd.alpha=0", "sd.log=false"],
+    "sd-l1": ["sd.loss=l1", "sd.augment=false"],
+    "sd-plain": ["sd.loss=lpips-vgg", "sd.augment=false"],
+    "sd": ["sd.loss=lpips-vgg", "sd.augment=true"],
+    "sd-bf16": ["sd.loss=lpips-vgg", "sd.augment=true", "sd.precision=bf16"],
+}
+DEFAULT = "baseline,sd-l1,sd"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--cfg", required=True, metavar="FILE|NAME", help="configuration with an `sd` section")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="override one key; repeat as you like")
+    add("--variants", default=DEFAULT, help=f"comma-separated, of {', '.join(VARIANTS)} (default: {DEFAULT})")
+    add("--steps", type=int, default=10, help="measured steps of each variant; one more warms up (default: 10)")
+    add("--resolution", type=int, help="side of the images in pixels (default: that of the configuration)")
+    add("--bf16", action="store_true", help="trained networks in bf16 (precision: bf16)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: a GPU where there is one)")
+    add("--json", type=Path, metavar="FILE", help="append the figures as one JSON row")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Returns 0; raises ConfigError for a configuration without self-distillation or an unknown variant."""
+    configs = configurations(args)
+    import torch
+
+    from sdtrain.commands.variants import Clock, Variant, compare
+
+    has_gpu = torch.cuda.is_available()
+    device = torch.device(("cuda" if has_gpu else "cpu") if args.device == "auto" else args.device)
+    clock = Clock(device)
+    first = next(iter(configs.values()))
+    source = Source(first, args.resolution, device)
+    variants = [Variant(n, c, device, source.resolution, source.num_classes) for n, c in configs.items()]
+    with source:
+        compare(variants, source.batches(), args.steps, clock)
+    found = figures(variants)
+    found |= {"cfg": args.cfg, "resolution": source.resolution, "device": device.type, "clock": clock.name}
+    print(header(first, source, found, args.steps))
+    print(table(found))
+    costly = [v for v in variants if v.method.distance is not None]
+    if costly:
+        found["distillation"] = distillation(costly[-1], variants[0], source, args.steps, clock)
+        print(render_distillation(found["distillation"]))
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        with args.json.open("a") as out:
+            out.write(json.dumps(found) + "\n")
+    return EXIT_OK
+
+
+def configurations(args: argparse.Namespace) -> dict[str, Any]:
+    """The configuration of each variant, before torch is imported. Frozen networks are random: time is the same."""
+    from sdtrain.config import load_config
+
+    names = [name.strip() for name in args.variants.split(",") if name.strip()]
+    unknown = [name for name in names if name not in VARIANTS]
+    if unknown or not names:
+        raise ConfigError(f"--variants has {', '.join(unknown) or 'no name'}; choose from {', '.join(VARIANTS)}")
+    if args.steps < 1:
+        raise ConfigError(f"--steps {args.steps}: measure at least 1 step")
+    common = [*args.set, *(["precision=bf16"] if args.bf16 else [])]
+    common += [f"data.resolution={args.resolution}"] if args.resolution else []
+    config = load_config(args.cfg, common)
+    if not hasattr(config, "sd"):
+        raise ConfigError(f"{args.cfg}: method {config.method} has no self-distillation (sd) whose cost could be shown")
+    common += ["weights.lpips=random", "weights.features=random", f"sd.alpha={config.sd.alpha or 1.0}"]
+    return {name: load_config(args.cfg, [*common, *VARIANTS[name]]) for name in names}
+
+
+class Source:
+    """Batches of the configured data, or noise of the same shape when it cannot be read."""
+
+    def __init__(self, config: Any, resolution: int | None, device: Any) -> None:
+        from sdtrain.data.dataset import open_dataset
+
+        self.config, self.device = config, device
+        self.stream: Any = None
+        self.num_classes = 0
+        self.note = "noise instead of images: waiting for data is not measured"
+        try:
+            dataset = open_dataset(config.data.train, cache=config.data.cache)
+        except (DataError, OSError):
+            dataset = None
+        wanted = resolution or config.data.resolution or (dataset.resolution if dataset else None)
+        if wanted is None:
+            raise ConfigError(f"{config.data.train} cannot be read and says no size; add --resolution PIXELS")
+        self.resolution = int(wanted)
+        if dataset is not None and dataset.resolution == wanted and dataset.num_samples >= config.batch_size:
+            self._open(dataset)
+
+    def _open(self, dataset: Any) -> None:
+        from sdtrain.data.stream import Stream
+
+        c = self.config
+        shape = {"seed": c.seed, "batch_size": c.batch_size, "ghost_batch": c.ghost_batch}
+        pace = {"workers": c.data.workers, "prefetch": c.data.prefetch, "xflip": c.data.xflip}
+        self.stream = Stream(dataset, ghosts=range(c.num_ghosts), **shape, **pace)
+        self.num_classes, self.note = dataset.num_classes, f"images of {dataset.source}, {c.data.workers} workers"
+
+    def __enter__(self) -> Source:
+        if self.stream is not None:
+            self.stream.__enter__()
+        return self
+
+    def __exit__(self, *problem: Any) -> None:
+        if self.stream is not None:
+            self.stream.__exit__(*problem)
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        while self.stream is None:
+            yield self.noise()
+        for batch in self.stream:
+            labels = None if batch.labels is None else batch.labels.to(self.device)
+            yield batch.images.to(self.device), labels
+
+    def noise(self) -> tuple[Tensor, Tensor | None]:
+        """Images and, for a data set with classes, labels that all say the first one."""
+        import torch
+
+        from sdtrain.commands.variants import synthetic
+
+        labels = torch.eye(self.num_classes)[[0] * self.config.batch_size] if self.num_classes else None
+        images = synthetic(self.config, self.resolution, self.device)
+        return images, None if labels is None else labels.to(self.device)
+
+
+def figures(variants: list[Variant]) -> dict[str, Any]:
+    """Medians by variant; ratios are medians of the ratios of the same round."""
+    first = variants[0]
+    found: dict[str, Any] = {"variants": {}}
+    for variant in variants:
+        rounds = variant.rounds()
+        shares = variant.shares()
+        batch = variant.config.batch_size
+        found["variants"][variant.name] = {
+            "sec_per_kimg": statistics.median(rounds) / batch * 1000,
+            "ratio": statistics.median(own / base for own, base in zip(rounds, first.rounds())),
+            "memory_gb": variant.memory / 1e9,
+            "memory_ratio": variant.memory / max(first.memory, 1),
+            "data_wait": statistics.median(variant.waited),
+            "phases": {
+                name: statistics.median(seconds) * shares[name] / batch * 1000
+                for name, seconds in variant.seconds.items()
+            },
+        }
+    return found
+
+
+def header(config: Any, source: Source, found: dict[str, Any], steps: int) -> str:
+    import torch
+
+    place = torch.cuda.get_device_name(source.device) if source.device.type == "cuda" else "CPU"
+    return (
+        f"{found['cfg']} at {source.resolution} px on {place}, {found['clock']}, {config.precision}, batch "
+        f"{config.batch_size} in ghosts of {config.ghost_batch}\n"
+        f"{source.note}; frozen networks with random weights; medians of {steps} interleaved steps"
+    )
+
+
+def table(found: dict[str, Any]) -> str:
+    """Table 2 of the SD-GAN paper."""
+    memory = "peak GB" if found["device"] == "cuda" else "GB kept *"
+    lines = [
+        f"  {'variant':<10}{'s/kimg':>10}{'overhead':>10}{memory:>11}{'overhead':>10}{'data wait':>11}   s/kimg of"
+    ]
+    for name, v in found["variants"].items():
+        phases = "  ".join(f"{phase} {seconds:.2f}" for phase, seconds in v["phases"].items())
+        lines.append(
+            f"  {name:<10}{v['sec_per_kimg']:>10.2f}{v['ratio'] - 1:>+10.1%}{v['memory_gb']:>11.3f}"
+            f"{v['memory_ratio'] - 1:>+10.1%}{v['data_wait']:>11.1%}   {phases}"
+        )
+    if found["device"] != "cuda":
+        lines.append("  * weights, gradients, Adam and what one backward of G keeps; no allocator to ask on a CPU")
+    return "\n".join(lines)
+
+
+def distillation(variant: Variant, baseline: Variant, source: Source, steps: int, clock: Any) -> dict[str, Any]:
+    """The parts of L_SD of one variant, and the least time this machine could need for them."""
+    import torch
+
+    from sdtrain.commands.variants import cost_of_distillation, machine_rates
+
+    parts = cost_of_distillation(variant, *source.noise(), steps, clock)
+    chunk = variant.config.ghost_batch * (variant.config.ghosts_at_once or variant.config.num_ghosts)
+    bf16 = "bf16" in (variant.config.precision, variant.config.sd.precision)
+    speed, bandwidth = machine_rates(source.device, torch.bfloat16 if bf16 else torch.float32, clock)
+    flops, kept = (sum(part[key] for part in parts.values()) / chunk for key in ("flops", "bytes"))
+    extra = [v - b for v, b in zip(variant.seconds["G"], baseline.seconds["G"])]
+    return {
+        "variant": variant.name,
+        "baseline": baseline.name,
+        "parts": {name: {key: value / chunk for key, value in part.items()} for name, part in parts.items()},
+        "measured_extra": statistics.median(extra) / variant.config.batch_size,
+        "gflop_per_s": speed / 1e9,
+        "gb_per_s": bandwidth / 1e9,
+        "floor_flops": flops / speed,
+        "floor_bytes": 2 * kept / bandwidth,  # what backward needs is written once and read once
+    }
+
+
+def render_distillation(d: dict[str, Any]) -> str:
+    total = sum(part["seconds"] for part in d["parts"].values())
+    lines = [f"  cost of L_SD in {d['variant']}, per image"]
+    for name, part in d["parts"].items():
+        size = f"{part['flops'] / 1e9:9.3f} GFLOP" if part["flops"] else ""
+        lines.append(f"    {name:<18}{part['seconds'] * 1000:9.2f} ms{part['seconds'] / total:8.0%}  {size}")
+    floor, extra = max(d["floor_flops"], d["floor_bytes"]), d["measured_extra"] * 1000
+    lines += [
+        f"    {'sum':<18}{total * 1000:9.2f} ms; phase G is {extra:.2f} ms longer than that of {d['baseline']}",
+        f"    {'floor':<18}{floor * 1000:9.2f} ms; we take {total / max(floor, 1e-12):.1f} times that, the larger of",
+        f"      {d['floor_flops'] * 1000:.2f} ms for FLOPs at {d['gflop_per_s']:.0f} GFLOP/s (a large matrix product)",
+        f"      {d['floor_bytes'] * 1000:.2f} ms for what backward keeps at {d['gb_per_s']:.1f} GB/s (a copy)",
+    ]
+    return "\n".join(lines)
