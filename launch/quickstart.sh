@@ -18,7 +18,25 @@ setup_venv quickstart
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # one thread a rank
 export SDTRAIN_CPU="${SDTRAIN_CPU-1}"           # set it empty to use GPUs
 
-if [ ! -f "data/$name/shards/manifest.json" ]; then
+# Super-resolution: 64 px pieces to train on, and 192 px pieces of two photographs that no stage of training sees.
+pack_for_sdakd() {
+    local data="data/$name" part
+    python -c 'import sys; from sdtrain.data.photos import *; export_photos(sys.argv[1], None, PICTURES)' "$data/photos"
+    echo rocket.png > "$data/val.txt"
+    echo coffee.png > "$data/test.txt"
+    cat "$data/val.txt" "$data/test.txt" > "$data/held_back.txt"
+    for part in val test; do
+        sdtrain pack "$data/photos" "$data/$part" --tile 192 --list "$data/$part.txt" --shard-count 1
+    done
+    sdtrain pack "$data/photos" "$data/shards" --tile 64 --stride 16 --exclude-list "$data/held_back.txt" --shard-count 2
+}
+
+if [ -f "data/$name/shards/manifest.json" ]; then
+    say "data/$name is packed already"
+elif [ "$name" = quickstart_sdakd ]; then
+    say "cutting photographs into pieces and packing them"
+    pack_for_sdakd
+else
     say "cutting photographs into 32 px pieces and packing them"
     python -c 'import sys; from sdtrain.data.photos import *; export_photos(sys.argv[1], 256, PICTURES)' "data/$name/photos"
     sdtrain pack "data/$name/photos" "data/$name/shards" --tile 32 --stride 8 --shard-count 4
@@ -29,10 +47,14 @@ say "training on 2 ranks (again from the last checkpoint, if there is one)"
 accelerate launch --multi_gpu --num_machines 1 --num_processes 2 --main_process_port 0 --mixed_precision no \
     --dynamo_backend no sdtrain/main.py --cfg "$name"
 
-say "evaluating"
-sdtrain evaluate "runs/$name"
-
-say "done. Look at:"
-echo "  runs/$name/samples/     what the generator drew from the same latents as training went on"
+if [ "$name" = quickstart_sdakd ]; then
+    say "done. The table above compares student, teacher and bicubic enlargement on photographs held back. Look at:"
+    echo "  runs/$name/samples/     strips LQ | student | teacher | HQ, and what the discriminators say"
+else
+    say "evaluating"
+    sdtrain evaluate "runs/$name"
+    say "done. Look at:"
+    echo "  runs/$name/samples/     what the generator drew from the same latents as training went on"
+fi
 echo "  tensorboard --logdir runs/$name/tensorboard"
 [ -x "$(command -v sdtrain)" ] && echo "  (first: source ${VENV#"$ROOT"/}/bin/activate)"
