@@ -10,7 +10,10 @@ from sdtrain.errors import ConfigError, DataError, WeightsError
 
 
 def check_data(config: Any, keep_index: bool = True) -> Any:
-    """Open the training data, writing nothing without `keep_index`. Raises `DataError` for too few samples, `ConfigError` for a resolution that cannot be."""
+    """Open the training data; without `keep_index` nothing is written.
+
+    Raises `DataError` for too few samples, `ConfigError` for a resolution that cannot be.
+    """
     from sdtrain.data.dataset import open_dataset
 
     dataset = open_dataset(config.data.train, cache=config.data.cache, keep_index=keep_index)
