@@ -51,9 +51,17 @@ if [ "$name" = quickstart_sdakd ]; then
     say "done. The table above compares student, teacher and bicubic enlargement on photographs held back. Look at:"
     echo "  runs/$name/samples/     strips LQ | student | teacher | HQ, and what the discriminators say"
 else
-    say "evaluating"
-    sdtrain evaluate "runs/$name"
-    say "done. Look at:"
+    say "what validation saw (runs/$name/metrics.jsonl)"
+python - "runs/$name/metrics.jsonl" <<'PYTHON'
+import json, sys
+
+rows = [row for row in map(json.loads, open(sys.argv[1])) if row["kind"] == "eval"]
+for row in rows:
+    values = {k: v for k, v in row.items() if isinstance(v, float)}
+    print(f"  {row['seen_img']:>7} images  {row['split']:<4}  " + "  ".join(f"{k} {v:.3f}" for k, v in values.items()))
+PYTHON
+
+say "done. Look at:"
     echo "  runs/$name/samples/     what the generator drew from the same latents as training went on"
 fi
 echo "  tensorboard --logdir runs/$name/tensorboard"
