@@ -334,6 +334,12 @@ def test_lambda_2_auto_balances_eq_3_once_and_is_kept(finished):
     assert state["method"]["lambda_2"] == pytest.approx(late[0]["G/lambda_2"], rel=1e-6)
 
 
+def test_a_finished_run_that_is_started_again_measures_nothing_twice(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    assert main(["--cfg", str(finished.parent / "tiny.yaml"), "--out", str(tmp_path / "run")]) == 0
+    assert rows(tmp_path / "run") == rows(finished)
+
+
 def killed_at(finished: Path, position: int, target: Path) -> Path:
     """The run folder as a kill right after the checkpoint at `position` leaves it; best/ is lost as well."""
     shutil.copytree(finished, target)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from sdtrain.engine.checkpoint import save_tensors, write_atomically
-from sdtrain.engine.ranks import barrier, is_main, rank, sum_over_ranks, world
+from sdtrain.engine.ranks import barrier, gather_objects, is_main, rank, sum_over_ranks, world
 from sdtrain.methods.phase import Chunk
 from sdtrain.rng import Draws
 from sdtrain.tasks import sr_pictures
@@ -51,6 +51,11 @@ class Task:
         """The last weights of a stage are validated before they are saved, unless that has just happened."""
         return bool(self.eval_img)
 
+    @property
+    def stage(self) -> str:
+        """The present stage; the last one when a finished run is opened again."""
+        return (getattr(self.run, "stage", None) or self.method.stages[-1]).name
+
     def of(self, split: str) -> ValidationList:
         if split not in self.lists:
             run = self.run
@@ -59,7 +64,7 @@ class Task:
 
     def evaluate(self, split: str) -> None:
         """Measure the stage's average on the list; remember it when it is the best of the stage so far."""
-        run, name = self.run, self.method.evaluated_in(self.run.stage.name)
+        run, name = self.run, self.method.evaluated_in(self.stage)
         if name in self.method.teachers:  # it does not change while only its discriminator trains
             return
         values = self._measure(split, lambda i, factor: self.of(split).upscale(run.nets[name], i, factor))
@@ -73,15 +78,15 @@ class Task:
 
     def _row(self, kind: str, split: str, values: dict[str, float], **more: Any) -> None:
         run = self.run
-        where = {"seen_img": run.seen_img, "stage": run.stage.name, "split": split}
+        where = {"seen_img": run.seen_img, "stage": self.stage, "split": split}
         run.folder.row(kind=kind, **where, **more, **values, protocol=self.of(split).protocol())
         shown = "  ".join(f"{n} {v:.4g}" for n, v in values.items())
-        log.info("%s %s %s  %s", kind, split, more.get("method", run.stage.name), shown)
+        log.info("%s %s %s  %s", kind, split, more.get("method", self.stage), shown)
 
     def keep_best(self, values: dict[str, float]) -> None:
         """The paper's rule: lowest validation FID (or whatever `validation.select_by` says), in each stage."""
         run, key = self.run, self.config.validation.select_by
-        stage = run.stage.name
+        stage = self.stage
         sign = -1 if key in HIGHER_IS_BETTER else 1
         before = run.best.get(stage, {}).get(key, sign * math.inf)
         if not sign * values[key] < sign * before:
@@ -119,7 +124,11 @@ class Task:
         return card | ({"resolution": self.run.kit.resolution} if faces else {})
 
     def hand_over(self) -> dict[str, dict[str, Tensor]]:
-        """The best weights of the stage that is over; the next stage begins to collect its own."""
+        """The best weights of the stage that is over, whose last are kept; the next begins to collect its own."""
+        names = [stage.name for stage in self.method.stages]
+        at = names.index(self.stage)
+        if at:
+            self.write_last(names[at - 1])
         best, self.best = self.best, {}
         return best
 
@@ -136,24 +145,29 @@ class Task:
             self.write_best(list(self.run.best)[-1])  # best/ is what this checkpoint knows, whatever came after it
 
     def leave_stage(self) -> None:
-        """Keep how the stage ended beside its best."""
-        run, stage = self.run, self.run.stage.name
-        trained = [net for nets in self.method.players(stage).values() for net in nets]
+        """Kept when the next stage begins or the run ends: then a kill between the two loses nothing."""
+
+    def write_last(self, stage: str) -> None:
+        """How a stage ended, beside its best."""
+        run = self.run
+        trained = [net for nets in self.method.players(stage).values() for net in nets if net != "MLP"]
         for net in trained if is_main() else ():
-            role = "D" if net.startswith("D") else "G" if net != "MLP" else ""
-            if role:
-                source = self.method.evaluated_in(stage) if role == "G" else net
-                self.write_network(f"{stage}_last_{role}", source, run.nets[source].module.state_dict())
+            source = net if net.startswith("D") else self.method.evaluated_in(stage)
+            self.write_network(f"{stage}_last_{net[0]}", source, run.nets[source].module.state_dict())
         barrier()
 
     def finish(self) -> None:
         """Pictures of the end, the test list once with the best weights, and the table."""
         run, c = self.run, self.config
+        split = "test" if c.data.test else "val"
+        if self.tested(split):
+            log.info("%s was measured already; see %s", split, run.folder.metrics)
+            return
+        self.write_last(self.stage)
         if c.sample_img and not run.due(c.sample_img):
             self.pictures()
         if not self.eval_img:
             return
-        split = "test" if c.data.test else "val"
         table = {"bicubic": self._measure(split, self.of(split).bicubic)}
         if "G_T" in run.nets:
             table["teacher"] = self._measure(split, self._upscaler(split, run.nets["G_T"].module))
@@ -165,12 +179,21 @@ class Task:
             self._row("eval", "test", table["student"], weights="ema")
         self.report(split, table)
 
+    def tested(self, split: str) -> bool:
+        """Whether the run has ended before: its last rows are those of `finish`. The same answer on all ranks."""
+        log_file = self.run.folder.metrics
+        text = log_file.read_text() if is_main() and log_file.exists() else ""
+        kind = "eval" if split == "test" else "baseline"
+        rows = [json.loads(line) for line in text.splitlines()]
+        found = [r for r in rows if r["kind"] == kind and r["split"] == split and r["seen_img"] == self.run.seen_img]
+        return bool(gather_objects(len(found))[0])
+
     def _upscaler(self, split: str, net: Any) -> Any:
         return lambda i, factor: self.of(split).upscale(net, i, factor)
 
     def best_network(self) -> Any:
         """A copy of the average with the best weights of the last stage (its last weights where nothing was chosen)."""
-        name = self.method.evaluated_in(self.run.stage.name)
+        name = self.method.evaluated_in(self.stage)
         net = copy.deepcopy(self.run.nets[name].module)
         if name in self.best:
             net.load_state_dict(self.best[name])
