@@ -1,4 +1,4 @@
-"""Train: `accelerate launch sdtrain/main.py --cfg NAME_OR_FILE`. The same command resumes. torchrun and python work too."""
+"""Train: `accelerate launch sdtrain/main.py --cfg NAME_OR_FILE`, or torchrun, or python. The same command resumes."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from typing import Any
 if __name__ == "__main__":  # run as a script: the repository root takes the place of this folder on the import path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from sdtrain.errors import EXIT_OK, EXIT_USER_ERROR, UserError
+from sdtrain.errors import EXIT_OK, UserError
 
 log = logging.getLogger("sdtrain")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--cfg", required=True, metavar="FILE|NAME", help="configuration: a path, or a name in configs/")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one key; repeat as you like")
-    parser.add_argument("--out", metavar="DIR", help="run folder (default: runs/NAME); holds a run already? it goes on from there")
-    parser.add_argument("--plan", action="store_true", help="print what the run would need and do, touch nothing")
-    parser.add_argument("--allow", action="append", default=[], metavar="KEY", help="resume although this key has changed")
+    add = parser.add_argument
+    add("--cfg", required=True, metavar="FILE|NAME", help="configuration: a path, or a name in configs/")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="override one key; repeat as you like")
+    add("--out", metavar="DIR", help="run folder (default: runs/NAME); holds a run already? it goes on from there")
+    add("--plan", action="store_true", help="print what the run would need and do, touch nothing")
+    add("--allow", action="append", default=[], metavar="KEY", help="resume although this key has changed")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -43,8 +44,10 @@ def run(args: argparse.Namespace) -> int:
 
 def train(config: Any, out: Path, allow: list[str]) -> int:
     """Check everything that can be checked cheaply, join the other ranks, resume, train."""
+    from sdtrain.engine.preempt import StopRequest
     from sdtrain.plan import check_data, check_initial, check_weights_needed, make_plan
 
+    stop = StopRequest().listen()  # a signal that comes while things load is obeyed after the first step
     dataset = check_data(config)
     used = check_weights_needed(config)
     check_folder(config, out, allow)
@@ -62,7 +65,7 @@ def train(config: Any, out: Path, allow: list[str]) -> int:
     write_down(run, make_plan(config, run, initial) if not run.step else None, used)
     announce(run, checkpoint, refused)
     run.folder.open_log(run.seen_img)
-    run.stop.listen()
+    run.stop = stop
     return train_loop(run, checkpoint)
 
 
@@ -83,7 +86,8 @@ def start(config: Any) -> Any:
     device = start_ranks()
     from sdtrain.engine.ranks import is_main
 
-    logging.basicConfig(level=logging.INFO if is_main() else logging.WARNING, format="%(asctime)s  %(message)s", datefmt="%H:%M:%S")
+    level = logging.INFO if is_main() else logging.WARNING
+    logging.basicConfig(level=level, format="%(asctime)s  %(message)s", datefmt="%H:%M:%S")
     return device
 
 
@@ -128,7 +132,8 @@ def announce(run: Any, checkpoint: Any, refused: list[str]) -> None:
     for reason in refused:
         log.warning("checkpoint %s", reason)
     log.info("%s on %d rank(s), %s", run.dataset.describe(), world(), run.device)
-    log.info("%d ghosts of %d images a step, %d here at once", run.num_ghosts, run.config.ghost_batch, run.ghosts_at_once)
+    ghosts = (run.num_ghosts, run.config.ghost_batch, run.ghosts_at_once)
+    log.info("%d ghosts of %d images a step, %d here at once", *ghosts)
     if checkpoint is None:
         log.info("starting in %s", run.folder.path)
     else:
@@ -136,19 +141,17 @@ def announce(run: Any, checkpoint: Any, refused: list[str]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point with the exit codes of the contract: 0, 2 for a user error, 75 for a stop on request."""
+    """Entry point with the exit codes of the contract: 0, 2 for a user error, 75 for a stop on request, 130: Ctrl-C."""
     parser = argparse.ArgumentParser(prog="sdtrain/main.py", description=__doc__)
     add_arguments(parser)
     args = parser.parse_args(argv)
-    try:
-        return run(args)
-    except UserError as error:
-        tell(error)
-        return EXIT_USER_ERROR
+    from sdtrain.cli import run_command
+
+    return run_command(lambda: run(args))
 
 
 def tell(error: UserError) -> None:
-    """Print the sentence once: before ranks have met all of them see the same problem, afterwards it may be one rank's own."""
+    """Print the sentence once: until ranks have met all see the same problem, afterwards it may be one rank's own."""
     ranks = sys.modules.get("sdtrain.engine.ranks")
     met = ranks is not None and ranks.world() > 1
     if met or os.environ.get("RANK", "0") == "0":
