@@ -50,7 +50,7 @@ class Config:
     ghost_batch: Count
     """Images a ghost: the unit of batch statistics and random numbers."""
     ghosts_at_once: Count | None = None
-    """Ghosts in one forward pass; null = all of the rank, less saves memory."""
+    """summation fast: ghosts in one forward pass; null = all of the rank, less saves memory. exact takes one."""
     summation: Literal["exact", "fast"] = "exact"
     """exact: one forward a ghost, sums in float64; the curve is the same, number for number, on any number of ranks.
     fast: several ghosts at once, overlapped with sharing; equal up to rounding, which training amplifies."""
@@ -224,6 +224,7 @@ def _broken_rules(
 def common_problems(config: Config, world: int | None) -> Iterator[tuple[str, str]]:
     """Combinations of common keys that cannot work, as (keys, sentence)."""
     yield from _batch_problems(config, world)
+    yield from _sum_problems(config)
     yield from _time_problems(config)
     if not config.name or "/" in config.name or config.name.startswith("."):
         yield "name", f"name '{config.name}' cannot be a folder name: use letters, digits, - and _"
@@ -246,6 +247,12 @@ def _batch_problems(config: Config, world: int | None) -> Iterator[tuple[str, st
             f"{world} ranks cannot share {config.num_ghosts} ghosts (batch_size {batch} / ghost_batch {ghost}) "
             f"evenly: launch one of {sizes} ranks",
         )
+
+
+def _sum_problems(config: Config) -> Iterator[tuple[str, str]]:
+    if config.summation == "exact" and (config.ghosts_at_once or 1) > 1:
+        keys = "ghosts_at_once, summation"
+        yield keys, f"summation exact takes one ghost at once, not {config.ghosts_at_once}: leave it out or set fast"
 
 
 def _time_problems(config: Config) -> Iterator[tuple[str, str]]:
