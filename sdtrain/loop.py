@@ -98,6 +98,7 @@ def tick(run: Run) -> None:
     losses = run.engine.meter.means()
     run.engine.meter.clear()
     seconds, sections = run.watch.read()
+    seconds -= sections.get("evaluate", 0.0)  # speed and ETA are those of training
     run.watch.restart()
     images = (run.seen_img - run.last_tick_img) or run.config.batch_size
     run.last_tick_img = run.seen_img
