@@ -319,3 +319,118 @@ def test_bench_refuses_what_it_cannot_compare(config, capsys):
     assert said == "sdtrain: dirac: method dirac has no self-distillation (sd) whose cost could be shown"
     said = refusal(capsys, "bench", "--cfg", config, "--set", "data.train=no/such/shards")
     assert said == "sdtrain: no/such/shards cannot be read and says no size; add --resolution PIXELS"
+
+
+# report
+
+
+def protocol(seed: int, **changes) -> dict:
+    return {"metrics": ["fid"], "num_fake": 100, "num_real": 50, "real_hash": "x", "latents_seed": seed, **changes}
+
+
+def written_run(folder: Path, values: list[float], seed: int = 0, **changes) -> Path:
+    """A run folder with evaluations every 100 images and one loss."""
+    folder.mkdir(parents=True)
+    found = []
+    for number, value in enumerate(values, 1):
+        found.append({"kind": "train", "seen_img": 100 * number, "G/adv": 1 / number, "G/loss": 5.0})
+        more = {"fid": value, "rfid": 2 * value, "rfid_std": 0.5, "precision": 0.5}
+        found.append({"kind": "eval", "seen_img": 100 * number, **more, "protocol": protocol(seed, **changes)})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
+    return folder
+
+
+def test_the_report_has_the_best_evaluation_of_each_run_and_a_picture(tmp_path, capsys):
+    runs = [written_run(tmp_path / "sd", [9.0, 3.25, 4.0]), written_run(tmp_path / "baseline", [9.0, 8.0, 7.5])]
+    assert command("report", *runs, "--out", tmp_path / "page.md") == 0
+    page = (tmp_path / "page.md").read_text()
+    assert "Best evaluation of each run, 100 generated against 50 real images." in page
+    assert "| sd | 200 | 3.250 | 6.500 +- 0.500 | 0.500 |" in page
+    assert "| baseline | 300 | 7.500 | 15.000 +- 0.500 | 0.500 |" in page
+    assert "![page](page.png)" in page
+    assert pixels(tmp_path / "page.png").shape[1] > 1000
+
+
+def test_runs_that_differ_only_by_seed_become_a_mean_and_a_deviation(tmp_path):
+    from sdtrain.commands import report
+
+    folders = [written_run(tmp_path / f"sd-seed{i}", [4.0 + i, 2.0 + 2 * i][: 2 - (i == 2)], seed=i) for i in range(3)]
+    runs = [report.read_run(path) for path in (*folders, written_run(tmp_path / "sdx", [1.0]))]
+    groups = report.grouped(runs)
+    assert {name: len(members) for name, members in groups.items()} == {"sd": 3, "sdx": 1}
+    # the third run has not come to 200 images: a mean of two would look like progress
+    assert report.series(groups["sd"], "fid", "eval") == [(100, 5.0, 1.0)]
+    assert report.series(groups["sd"][:2], "fid", "eval") == [(100, 4.5, 0.5**0.5), (200, 3.0, 2**0.5)]
+    report.require_one_protocol(runs)
+
+
+def test_numbers_of_unlike_protocols_are_not_put_into_one_table(tmp_path, capsys):
+    one, two = written_run(tmp_path / "a", [1.0]), written_run(tmp_path / "b", [1.0], num_fake=50_000)
+    said = refusal(capsys, "report", one, two, "--out", tmp_path / "page.md")
+    assert said == (
+        f"sdtrain: {one} and {two} were measured in different ways (num_fake: 100 and 50000), so their numbers do not "
+        "belong in one table; evaluate both with the same settings, or report them one by one"
+    )
+    assert not (tmp_path / "page.md").exists() and not (tmp_path / "page.png").exists()
+
+
+def test_variation_and_interplay_come_from_the_checkpoints(run_folder, tmp_path, capsys):
+    words = ["--variation", "--latents", 4, "--interplay", "--interplay-latents", 24, "--extremes", 9]
+    assert command("report", run_folder, "--out", tmp_path / "page.md", *words, "--lpips", "random") == 0
+    out = capsys.readouterr().out
+    assert "LPIPS between consecutive checkpoints, 4 latents" in out and "| 16, 32 |" in out
+    picture = tmp_path / "page_interplay_toy.png"
+    assert picture.is_file() and f"![{picture.stem}]" in (tmp_path / "page.md").read_text()
+
+
+def test_quadrants_hold_the_extremes_of_both_objectives(run_folder):
+    from argparse import Namespace
+
+    from sdtrain.commands import snapshots
+
+    args = Namespace(device="cpu", lpips="random", interplay_latents=24, extremes=9, batch=5)
+    found = snapshots.interplay(run_folder, args)
+    worst, best = found["worst"], found["best"]
+    assert min(worst["distances"]) >= max(best["distances"])
+    for part in (worst, best):
+        assert part["logits"] == sorted(part["logits"])
+        assert part["images"].shape == (8, 16, 16, 3)
+    again = snapshots.interplay(run_folder, args)
+    assert again["worst"]["indices"] == worst["indices"] and again["best"]["logits"] == best["logits"]
+
+
+REPORT_REFUSALS = [
+    (["--out", "page.pdf"], "--out page.pdf ends in neither .md (a page) nor .png (the curves)"),
+    (["--out", "a.md", "--latents", "1"], "--latents must be at least 2, --batch at least 1"),
+    (
+        ["--out", "a.md", "--interplay", "--interplay-latents", "300"],
+        "--extremes 200: take at least 4, and at most half of the 300 latents",
+    ),
+]
+
+
+@pytest.mark.parametrize(("words", "sentence"), REPORT_REFUSALS)
+def test_report_refuses_arguments_that_cannot_work(words, sentence, tmp_path, capsys):
+    assert refusal(capsys, "report", tmp_path, *words) == f"sdtrain: {sentence}"
+
+
+def test_report_says_what_is_missing(tmp_path, capsys, monkeypatch):
+    page = ["--out", tmp_path / "page.md"]
+    said = refusal(capsys, "report", tmp_path / "x", *page)
+    assert said.endswith("x is no run: it has no metrics.jsonl; give run folders, or files of `evaluate --json`")
+    (tmp_path / "cut.jsonl").write_text('{"kind": "tr')
+    assert refusal(capsys, "report", tmp_path / "cut.jsonl", *page).endswith(
+        "cut.jsonl:1 is not a JSON row; a run " + ("that resumes mends its own file")
+    )
+    (tmp_path / "none.jsonl").write_text("")
+    assert "has no losses and no evaluations yet; wait for the first tick" in refusal(
+        capsys, "report", tmp_path / "none.jsonl", *page
+    )
+    run = written_run(tmp_path / "plain", [1.0])
+    said = refusal(capsys, "report", run, *page, "--variation")
+    assert (
+        "plain has 0 checkpoint(s), and variation compares at least two; raise keep_checkpoints, lower save_img" in said
+    )
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    said = refusal(capsys, "report", run, *page)
+    assert said == "sdtrain: the curves need matplotlib, which is not installed: pip install 'sdtrain[quickstart]'"
