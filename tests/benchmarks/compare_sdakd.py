@@ -132,7 +132,7 @@ def main() -> int:
     parser.add_argument("source", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=800, help="batches of 8 for the student; twice that for the teacher")
+    parser.add_argument("--steps", type=int, default=800, help="batches of 8 for the student; twice for teachers")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no further run after this long")
     args = parser.parse_args()
     os.environ.setdefault("SDTRAIN_CPU", "1")
