@@ -43,16 +43,14 @@ else
 fi
 
 say "training on 2 ranks (again from the last checkpoint, if there is one)"
-# --multi_gpu is what starts several processes, on a CPU as well; --cpu would silently start one
-accelerate launch --multi_gpu --num_machines 1 --num_processes 2 --main_process_port 0 --mixed_precision no \
-    --dynamo_backend no sdtrain/main.py --cfg "$name"
+accelerate launch --config_file launch/cpu2.yaml sdtrain/main.py --cfg "$name"
 
 if [ "$name" = quickstart_sdakd ]; then
     say "done. The table above compares student, teacher and bicubic enlargement on photographs held back. Look at:"
     echo "  runs/$name/samples/     strips LQ | student | teacher | HQ, and what the discriminators say"
 else
     say "what validation saw (runs/$name/metrics.jsonl)"
-python - "runs/$name/metrics.jsonl" <<'PYTHON'
+    python - "runs/$name/metrics.jsonl" <<'PYTHON'
 import json, sys
 
 rows = [row for row in map(json.loads, open(sys.argv[1])) if row["kind"] == "eval"]
@@ -60,8 +58,7 @@ for row in rows:
     values = {k: v for k, v in row.items() if isinstance(v, float)}
     print(f"  {row['seen_img']:>7} images  {row['split']:<4}  " + "  ".join(f"{k} {v:.3f}" for k, v in values.items()))
 PYTHON
-
-say "done. Look at:"
+    say "done. Look at:"
     echo "  runs/$name/samples/     what the generator drew from the same latents as training went on"
 fi
 echo "  tensorboard --logdir runs/$name/tensorboard"
