@@ -74,6 +74,17 @@ def problems(config: Any) -> list[tuple[str, str]]:
     return found
 
 
+def data_problems(config: Any, dataset: Any) -> list[str]:
+    """What the opened shards cannot do: a generator learns from images of its own size."""
+    wanted, there = config.data.resolution, dataset.resolution
+    if wanted is None or there in (None, wanted):
+        return []
+    return [
+        f"{dataset.source} holds images of {there} px and data.resolution is {wanted}: leave the key out, "
+        f"or pack them again with --resolution {wanted}"
+    ]
+
+
 def weights_needed(config: Any) -> dict[str, str]:
     """Frozen networks in use: file -> key of `weights`."""
     distils = config.sd.alpha or config.sd.log
