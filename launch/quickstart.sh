@@ -47,7 +47,7 @@ accelerate launch --config_file launch/cpu2.yaml sdtrain/main.py --cfg "$name"
 
 if [ "$name" = quickstart_sdakd ]; then
     say "done. The table above compares student, teacher and bicubic enlargement on photographs held back. Look at:"
-    echo "  runs/$name/samples/     strips LQ | student | teacher | HQ, and what the discriminators say"
+    echo "  runs/$name/samples/     strips LQ | bicubic | student | teacher | HQ, and what the discriminators say"
 else
     say "what validation saw (runs/$name/metrics.jsonl)"
     python - "runs/$name/metrics.jsonl" <<'PYTHON'

@@ -302,9 +302,9 @@ class Validation:
     """Which."""
     select_by: Literal["fid", "psnr_y", "ssim_y", "lpips"] = "fid"
     """What chooses the best weights of a stage; the paper: lowest FID."""
-    strips: int = 4
-    """Images shown as LQ | student | teacher | HQ."""
-    histogram_images: int = 100
+    strips: Count = 4
+    """Images shown as LQ | bicubic | student | teacher | HQ."""
+    histogram_images: Count = 100
     """Training images behind the histograms of D's outputs (Figures 2 and 3 of SDAKD)."""
 
 

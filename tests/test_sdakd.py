@@ -438,7 +438,8 @@ def test_pictures_show_strips_and_what_discriminators_say(lists, tmp_path):
     assert main(["--cfg", write(tmp_path, tree), "--out", str(tmp_path / "run")]) == 0
     made = tmp_path / "run" / "samples"
     with Image.open(made / "strips_000000016.png") as strip:
-        assert strip.size == (4 * 192, 3 * 2 * 192)  # LQ | student | teacher | HQ, 3 images, each with its middle below
+        assert strip.size == (5 * 192, 3 * 2 * 192)  # LQ | bicubic | student | teacher | HQ, 3 images, details below
+    assert (made / "strips_test_000000016.png").exists()
     said = json.loads((made / "d_outputs_000000016.json").read_text())
     for name in ("D_T", "D_S"):
         assert len(said[name]["probabilities"]) == 3 and sum(said[name]["counts"]) == 3

@@ -3,7 +3,7 @@
     best/G_ema.safetensors, .json   the student validation likes best (of the latest stage), and how to rebuild it
     best/metrics.json               what chose it
     best/STAGE_G.safetensors        the same for each stage; STAGE_last_G, STAGE_last_D: how the stage ended
-    samples/strips_*.png            LQ | student | teacher | HQ, with the middle enlarged below
+    samples/strips_*.png            LQ | bicubic | student | teacher | HQ, with the busiest part enlarged below
     samples/d_outputs_*.png, .json  P(real) of D_T and D_S on images of the student (Figures 2 and 3 of SDAKD)
     inputs/SPLIT.safetensors        the fixed low-quality inputs
 """
@@ -177,6 +177,7 @@ class Task:
             best = self.best_network()
             table["student"] = self._measure("test", self._upscaler("test", best))
             self._row("eval", "test", table["student"], weights="ema")
+            self.strips("test", best)
         self.report(split, table)
 
     def tested(self, split: str) -> bool:
@@ -214,17 +215,19 @@ class Task:
             self.strips()
         self.histograms()
 
-    def strips(self) -> None:
-        run, images = self.run, self.of("val")
+    def strips(self, split: str = "val", student: Any = None) -> None:
+        """Images spread evenly over a list; of validation with the present student, of the test with the best."""
+        run, images = self.run, self.of(split)
         assert images.stored
         if is_main():
-            nets = [run.nets[name] for name in ("G_ema", "G_T") if name in run.nets]
+            nets = [student or run.nets["G_ema"], *([run.nets["G_T"]] if "G_T" in run.nets else [])]
+            count, factor = min(self.config.validation.strips, len(images)), images.factors[-1]
             rows = []
-            for i in range(min(self.config.validation.strips, len(images))):
-                factor = images.factors[-1]
-                made = [images.upscale(net, i, factor)[0].cpu() for net in nets]
-                rows.append(sr_pictures.strip([images.lq(i, factor), *made, images.hq(i)]))
-            run.folder.image("strips", sr_pictures.as_hwc(torch.cat(rows, 1)), run.seen_img)
+            for i in range(0, len(images), len(images) // count)[:count]:
+                made = [images.bicubic(i, factor), *(images.upscale(net, i, factor) for net in nets)]
+                rows.append(sr_pictures.strip([images.lq(i, factor), *(m[0].cpu() for m in made), images.hq(i)]))
+            tag = "strips" if split == "val" else f"strips_{split}"
+            run.folder.image(tag, sr_pictures.as_hwc(torch.cat(rows, 1)), run.seen_img)
         barrier()
 
     def histograms(self) -> None:

@@ -23,7 +23,7 @@ def tile(image: Tensor, window: tuple[int, int, int]) -> Tensor:
 
 
 def strip(images: Sequence[Tensor]) -> Tensor:
-    """Images of one content (the first may be smaller) side by side, and below them the middle enlarged ZOOM times.
+    """Images of one content (the first may be smaller) side by side; below them the busiest part, ZOOM times as large.
 
     uint8 [3, H, W] each -> [3, 2 SIDE, SIDE * len(images)].
     """
@@ -31,9 +31,19 @@ def strip(images: Sequence[Tensor]) -> Tensor:
     full = [_enlarged(image, height, width) for image in images]
     side = min(height, width)
     whole = ((height - side) // 2, (width - side) // 2, side)
+    windows = whole, busiest(images[-1], whole)
+    return torch.cat([torch.cat([tile(image, window) for image in full], 2) for window in windows], 1)
+
+
+def busiest(image: Tensor, whole: tuple[int, int, int]) -> tuple[int, int, int]:
+    """The window of 1 / ZOOM of the side, on a grid of half its size inside `whole`, whose brightness varies most."""
+    top, left, side = whole
     small = max(side // ZOOM, 1)
-    middle = ((height - small) // 2, (width - small) // 2, small)
-    return torch.cat([torch.cat([tile(image, window) for image in full], 2) for window in (whole, middle)], 1)
+    starts = range(0, side - small + 1, max(small // 2, 1))
+    grey = image.float().mean(0)
+    found = [(float(grey[top + y :, left + x :][:small, :small].std()), -y, -x) for y in starts for x in starts]
+    _, y, x = max(found)
+    return top - y, left - x, small
 
 
 def _enlarged(image: Tensor, height: int, width: int) -> Tensor:
