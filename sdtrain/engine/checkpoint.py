@@ -189,7 +189,10 @@ def retain(root: Path, keep: int) -> None:
     """Delete the oldest complete checkpoints beyond `keep`, and leftovers of interrupted saves."""
     for leftover in root.glob(".writing-*"):
         shutil.rmtree(leftover, ignore_errors=True)
-    complete = [p for p in sorted(root.glob("img_*")) if (p / MARKER).exists()]
+    everything = sorted(root.glob("img_*"))
+    complete = [p for p in everything if (p / MARKER).exists()]
+    for unfinished in [p for p in everything if p not in complete and p < max(complete)]:
+        shutil.rmtree(unfinished)  # a deletion that was interrupted
     for old in complete[:-keep] if keep else []:
         fault_point("retention")
         (old / MARKER).unlink()  # from here on it does not count, however far the deletion gets

@@ -1,0 +1,151 @@
+"""Without these, one crash at the wrong moment, one bad disk or one NaN costs a run of weeks.
+
+Invariant 6: a run folder is resumable at every instant after its first save, whatever is killed, cut or filled up.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import make_shards, rows, run_jobs, tensors, tiny_config, unequal, write_config
+
+END, KILLED = 24, -9
+# boundary of the second save (position 16) at which the process is killed -> the position that the next start finds
+BOUNDARIES = {
+    "begin@2": 8,  # the folder exists, no byte is written
+    "mid-save@8": 8,  # some tensor files are there, others not
+    "before-marker@2": 8,
+    "after-marker@2": 8,  # complete, but not under its name yet
+    "after-rename@2": 16,
+    "after-latest@2": 16,
+    "retention": 16,
+    "mid-retention": 16,  # the old one has lost its marker and still has its files
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("faults")
+    make_shards(folder / "shards", samples=24)
+    clock = {"batch_size": 8, "total_img": END, "log_img": 8, "save_img": 8, "keep_checkpoints": 1}
+    write_config(folder / "tiny.yaml", tiny_config(folder / "shards", **clock))
+    return folder
+
+
+def args(place: Path, out: str, *more: str) -> list[str]:
+    return ["--cfg", str(place / "tiny.yaml"), "--out", str(place / out), *more]
+
+
+@pytest.fixture(scope="module")
+def whole(place: Path) -> Path:
+    """An uninterrupted run that keeps all its checkpoints."""
+    done = run_jobs(place, [{"args": args(place, "whole", "--set", "keep_checkpoints=9")}])[0]
+    assert done["code"] == 0, done["said"]
+    return place / "whole"
+
+
+@pytest.fixture(scope="module")
+def killed(place: Path, whole: Path) -> dict[str, list[dict[str, Any]]]:
+    jobs = []
+    for name in BOUNDARIES:
+        jobs += [{"args": args(place, name), "env": {"SDTRAIN_FAULT": name}}, {"args": args(place, name)}]
+    done = run_jobs(place, jobs)
+    return {name: done[2 * i : 2 * i + 2] for i, name in enumerate(BOUNDARIES)}
+
+
+@pytest.mark.parametrize("name", BOUNDARIES)
+def test_killed_at_any_write_boundary_the_run_goes_on_from_the_newest_complete_checkpoint(
+    place: Path, whole: Path, killed: dict[str, list[dict[str, Any]]], name: str
+) -> None:
+    first, second = killed[name]
+    assert first["code"] == KILLED, first["said"]
+    assert second["code"] == 0, second["said"]
+    assert f"going on at {BOUNDARIES[name]} from" in second["said"]
+    assert unequal(tensors(whole, END), tensors(place / name, END)) == []
+    assert rows(whole) == rows(place / name)
+    assert [p.name for p in sorted((place / name / "checkpoints").iterdir())] == [f"img_{END:09d}", "latest"]
+
+
+def test_damaged_checkpoints_are_named_and_an_older_one_is_taken(place: Path, whole: Path) -> None:
+    def cut(file: Path) -> None:
+        file.write_bytes(file.read_bytes()[:-1])
+
+    def flip(file: Path) -> None:
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data)
+
+    damage = {
+        "truncated": lambda newest: cut(newest / "G.safetensors"),
+        "flipped": lambda newest: flip(newest / "D.optim.safetensors"),
+        "missing": lambda newest: (newest / "state.json").unlink(),
+        "unmarked": lambda newest: (newest / "complete.json").unlink(),
+        "garbled": lambda newest: (newest / "complete.json").write_text("{"),
+    }
+    reasons = {
+        "truncated": "G.safetensors does not match its digest",
+        "flipped": "D.optim.safetensors does not match its digest",
+        "missing": "state.json is missing",
+        "unmarked": "it has no marker: the save was interrupted",
+        "garbled": "its marker is unreadable",
+    }
+    for name, harm in damage.items():
+        shutil.copytree(whole, place / name)
+        harm(place / name / "checkpoints" / f"img_{END:09d}")
+        (place / name / "checkpoints" / "latest").write_bytes(b"\xff\x00 img_of_nothing")
+    jobs = [{"args": args(place, name, "--set", "keep_checkpoints=9")} for name in damage]
+    for name, done in zip(damage, run_jobs(place, jobs), strict=True):
+        assert done["code"] == 0, done["said"]
+        assert f"img_{END:09d} is not used: {reasons[name]}" in done["said"]
+        assert "going on at 16 from" in done["said"]
+        assert unequal(tensors(whole, END), tensors(place / name, END)) == []
+        assert rows(whole) == rows(place / name)
+
+
+def test_a_full_disk_ends_the_run_with_one_sentence_and_leaves_the_older_checkpoint(place: Path, whole: Path) -> None:
+    jobs = [{"args": args(place, "full"), "limit": 4096}, {"args": args(place, "full")}]
+    full, after = run_jobs(place, jobs)
+    assert full["code"] == 2 and "Traceback" not in full["said"], full["said"]
+    sentence = next(line for line in full["said"].splitlines() if "cannot write the checkpoint img_000000016" in line)
+    needed = int(sentence.partition("it needs ")[2].split()[0])
+    written = sum(f.stat().st_size for f in (whole / "checkpoints" / "img_000000016").glob("*.safetensors"))
+    assert 0.5 * written < needed <= written  # the tensors; headers come on top
+    assert "are free" in sentence and "earlier checkpoints are untouched" in sentence
+    assert after["code"] == 0 and "going on at 8 from" in after["said"], after["said"]
+    assert unequal(tensors(whole, END), tensors(place / "full", END)) == []
+
+
+@pytest.fixture(scope="module")
+def poisoned(place: Path) -> list[dict[str, Any]]:
+    """On two ranks: a NaN on rank 1 in phase D of the second step, and in the very first; stop, then skip."""
+    def job(out: str, policy: str, step: int) -> dict[str, Any]:
+        more = ["--set", f"on_nonfinite={policy}", "--set", "total_img=16"]
+        return {"args": args(place, out, *more), "nan": {"phase": "D", "rank": 1, "step": step}}
+
+    return run_jobs(place, [job("nan_stop", "stop", 1), job("nan_skip", "skip", 1), job("nan_first", "skip", 0)], 2)
+
+
+def test_a_nan_on_one_rank_stops_all_ranks_and_names_rank_terms_and_step(poisoned: list[dict[str, Any]]) -> None:
+    for told in poisoned[0]["ranks"]:
+        assert told["code"].startswith("NonFinite: phase D at step 1: D/real=nan")
+        assert told["code"].endswith("on rank 1")
+
+
+def test_no_player_moves_on_any_rank_in_a_phase_that_is_not_finite(poisoned: list[dict[str, Any]]) -> None:
+    assert [told["moved"] for job in poisoned for told in job["ranks"]] == [False] * 6
+
+
+def test_skipping_undoes_the_whole_step_counts_it_and_goes_on(place: Path, poisoned: list[dict[str, Any]]) -> None:
+    assert [told["code"] for job in poisoned[1:] for told in job["ranks"]] == [0] * 4
+    for out in ("nan_skip", "nan_first"):
+        assert rows(place / out, "perf")[-1]["skipped_steps"] == 1
+    # step 0 ran, step 1 was undone: the state at 16 images is the state at 8 (G's half of the step included)
+    assert unequal(tensors(place / "nan_skip", 8), tensors(place / "nan_skip", 16)) == []
+
+
+def test_a_skipped_first_step_leaves_fresh_optimizers(place: Path, poisoned: list[dict[str, Any]]) -> None:
+    steps = {n: v.item() for n, v in tensors(place / "nan_first", 16).items() if n.endswith("/step")}
+    assert steps and set(steps.values()) == {1.0}

@@ -1,0 +1,306 @@
+"""What the tests of whole runs share: a small data set, a tiny configuration, and a way to run many jobs in one launch.
+
+Started as a program (`python tests/tiny.py JOBS.json`, alone or under torchrun) it runs `main.py` once a job: alone,
+each job is a forked process that may be killed; on several ranks they follow one another in one process group.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib
+import io
+import json
+import os
+import resource
+import signal
+import sys
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from PIL import Image
+
+SIDE, SAMPLES, SHARDS = 32, 48, 3
+SIGNAL_POINTS = {
+    "before the first step": ("sdtrain.main", "write_down"),
+    "in a step": ("sdtrain.loop", "advance"),
+    "while waiting for data": ("sdtrain.data.stream", "Stream.__next__"),
+    "in a save": ("sdtrain.run", "Run.save"),
+}
+
+
+def picture(number: int) -> np.ndarray:
+    """A smooth colour gradient with a disc, [SIDE, SIDE, 3] uint8, a function of its number."""
+    chance = np.random.default_rng(number)
+    grid = np.stack(np.meshgrid(*[np.linspace(-1, 1, SIDE)] * 2), -1)
+    base = grid @ chance.normal(size=(2, 3)) * 60 + chance.uniform(60, 200, 3)
+    disc = np.linalg.norm(grid - chance.uniform(-0.5, 0.5, 2), axis=-1) < chance.uniform(0.2, 0.6)
+    base[disc] = chance.uniform(0, 255, 3)
+    return base.clip(0, 255).astype(np.uint8)
+
+
+def make_shards(folder: Path, samples: int = SAMPLES) -> Path:
+    """Plain webdataset tars of PNGs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for shard in range(SHARDS):
+        with tarfile.open(folder / f"{shard:03d}.tar", "w") as tar:
+            for number in range(shard, samples, SHARDS):
+                data = io.BytesIO()
+                Image.fromarray(picture(number)).save(data, "PNG")
+                member = tarfile.TarInfo(f"{number:04d}.png")
+                member.size = len(data.getvalue())
+                tar.addfile(member, io.BytesIO(data.getvalue()))
+    return folder
+
+
+def tiny_config(shards: Path, **changes: Any) -> dict[str, Any]:
+    """SD-GAN with ProjectedGAN's networks, 4 ghosts of 4 images, everything on, sized for a core and some seconds.
+
+    `changes` name keys with two underscores for the dot: `sd__loss="l2"`.
+    """
+    generator = {"kind": "fastgan", "z_dim": 16, "ngf": 2, "num_embeddings": 1}
+    discriminator: dict[str, Any] = {"kind": "projected", "num_discs": 2, "interpolate_to": None}
+    discriminator |= {"projection_width": 8, "head_width": 8, "num_embeddings": 1}
+    config: dict[str, Any] = {
+        "method": "sdgan",
+        "batch_size": 16,
+        "ghost_batch": 4,
+        "total_img": 96,
+        "log_img": 32,
+        "sample_img": 0,
+        "eval_img": 0,
+        "save_img": 32,
+        "tensorboard": False,
+        "data": {"train": str(shards), "workers": 0, "xflip": True, "cache": str(shards.parent / "cache")},
+        "model": {"generator": generator, "discriminator": discriminator},
+        "augment": {"kind": "diffaug"},
+        "sd": {"alpha": 1.0, "loss": "l1"},
+        "weights": {"lpips": "random", "features": "random", "inception": "random"},
+        "optimizer": {"G": {"lr": 2.0e-4}, "D": {"lr": 2.0e-4}},
+    }
+    for key, value in changes.items():
+        inner = config
+        *outer, last = key.split("__")
+        for part in outer:
+            inner = inner.setdefault(part, {})
+        inner[last] = value
+    return config
+
+
+def write_config(path: Path, config: dict[str, Any]) -> Path:
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def run_jobs(folder: Path, jobs: list[dict[str, Any]], ranks: int = 1) -> list[dict[str, Any]]:
+    """Run jobs {args, env, signal, nan, limit}; returns {code, said} of each, or {ranks: [...]} on several."""
+    from conftest import run_python, run_ranks
+
+    file = folder / f"jobs_{ranks}_{len(list(folder.glob('jobs_*')))}.json"
+    file.write_text(json.dumps(jobs))
+    program = str(Path(__file__).resolve())
+    done = run_python(program, str(file)) if ranks == 1 else run_ranks(ranks, program, str(file))
+    assert done.returncode == 0, done.stdout + done.stderr
+    if ranks == 1:
+        return json.loads(file.with_suffix(".0").read_text())
+    found = [json.loads(file.with_suffix(f".{r}").read_text()) for r in range(ranks)]
+    return [{"ranks": list(of_job)} for of_job in zip(*found, strict=True)]
+
+
+def rows(out: Path, *kinds: str) -> list[dict[str, Any]]:
+    """Rows of metrics.jsonl of the given kinds (default: those without times in them)."""
+    lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    return [row for row in lines if row["kind"] in (kinds or ("train", "eval"))]
+
+
+def tensors(out: Path, img: int) -> dict[str, Any]:
+    """Every tensor of a checkpoint by FILE:NAME, and its state without what names the world."""
+    from safetensors.numpy import load_file
+
+    folder = out / "checkpoints" / f"img_{img:09d}"
+    found: dict[str, Any] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        found |= {f"{file.stem}:{name}": value for name, value in load_file(file).items()}
+    assert found, folder
+    return found
+
+
+def unequal(one: dict[str, Any], two: dict[str, Any]) -> list[str]:
+    """Names whose bits differ, or that one side lacks."""
+    return [n for n in one.keys() | two.keys() if n not in one or n not in two or not np.array_equal(one[n], two[n])]
+
+
+def worst(one: list[dict[str, Any]], two: list[dict[str, Any]]) -> tuple[float, str]:
+    """The largest relative difference of any logged number of two lists of rows, and its name."""
+    assert len(one) == len(two) and one
+    found = (0.0, "")
+    for a, b in zip(one, two, strict=True):
+        assert a.keys() == b.keys()
+        for name in (n for n in a if isinstance(a[n], float)):
+            found = max(found, (abs(a[name] - b[name]) / max(abs(a[name]), 1e-12), f"{name} at {a['seen_img']}"))
+    return found
+
+
+# As a program
+
+
+def digest_of(players: dict[str, Any]) -> str:
+    """All parameters and optimizer states of all players."""
+    sha = hashlib.sha256()
+    for player in players.values():
+        for name, value in [*player.named.items(), *sorted(player.state().items())]:
+            sha.update(name.encode() + value.detach().numpy().tobytes())
+    return sha.hexdigest()
+
+
+@contextlib.contextmanager
+def wrapped(module: str, path: str, make: Any) -> Iterator[None]:
+    owner: Any = importlib.import_module(module)
+    *outer, name = path.split(".")
+    for part in outer:
+        owner = getattr(owner, part)
+    original = getattr(owner, name)
+    setattr(owner, name, make(original))
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+def signalled(job: dict[str, Any], rank: int) -> Any:
+    """Send this process a signal when it reaches the point of the job for the n-th time."""
+    request = job["signal"]
+    calls = [0]
+
+    def make(original: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls[0] += 1
+            if calls[0] == request.get("time", 1) and rank == request.get("rank", 0):
+                os.kill(os.getpid(), getattr(signal, request["name"]))
+            return original(*args, **kwargs)
+
+        return call
+
+    return wrapped(*SIGNAL_POINTS[request["point"]], make)
+
+
+def poisoned(job: dict[str, Any], rank: int, notes: dict[str, Any]) -> Any:
+    """Make the loss of a phase NaN on one rank, and note whether any player moved in that phase."""
+    import torch
+
+    wish = job["nan"]
+
+    def make(run: Any) -> Any:
+        def call(self: Any, phase: Any, chunks: Any) -> Any:
+            if phase.name != wish["phase"] or chunks[0].step != wish["step"]:
+                return run(self, phase, chunks)
+
+            def loss(chunk: Any) -> Any:
+                total, terms = phase.loss(chunk)
+                factor = torch.nan if rank == wish["rank"] else 1.0
+                return total * factor, {n: t * factor for n, t in terms.items()}
+
+            before = digest_of(self.players)
+            try:
+                return run(self, dataclasses.replace(phase, loss=loss), chunks)
+            finally:
+                notes["moved"] = digest_of(self.players) != before
+
+        return call
+
+    return wrapped("sdtrain.engine.phases", "Engine.run", make)
+
+
+def limited(job: dict[str, Any]) -> Any:
+    """From the n-th save on, no file may grow beyond `limit` bytes, as on a full disk."""
+    calls = [0]
+
+    def make(original: Any) -> Any:
+        def call(self: Any) -> Any:
+            calls[0] += 1
+            if calls[0] == 2:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (job["limit"], resource.RLIM_INFINITY))
+            return original(self)
+
+        return call
+
+    return wrapped("sdtrain.run", "Run.save", make)
+
+
+def do(job: dict[str, Any], rank: int) -> dict[str, Any]:
+    """One run of main.py in this process."""
+    from sdtrain.main import main
+
+    notes: dict[str, Any] = {}
+    with contextlib.ExitStack() as stack:
+        if "signal" in job:
+            stack.enter_context(signalled(job, rank))
+        if "nan" in job:
+            stack.enter_context(poisoned(job, rank, notes))
+        if "limit" in job:
+            stack.enter_context(limited(job))
+        try:
+            code: Any = main(job["args"])
+        except RuntimeError as error:
+            code = f"{type(error).__name__}: {error}"
+    return {"code": code, **notes}
+
+
+def forked(job: dict[str, Any], log: Path) -> dict[str, Any]:
+    """One run in a child process, which may be killed; what it printed and how it ended."""
+    pid = os.fork()
+    if pid == 0:
+        fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(fd, 1)
+        os.dup2(fd, 2)
+        os.environ.update(job.get("env", {}))
+        import sdtrain.engine.checkpoint
+
+        sdtrain.engine.checkpoint._fault = os.environ.get("SDTRAIN_FAULT", "")
+        code = 1
+        try:
+            told = do(job, 0)
+            log.with_suffix(".told").write_text(json.dumps(told))
+            code = told["code"] if isinstance(told["code"], int) else 1
+        except SystemExit as error:
+            code = int(error.code or 0)
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    told_file = log.with_suffix(".told")
+    told = json.loads(told_file.read_text()) if told_file.exists() else {}
+    return {**told, "code": status, "said": log.read_text()}
+
+
+def warm_up() -> None:
+    """The slow imports, once, so that forked jobs share them; a first optimizer step pulls in a good part of torch."""
+    import torch
+
+    for name in ("loop", "run", "plan", "sampling", "models.fastgan", "models.projected", "data.stream"):
+        importlib.import_module(f"sdtrain.{name}")
+    for name in ("tasks.generation", "methods.sdgan", "augment.diffaug", "augment.paired", "losses.distance"):
+        importlib.import_module(f"sdtrain.{name}")
+    weight = torch.nn.Parameter(torch.zeros(1))
+    weight.grad = torch.zeros(1)
+    torch.optim.Adam([weight]).step()
+
+
+def program(file: Path) -> None:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    warm_up()
+    results = []
+    for number, job in enumerate(json.loads(file.read_text())):
+        results.append(forked(job, file.with_suffix(f".log{number}")) if world == 1 else do(job, rank))
+    file.with_suffix(f".{rank}").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    program(Path(sys.argv[1]))
