@@ -122,7 +122,7 @@ def test_a_full_disk_ends_the_run_with_one_sentence_and_leaves_the_older_checkpo
 def poisoned(place: Path) -> list[dict[str, Any]]:
     """On two ranks: a NaN on rank 1 in phase D of the second step, and in the very first; stop, then skip."""
     def job(out: str, policy: str, step: int) -> dict[str, Any]:
-        more = ["--set", f"on_nonfinite={policy}", "--set", "total_img=16"]
+        more = ["--set", f"on_nonfinite={policy}", "--set", "total_img=16", "--set", "keep_checkpoints=9"]
         return {"args": args(place, out, *more), "nan": {"phase": "D", "rank": 1, "step": step}}
 
     return run_jobs(place, [job("nan_stop", "stop", 1), job("nan_skip", "skip", 1), job("nan_first", "skip", 0)], 2)
