@@ -7,6 +7,7 @@ A method file declares, all optional:
     ROLES = {"generator": "GeneratorOptions", "discriminator": "DiscriminatorOptions"}
                                              the keys of `model`, and which class of the chosen kind describes each
     PLAYERS = ("G", "D")                     the keys of `optimizer`, one section a player (default: the roles)
+    DECISIVE = ("data.val",)                 keys that elsewhere may change on resume, but decide weights here
     def problems(config): ...                yields (key, sentence) for combinations that cannot work
     def data_problems(config, dataset): ...  sentences about what the opened training data cannot do
     def weights_needed(config): ...          frozen networks in use: {name in sdtrain.weights: key of `weights`}

@@ -98,12 +98,15 @@ def has_checkpoints(out: Path) -> bool:
 def check_folder(config: Any, out: Path, allow: list[str]) -> None:
     """Raises `ConfigError` when the folder holds a run whose configuration differs in what decides weights."""
     from sdtrain.config import differences, read_tree, to_tree
+    from sdtrain.config_schema import declared
     from sdtrain.errors import ConfigError
 
     written = out / "config.yaml"
     if not written.exists() or not has_checkpoints(out):
         return
-    changed = [d for d in differences(read_tree(written), to_tree(config)) if not d.harmless and d.key not in allow]
+    decisive = declared("methods", config.method).get("DECISIVE", ())
+    found = [d for d in differences(read_tree(written), to_tree(config)) if not d.harmless or d.key in decisive]
+    changed = [d for d in found if d.key not in allow]
     if changed:
         listed = "".join(f"\n  {d}" for d in changed)
         raise ConfigError(
@@ -158,5 +161,14 @@ def tell(error: UserError) -> None:
         print(f"sdtrain{f' (rank {ranks.rank()})' if met and ranks else ''}: {error}", file=sys.stderr)
 
 
+def script() -> int:
+    """`main`, and a clean leave from the other ranks, so that the exit code arrives."""
+    code = main()
+    ranks = sys.modules.get("sdtrain.engine.ranks")
+    if ranks is not None:
+        ranks.leave()
+    return code
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(script())

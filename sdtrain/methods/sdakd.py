@@ -13,7 +13,7 @@ is while it trains, MLP the transform of the student's feature map.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -46,9 +46,7 @@ from sdtrain.options import (
 class Options:
     # in this order; the teacher's is left out when both its files are given; naive stands alone
     stages: tuple[Literal["teacher", "supervised", "adversarial", "naive"], ...] = (
-        "teacher",
-        "supervised",
-        "adversarial",
+        "teacher", "supervised", "adversarial"
     )
     n1: Span = "30 epochs"  # length of stage 1 and of naive: epochs, steps or images
     n2: Span = "30 epochs"
@@ -82,6 +80,7 @@ class Options:
 
 
 ROLES = {"generator": "GeneratorOptions", "discriminator": "DiscriminatorOptions"}
+DECISIVE = ("data.val", "eval_img")  # validation chooses what stage 3 starts from: no resume under other values
 PLAYERS = ("G_pixel", "G_original", "D_original", "G_sup", "D_sup", "G", "D")
 
 
@@ -253,13 +252,13 @@ class SDAKD:
         return [phase for phase in phases if phase.player in players]
 
     def phase_G(self, stage: str, G: Any, D: Any) -> Phase:
-        whole = self.o.fm_tiles == 1  # DDP cannot follow recomputed strips: gradients are shared afterwards
+        whole = self.o.fm_tiles == 1  # DDP cannot follow recomputed strips
         if stage == "supervised":
             return Phase(name="G", player="G_sup", loss=self.loss_G_stage2, reaches_all=whole)
         if stage == "adversarial":
-            first = (lambda x: self.terms_of_eq_3(x)[1], self.balance) if self.lambda_2 is None else (None, None)
-            phase = Phase(name="G", player="G", loss=self.loss_G_stage3, reaches_all=whole)
-            return replace(phase, prepass=first[0], receive=first[1])
+            auto: Any = {"prepass": lambda x: self.terms_of_eq_3(x)[1], "receive": self.balance}
+            more = {"reaches_all": whole} | (auto if self.lambda_2 is None else {})
+            return Phase(name="G", player="G", loss=self.loss_G_stage3, **more)
         if stage.endswith("_pixel"):
             return Phase(name="G", player="G_pixel", loss=partial(self.loss_pixel, G))
         return Phase(name="G", player="G_original", loss=partial(self.loss_G_original, G, D))
