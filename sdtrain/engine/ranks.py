@@ -25,6 +25,12 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def leave() -> None:
+    """End this process's part in the group; its threads, left to the interpreter's exit, may abort a finished one."""
+    if _grouped():
+        dist.destroy_process_group()
+
+
 def barrier() -> None:
     if _grouped():
         dist.barrier()
