@@ -170,14 +170,5 @@ def script() -> int:
     return code
 
 
-def script() -> int:
-    """`main`, and a clean leave from the other ranks, so that the exit code arrives."""
-    code = main()
-    ranks = sys.modules.get("sdtrain.engine.ranks")
-    if ranks is not None:
-        ranks.leave()
-    return code
-
-
 if __name__ == "__main__":
     sys.exit(script())
