@@ -1,0 +1,129 @@
+"""One step per phase, no leak between players, one average: without these a GAN trains wrongly and silently."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from sdtrain.engine.ema import ema_beta, freeze, update_ema
+from sdtrain.engine.phases import Engine
+from sdtrain.engine.player import Net, Player, lr_factor
+from sdtrain.methods.phase import Chunk, Phase
+from sdtrain.models.ghost import GhostBatchNorm2d, SpectralConv2d, set_ghost_batch
+from sdtrain.options import Optimizer
+from sdtrain.rng import Draws
+
+CPU = torch.device("cpu")
+
+
+class Small(nn.Module):
+    """A convolution with spectral norm, batch norm per ghost, and a mean: every kind of state a GAN has here."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = SpectralConv2d(3, 4, 3, padding=1), GhostBatchNorm2d(4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.conv(x))
+
+
+def game(exact: bool) -> tuple[Engine, dict[str, Net]]:
+    torch.manual_seed(0)
+    nets = {name: Net(Small().train()) for name in ("G", "D")}
+    for net in nets.values():
+        set_ghost_batch(net.module, 2)
+    players = {name: Player(name, [net], Optimizer(lr=1e-3)) for name, net in nets.items()}
+    return Engine(players, nets, CPU, "fp32", exact), nets
+
+
+def chunks(at_once: int, num_ghosts: int = 4) -> list[Chunk]:
+    images = torch.randn(num_ghosts * 2, 3, 6, 6, generator=torch.Generator().manual_seed(1))
+    made = []
+    for first in range(0, num_ghosts, at_once):
+        draws = Draws(seed=0, step=0, ghosts=tuple(range(first, first + at_once)), ghost_batch=2)
+        real = images[first * 2 : (first + at_once) * 2]
+        made.append(Chunk(step=0, seen_img=0, real=real, labels=None, draws=draws))
+    return made
+
+
+def phase(nets: dict[str, Net], player: str = "G") -> Phase:
+    def loss(x: Chunk) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        fake = nets["G"](x.real)[:, :3]
+        terms = {"a": fake.square().mean(), "b": nets["D"](fake).cos().mean(), "c": fake.abs().mean()}
+        return terms["a"] + 2 * terms["b"] + terms["c"], terms
+
+    return Phase(name=player, player=player, loss=loss)
+
+
+def parameters(net: Net) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in net.module.parameters()]
+
+
+def test_invariant_5_a_phase_of_three_terms_is_one_step_of_one_player():
+    for exact in (True, False):
+        engine, nets = game(exact)
+        before = {name: parameters(net) for name, net in nets.items()}
+        engine.run(phase(nets), chunks(1))
+        steps = {float(state["step"]) for state in engine.players["G"].optimizer.state.values()}
+        assert steps == {1.0}
+        assert not engine.players["D"].optimizer.state
+        assert all(p.grad is None for net in nets.values() for p in net.module.parameters())
+        assert all(torch.equal(a, b) for a, b in zip(before["D"], parameters(nets["D"])))
+        assert any(not torch.equal(a, b) for a, b in zip(before["G"], parameters(nets["G"])))
+        assert all(p.requires_grad for net in nets.values() for p in net.module.parameters())
+
+
+def test_the_other_player_asks_for_no_gradient_while_one_trains():
+    engine, nets = game(True)
+    seen = []
+    inner = phase(nets).loss
+
+    def spying(x: Chunk):
+        seen.append([p.requires_grad for p in nets["D"].module.parameters()])
+        return inner(x)
+
+    engine.run(Phase(name="G", player="G", loss=spying), chunks(2))
+    assert seen and not any(flag for flags in seen for flag in flags)
+
+
+def test_chunks_of_any_size_give_one_step_and_one_advance_of_pass_state():
+    results = []
+    for at_once, exact in ((4, False), (2, False), (1, False), (1, True)):
+        engine, nets = game(exact)
+        engine.run(phase(nets), chunks(at_once))
+        results.append({f"{n}.{k}": v for n, net in nets.items() for k, v in net.module.state_dict().items()})
+    assert results[0]["D.norm.num_batches_tracked"] == 1
+    for other in results[1:]:
+        for key, value in results[0].items():
+            # Adam turns the rounding of a gradient of size eps into a share of a step of 1e-3
+            torch.testing.assert_close(other[key], value, rtol=1e-5, atol=1e-4 if "bias" in key else 1e-6)
+
+
+def test_the_average_follows_the_schedule_of_the_official_code():
+    # 64 images a step, half-life 20000 images: beta = 0.5 ** (64 / 20000); with ramp-up 0.05 the first step copies
+    assert ema_beta(20_000, None, 0, 64) == 0.5 ** (64 / 20_000)
+    assert ema_beta(20_000, 0.05, 0, 64) == 0.0
+    assert ema_beta(20_000, 0.05, 64_000, 64) == 0.5 ** (64 / 3_200)
+    assert ema_beta(20_000, 0.05, 10**9, 64) == 0.5 ** (64 / 20_000)
+
+
+def test_eq_1_parameters_are_averaged_and_buffers_copied():
+    net, ema = Small(), freeze(Small())
+    wanted = [0.9 * e + 0.1 * p for e, p in zip(ema.parameters(), net.parameters())]
+    net.norm.running_mean.fill_(3.0)
+    update_ema(ema, net, 0.9)
+    assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(ema.parameters(), wanted))
+    assert torch.equal(ema.norm.running_mean, net.norm.running_mean)
+
+
+def test_a_frozen_network_stays_in_eval_inside_a_training_parent():
+    parent = nn.ModuleDict({"teacher": freeze(Small()), "student": Small()})
+    parent.train()
+    assert not parent["teacher"].training and not parent["teacher"].norm.training and parent["student"].training
+    assert not any(p.requires_grad for p in parent["teacher"].parameters())
+
+
+def test_the_learning_rate_is_a_function_of_images_seen():
+    options = Optimizer(lr=1.0, warmup_img=100, milestones_img=(500,), decay=0.5, linear_decay_img=(800, 1000))
+    seen = [lr_factor(options, img) for img in (0, 50, 100, 500, 800, 900, 1000)]
+    assert seen == [0.0, 0.5, 1.0, 0.5, 0.5, 0.25, 0.0]
