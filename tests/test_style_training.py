@@ -57,6 +57,7 @@ def test_every_logged_loss_of_20_steps_is_the_same_on_1_and_2_ranks(tmp_path: Pa
         assert len(p) > 2 if name == "moving" else not p
 
 
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_bit_for_bit_with_p_path_length_and_lazy_phase(tmp_path: Path) -> None:
     config, stop = configured(tmp_path, save_img=6 * BATCH), 6 * BATCH  # between two penalties of both kinds
     whole, parts = job(config, "whole"), [job(config, "parts", f"total_img={stop}"), job(config, "parts")]
