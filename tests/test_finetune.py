@@ -23,7 +23,10 @@ from sdtrain.main import main
 from sdtrain.plan import check_data, check_initial, make_plan, render
 
 TINY = {"kind": "stylegan2", "channel_base": 128, "channel_max": 8}
-MODEL = {"generator": {**TINY, "z_dim": 8, "w_dim": 8, "mapping_layers": 2}, "discriminator": {**TINY, "mbstd_group": 2}}
+MODEL = {
+    "generator": {**TINY, "z_dim": 8, "w_dim": 8, "mapping_layers": 2},
+    "discriminator": {**TINY, "mbstd_group": 2},
+}
 STYLE = {"model": MODEL, "adversarial": "logistic", "batch_size": 4, "ghost_batch": 2, "log_img": 4, "total_img": 8}
 STYLE |= {"save_img": 8, "sd__loss": "l1", "sd__augment": False, "augment__kind": "none"}
 
@@ -119,9 +122,14 @@ def test_an_official_snapshot_starts_a_run(tmp_path: Path) -> None:
     held = read_official(snapshot).networks
     assert {"D", "G_ema"} <= set(held)
     shards = make_shards(tmp_path / "shards", 12)
-    model = {name: {**held[role].options, "kind": "stylegan2"} for name, role in (("generator", "G_ema"), ("discriminator", "D"))}
+    model = {
+        name: {**held[role].options, "kind": "stylegan2"}
+        for name, role in (("generator", "G_ema"), ("discriminator", "D"))
+    }
     model = json.loads(json.dumps(model))
-    path = written(shards, tmp_path, init={"source": str(snapshot)}, model=model, data__resolution=held["G_ema"].resolution)
+    path = written(
+        shards, tmp_path, init={"source": str(snapshot)}, model=model, data__resolution=held["G_ema"].resolution
+    )
     config = load_config(path)
     from sdtrain.finetune import read_initial
 
@@ -133,7 +141,9 @@ def test_an_official_snapshot_starts_a_run(tmp_path: Path) -> None:
             read_initial(config, held["G_ema"].resolution, 0)
 
 
-def test_weights_of_another_resolution_or_with_labels_are_told_apart(shards: Path, trained: Path, tmp_path: Path) -> None:
+def test_weights_of_another_resolution_or_with_labels_are_told_apart(
+    shards: Path, trained: Path, tmp_path: Path
+) -> None:
     from sdtrain.finetune import read_initial
 
     config = load_config(written(shards, tmp_path, init={"source": str(trained)}))

@@ -99,7 +99,10 @@ def roughness(values: list[float]) -> dict[str, float]:
     """Variance of successive differences, and the same over the variance of the values (2 = white noise)."""
     half = values[len(values) // 5 :]
     steps = [b - a for a, b in zip(half, half[1:])]
-    return {"differences": statistics.pvariance(steps), "relative": statistics.pvariance(steps) / statistics.pvariance(half)}
+    return {
+        "differences": statistics.pvariance(steps),
+        "relative": statistics.pvariance(steps) / statistics.pvariance(half),
+    }
 
 
 def variation(out: Path, role: str) -> tuple[float, float]:
