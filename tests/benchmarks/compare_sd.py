@@ -147,7 +147,8 @@ def _summary(own: list[dict[str, Any]]) -> str:
     rough = [statistics.fmean(row["roughness"][name]["relative"] for row in own) for name in LOSSES]
     varies = [statistics.fmean(row["variation"][role][0] for row in own) for role in ("G_ema", "G")]
     end = f"{statistics.fmean(r['ada_p'] for r in own):.3f}  {statistics.fmean(r['seconds'] for r in own):.0f}"
-    return f"{'  '.join(f'{r:<17}' for r in rfid)}  {rough[0]:<11.3f}  {rough[1]:.3f}    {varies[0]:.4f}      {varies[1]:.4f}     {end}"
+    scores = "  ".join(f"{r:<17}" for r in rfid)
+    return f"{scores}  {rough[0]:<11.3f}  {rough[1]:.3f}    {varies[0]:.4f}      {varies[1]:.4f}     {end}"
 
 
 def _spread(values: list[float]) -> str:
