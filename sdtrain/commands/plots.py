@@ -11,12 +11,12 @@ from sdtrain.errors import ConfigError
 COLUMNS = 3
 
 
-def require_matplotlib() -> None:
+def require_matplotlib(what: str = "the curves need") -> None:
     """Raises ConfigError when it is not installed."""
     from importlib.util import find_spec
 
     if find_spec("matplotlib") is None:
-        raise ConfigError("the curves need matplotlib, which is not installed: pip install 'sdtrain[quickstart]'")
+        raise ConfigError(f"{what} matplotlib, which is not installed: pip install 'sdtrain[quickstart]'")
 
 
 def new_figure(width: float, height: float) -> Any:

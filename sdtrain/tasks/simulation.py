@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sdtrain.commands.plots import require_matplotlib
 from sdtrain.engine.ema import beta_of, update_ema
 from sdtrain.engine.phases import Engine
 from sdtrain.engine.player import Player
-from sdtrain.errors import EXIT_OK, ConfigError
+from sdtrain.errors import EXIT_OK
 from sdtrain.kit import Kit
 from sdtrain.methods import dirac
 from sdtrain.methods.phase import Chunk
@@ -33,7 +34,7 @@ COLOURS = {"G": ("tab:green", "indigo"), "G_ema": ("tab:blue", "darkorange")}  #
 
 def simulate(config: Any, out: Path) -> int:
     """Run both panels, print the analysis, write the files. Raises ConfigError without matplotlib."""
-    require_matplotlib()
+    require_matplotlib("the picture needs")
     weights = (0.0, config.simulation.alpha)
     paths = [trajectory(config, alpha) for alpha in weights]
     found = [analysis(config, alpha, path) for alpha, path in zip(weights, paths)]
@@ -43,12 +44,6 @@ def simulate(config: Any, out: Path) -> int:
     print(f"\nthe picture is {out / 'figure2.png'}")
     return EXIT_OK
 
-
-def require_matplotlib() -> None:
-    from importlib.util import find_spec
-
-    if find_spec("matplotlib") is None:
-        raise ConfigError("the picture needs matplotlib, which is not installed: pip install 'sdtrain[quickstart]'")
 
 
 def trajectory(config: Any, alpha: float) -> Tensor:
