@@ -72,6 +72,8 @@ class Data:
     """Shards that are evaluated once, at the end; null = none."""
     resolution: Count | None = None
     """Side of the training images in pixels; null = that of the dataset manifest."""
+    labels: bool = True
+    """Train on the class labels of the shards, where they have them; false = without."""
     xflip: bool = False
     """Show each image also mirrored (half of the time, by the seed)."""
     workers: CountOrZero = 2
@@ -94,6 +96,8 @@ class Optimizer:
     """Decay of the running mean and of the running square."""
     eps: Positive = 1e-8
     """Added to the root of the running square."""
+    clip_norm: NonNegative = 0.0
+    """Largest norm of the gradient of the main loss, over all parameters; 0 = not clipped (StyleNAT's D: 5)."""
     kind: Literal["adam", "sgd"] = "adam"
     """Which; sgd is plain gradient descent (Dirac-GAN)."""
     warmup_img: Images = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from sdtrain.config import config_hash, valid_world_sizes
@@ -17,6 +18,8 @@ def check_data(config: Any, keep_index: bool = True) -> Any:
     from sdtrain.data.dataset import open_dataset
 
     dataset = open_dataset(config.data.train, cache=config.data.cache, keep_index=keep_index)
+    if not config.data.labels:
+        dataset = replace(dataset, label_names=())
     if dataset.num_samples < config.batch_size:
         raise DataError(
             f"{dataset.source} has {dataset.num_samples} samples, fewer than one batch of {config.batch_size}; "

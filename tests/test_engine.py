@@ -127,3 +127,15 @@ def test_the_learning_rate_is_a_function_of_images_seen():
     options = Optimizer(lr=1.0, warmup_img=100, milestones_img=(500,), decay=0.5, linear_decay_img=(800, 1000))
     seen = [lr_factor(options, img) for img in (0, 50, 100, 500, 800, 900, 1000)]
     assert seen == [0.0, 0.5, 1.0, 0.5, 0.5, 0.25, 0.0]
+
+
+def test_a_clipped_gradient_has_the_norm_asked_for_and_an_unclipped_one_its_own():
+    norms = []
+    for clip in (0.0, 1e-3):
+        engine, nets = game(True)
+        player = engine.players["G"]
+        player.options = Optimizer(lr=1e-3, clip_norm=clip)
+        player.step = lambda p=player: norms.append(torch.stack(torch._foreach_norm(p.gradients())).norm())
+        engine.run(phase(nets), chunks(1))
+    assert norms[0] > 1e-2
+    torch.testing.assert_close(norms[1], torch.tensor(1e-3), rtol=1e-3, atol=0.0)

@@ -92,6 +92,8 @@ class Engine:
             close_phase(*modules, sum_over_ranks=sum_over_ranks, apply=finite)
             if not finite:
                 raise NonFinite(self._explain(phase, terms, chunks[0].step))
+            if not phase.fp32:  # penalties are not clipped (official StyleNAT)
+                player.clip_gradients()
             player.step()
         self.meter.add(terms)
         self.meter.count(list(terms))

@@ -105,6 +105,11 @@ class Player:
     def gradients(self) -> list[Tensor]:
         return [p.grad for p in self.params if p.grad is not None]
 
+    def clip_gradients(self) -> None:
+        """Shorten the averaged gradient to `clip_norm`, all parameters together; 0 leaves it."""
+        if self.options.clip_norm:
+            torch.nn.utils.clip_grad_norm_(self.params, self.options.clip_norm)
+
     def step(self) -> None:
         self.optimizer.step()
 
