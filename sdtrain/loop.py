@@ -6,6 +6,8 @@ import copy
 import logging
 from typing import Any
 
+import torch
+
 from sdtrain.engine.checkpoint import Checkpoint
 from sdtrain.engine.phases import Meter, NonFinite
 from sdtrain.engine.ranks import gather_objects, is_main, world
@@ -66,8 +68,6 @@ def controls(run: Run, terms: Terms) -> Terms:
     meter = Meter()
     meter.add(terms)
     meter.count(list(terms))
-    import torch
-
     moved = run.method.control(run.step, meter.means())
     run.engine.meter.count(list(moved))
     return {n: torch.tensor(v, device=run.device) for n, v in moved.items()}

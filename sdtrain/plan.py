@@ -91,7 +91,7 @@ def make_plan(config: Any, run: Any = None, initial: Any = None) -> dict[str, An
     initial = initial if run is not None else check_initial(config, dataset)
     total_img = method.stages[-1].end_img if method.stages else 0
     needs = weights_needed(config)
-    networks = _networks(method)
+    networks = _networks(method, exact=config.summation == "exact")
     memory = _memory(networks, _stages(method))
     return {
         "name": config.name,
@@ -128,8 +128,11 @@ def _stages(method: Any) -> list[dict[str, Any]]:
     ]
 
 
-def _networks(method: Any) -> dict[str, dict[str, Any]]:
-    """Parameters and bytes of every network the method holds."""
+def _networks(method: Any, exact: bool) -> dict[str, dict[str, Any]]:
+    """Parameters and bytes of every network the method holds.
+
+    `summation: exact` keeps, beside a float32 gradient, its float64 sum and the copy of it that ranks exchange.
+    """
     trained = {net: p for stage in method.stages for p, nets in method.players(stage.name).items() for net in nets}
     table = {}
     for name, net in method.nets.items():
@@ -142,7 +145,7 @@ def _networks(method: Any) -> dict[str, dict[str, Any]]:
             "parameters": total,
             "trainable": live,
             "weights_gb": total * 4 / 1e9,
-            "gradients_gb": live * 4 / 1e9,
+            "gradients_gb": live * (4 + 16 * exact) / 1e9,
             "optimizer_gb": live * 8 / 1e9,
             "checkpoint_gb": (kept * 4 + live * 8) / 1e9,
         }

@@ -65,7 +65,6 @@ class Run:
         self.stop = StopRequest()
         self.watch = Stopwatch(device)
 
-
     @property
     def seen_img(self) -> int:
         return self.step * self.config.batch_size

@@ -11,7 +11,6 @@ and `check_weights` need no torch, so a plan can complain before anything is bui
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import zipfile
@@ -20,6 +19,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
+from sdtrain.data.atomic import sha256_of_file
 from sdtrain.errors import WeightsError
 
 if TYPE_CHECKING:
@@ -132,17 +132,17 @@ def load_weights(name: str, source: str) -> dict[str, Tensor] | None:
 def weights_digest(name: str, source: str) -> str:
     """What to store beside a result: `random` or the file's sha256."""
     path = weights_path(name, source)
-    return "random" if path is None else sha256_of(path, path.stat().st_mtime_ns)
+    return "random" if path is None else sha256_of(path)
+
+
+def sha256_of(path: Path) -> str:
+    """Hex digest of a file; remembered until the file's time changes."""
+    return _sha256_at(path, path.stat().st_mtime_ns)
 
 
 @lru_cache
-def sha256_of(path: Path, _mtime_ns: int = 0) -> str:
-    """Hex digest of a file; remembered until the file's time changes."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
+def _sha256_at(path: Path, mtime_ns: int) -> str:
+    return sha256_of_file(path)
 
 
 def _problem(name: str, source: str) -> str | None:

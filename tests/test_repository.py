@@ -14,7 +14,7 @@ FOLDERS = {"configs", "launch", "sdtrain", "shards", "slurm", "tests"}
 FILES = {"LICENSE", "README.md", "pyproject.toml"}
 TEXT = {".py", ".yaml", ".yml", ".sh", ".md", ".toml", ".json", ".txt", ""}
 # Places and habits of the machines this was made on; they mean nothing to anybody else.
-FOREIGN = (r"/work\b", r"/tmp/venv", r"\.library\b", r"\bissue #?\d", r"the other (engineer|session)", r"\bthe lead\b")
+FOREIGN = (r"/(root|home|Users)/\w", r"\bissue #?\d", r"the other (engineer|session)", r"\bthe lead\b")
 
 
 def tracked() -> list[Path]:

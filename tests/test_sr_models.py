@@ -329,6 +329,7 @@ def test_a_third_of_the_channels_is_the_same_network_when_read_back() -> None:
     pth.require("t.pth", found, options=options)
     again = found.build()
     pth.load_into(again, net.state_dict())
+    assert all(torch.equal(value, net.state_dict()[key]) for key, value in again.state_dict().items())
 
 
 def test_strict_loading_names_what_differs() -> None:

@@ -69,7 +69,7 @@ def fetch(name: str, folder: Path | None = None) -> Path:
 
 
 def _commit(entry: WeightsFile, part: Path, path: Path) -> None:
-    digest = sha256_of(part, part.stat().st_mtime_ns)
+    digest = sha256_of(part)
     if not digest.startswith(entry.sha256):
         part.unlink()
         raise WeightsError(

@@ -87,7 +87,8 @@ def describe(network: Network) -> str:
 
 def inspected(path: Path, options: dict[str, Any]) -> Iterator[str]:
     """What a file holds, line by line: container, globals, networks with constructor arguments and tensors."""
-    from sdtrain.interop.official import read_official, sha256_of_file
+    from sdtrain.data.atomic import sha256_of_file
+    from sdtrain.interop.official import read_official
     from sdtrain.interop.safe_pickle import read_checkpoint
 
     checkpoint = read_checkpoint(path)

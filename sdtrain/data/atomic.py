@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -33,6 +34,15 @@ class AtomicFile:
     def abandon(self) -> None:
         self._file.close()
         self._temporary.unlink(missing_ok=True)
+
+
+def sha256_of_file(path: str | Path) -> str:
+    """Hex digest of a file of any size."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def write_bytes(path: Path, data: bytes | memoryview) -> None:

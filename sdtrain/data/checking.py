@@ -10,10 +10,11 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from sdtrain.data.atomic import sha256_of_file
 from sdtrain.data.dataset import MANIFEST_NAME, expand, read_at, read_manifest
 from sdtrain.data.images import ImageRejected, decode_image, hush
 from sdtrain.data.index import INDEX_NAME, Index, Sample, load_index, samples_of
-from sdtrain.data.tars import Member, scan_tar, sha256_of
+from sdtrain.data.tars import Member, scan_tar
 from sdtrain.errors import DataError
 
 Finding = tuple[str, str, str]
@@ -110,7 +111,7 @@ def check_shard(task: Task) -> tuple[list[Sample], list[Finding]]:
         scan = scan_tar(task.path)
         samples = samples_of(scan.members, scan.damage)
         damage = list(scan.damage)
-        if task.sha256 and sha256_of(task.path) != task.sha256:
+        if task.sha256 and sha256_of_file(task.path) != task.sha256:
             damage.append(("", "sha256 differs from the manifest"))
         if task.count >= 0 and len(samples) != task.count:
             damage.append(("", f"{len(samples)} samples, the manifest says {task.count}"))

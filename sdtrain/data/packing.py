@@ -22,13 +22,13 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from sdtrain.data.atomic import write_json
+from sdtrain.data.atomic import sha256_of_file, write_json
 from sdtrain.data.images import ImageRejected, hush
 from sdtrain.data.index import INDEX_NAME, build_index
 from sdtrain.data.remote import verified
 from sdtrain.data.shaping import Shape, key_of, pieces
 from sdtrain.data.sources import SourceFile, SourceReader
-from sdtrain.data.tars import ShardWriter, sha256_of
+from sdtrain.data.tars import ShardWriter
 from sdtrain.errors import DataError
 
 FORMAT = "sdtrain-shards/1"
@@ -221,7 +221,7 @@ def reindex(folder: Path) -> tuple[dict[str, Any], list[tuple[str, str, str]]]:
     index, damage = build_index([folder / name for name in names], names)
     counts = [int((index.shard == number).sum()) for number in range(len(names))]
     shards = [
-        {"name": name, "size": os.path.getsize(folder / name), "sha256": sha256_of(folder / name), "count": count}
+        {"name": name, "size": os.path.getsize(folder / name), "sha256": sha256_of_file(folder / name), "count": count}
         for name, count in zip(names, counts, strict=True)
     ]
     num_classes = int(index.label.max(initial=-1)) + 1

@@ -12,8 +12,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from sdtrain.data.atomic import AtomicFile
-from sdtrain.data.tars import sha256_of
+from sdtrain.data.atomic import AtomicFile, sha256_of_file
 from sdtrain.errors import DataError
 
 SCHEMES = ("http://", "https://", "s3://", "gs://", "hf://", "pipe:")
@@ -99,4 +98,4 @@ def default_cache() -> Path:
 
 
 def verified(path: Path, sha256: str) -> bool:
-    return path.is_file() and sha256_of(path) == sha256
+    return path.is_file() and sha256_of_file(path) == sha256

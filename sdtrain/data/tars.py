@@ -170,11 +170,3 @@ class ShardWriter:
         self._file.write(data)
         self._digest.update(data)
         self.size += len(data)
-
-
-def sha256_of(path: str | Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()

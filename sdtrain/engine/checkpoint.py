@@ -14,7 +14,6 @@ A checkpoint is written into `.writing-img_...`, synced and renamed; a reader be
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -26,6 +25,7 @@ from typing import Any
 
 from torch import Tensor
 
+from sdtrain.data.atomic import sha256_of_file
 from sdtrain.engine.ranks import gather_objects, is_main
 from sdtrain.errors import RunError
 
@@ -44,12 +44,12 @@ def fault_point(name: str) -> None:
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Write beside the target, flush to disk, rename: readers see the old file or the new one, never a part."""
-    tmp = path.with_name(f".{path.name}.writing")
+    tmp, view = path.with_name(f".{path.name}.writing"), memoryview(data)
     with open(tmp, "wb") as file:
-        file.write(data[: len(data) // 2])
+        file.write(view[: len(data) // 2])
         file.flush()
         fault_point("mid-file")
-        file.write(data[len(data) // 2 :])
+        file.write(view[len(data) // 2 :])
         file.flush()
         os.fsync(file.fileno())
     fault_point("before-rename-file")
@@ -66,10 +66,7 @@ def sync_folder(path: Path) -> None:
 
 
 def digest(path: Path) -> dict[str, Any]:
-    with open(path, "rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()} if hasattr(
-            hashlib, "file_digest"
-        ) else {"bytes": path.stat().st_size, "sha256": hashlib.sha256(file.read()).hexdigest()}
+    return {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

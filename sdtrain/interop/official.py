@@ -8,7 +8,6 @@ tensors over unchanged, bit for bit.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from sdtrain.data.atomic import sha256_of_file
 from sdtrain.errors import ConfigError, WeightsError
 from sdtrain.interop.architectures import RECOGNISERS, checked, recognise
 from sdtrain.interop.network import Network, Player, read_card
@@ -37,18 +37,6 @@ class Official:
     what: str
     source: dict[str, Any]
     checkpoint: Checkpoint = field(repr=False)
-
-
-def sha256_of_file(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
-
-
-def _sha256(file: Any) -> str:
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
 
 
 def read_official(path: Path | str, **options: Any) -> Official:

@@ -139,7 +139,6 @@ class SDGAN:
             consistent=kit.consistency_augmentation() if config.bcr else None,
         )
 
-
     teachers: tuple[str, ...] = ()  # networks that never change and are in no checkpoint
     task = "generation"
     students = ("G",)
@@ -263,7 +262,6 @@ class SDGAN:
     def _receive_path_length(self, means: Terms) -> None:
         self.pl_mean_before, self.pl_global_mean = self.pl_mean, means["pl"]
         self.pl_mean += self.o.path_length.decay * (float(means["pl"]) - self.pl_mean)
-
 
     @property
     def controls(self) -> tuple[str, ...]:

@@ -517,28 +517,21 @@ class Haar(nn.Module):
     lh: Tensor
     hl: Tensor
     hh: Tensor
+    negated: tuple[str, ...] = ()
 
     def __init__(self) -> None:
         super().__init__()
         for name, kernel in haar_kernels().items():
-            self.register_buffer(name, kernel)
+            self.register_buffer(name, -kernel if name in self.negated else kernel)
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([filter_depthwise(x, kernel, stride=2) for kernel in (self.ll, self.lh, self.hl, self.hh)], 1)
 
 
-class InverseHaar(nn.Module):
+class InverseHaar(Haar):
     """The inverse of `Haar`; its LH and HL kernels are stored negated."""
 
-    ll: Tensor
-    lh: Tensor
-    hl: Tensor
-    hh: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        for name, kernel in haar_kernels().items():
-            self.register_buffer(name, -kernel if name in ("lh", "hl") else kernel)
+    negated = ("lh", "hl")
 
     def forward(self, x: Tensor) -> Tensor:
         bands = zip(x.chunk(4, 1), (self.ll, self.lh, self.hl, self.hh))
