@@ -72,8 +72,8 @@ class Data:
     """Shards that are evaluated once, at the end; null = none."""
     resolution: Count | None = None
     """Side of the training images in pixels; null = that of the dataset manifest."""
-    labels: bool = True
-    """Train on the class labels of the shards, where they have them; false = without."""
+    labels: bool | None = None
+    """Class labels of the shards: true = needed, false = left aside, null = used where they are there."""
     xflip: bool = False
     """Show each image also mirrored (half of the time, by the seed)."""
     workers: CountOrZero = 2

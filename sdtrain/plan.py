@@ -13,12 +13,17 @@ from sdtrain.errors import ConfigError, DataError, WeightsError
 def check_data(config: Any, keep_index: bool = True) -> Any:
     """Open the training data; without `keep_index` nothing is written.
 
-    Raises `DataError` for too few samples, `ConfigError` for a resolution that cannot be.
+    Raises `DataError` for too few samples or labels that are not there, `ConfigError` for a resolution that cannot be.
     """
     from sdtrain.data.dataset import open_dataset
 
     dataset = open_dataset(config.data.train, cache=config.data.cache, keep_index=keep_index)
-    if not config.data.labels:
+    if config.data.labels and not dataset.num_classes:
+        raise DataError(
+            f"{dataset.source} has no class labels and data.labels is true; pack it with --labels folder (a folder for "
+            "each class), or leave the key out"
+        )
+    if config.data.labels is False:
         dataset = replace(dataset, label_names=())
     if dataset.num_samples < config.batch_size:
         raise DataError(

@@ -109,7 +109,7 @@ def test_roles_fall_back_and_can_be_told_apart(shards: Path, trained: Path, tmp_
 
 
 def test_p_of_ADA_is_reset_or_kept(shards: Path, trained: Path, tmp_path: Path) -> None:
-    ada = {"augment__kind": "ada", "augment__p": 0.0}
+    ada = {"augment__kind": "ada", "augment__p": 0.0, "augment__interval": 2}
     assert initial(written(shards, tmp_path, init={"source": str(trained)}, **ada)).ada_p is None
     assert initial(written(shards, tmp_path, init={"source": str(trained), "ada_p": "keep"}, **ada)).ada_p == 0.25
 

@@ -1,7 +1,7 @@
-"""StyleGAN2 in whole runs: path length, style mixing, lazy R1 and ADA, on several ranks and across a stop.
+"""StyleGAN2 and StyleNAT in whole runs: every option of their training, on several ranks and across a stop.
 
-Without these tests the number of GPUs could change a StyleGAN2 curve, or a resumed run could forget ADA's p, the mean
-path length or where it stood between two lazy penalties.
+Without these tests the number of GPUs could change a curve, a resumed run could forget ADA's p, the mean path length or
+where it stood between two lazy penalties, or an option of the teacher could do nothing.
 """
 
 from __future__ import annotations
@@ -25,13 +25,32 @@ STYLE: dict[str, Any] = {
     "r1__gamma": 1.0, "r1__every": 8, "sd__augment": False,
     "augment": {"kind": "ada", "p": 0.3, "interval": 2, "speed_img": 2000},
 }  # fmt: skip
+STYLENAT: dict[str, Any] = {
+    "model": {
+        "generator": {
+            "kind": "stylenat", "style_dim": 8, "mlp_layers": 2, "channel_max": 16, "min_heads": 2,
+            "kernels": [[3]] * 4, "dilations": [[1], [1], [1, 2], [1, 4]],
+        },
+        "discriminator": {"kind": "stylenat", "channel_max": 8, "mbstd_group": 2},
+    },
+    "adversarial": "logistic", "batch_size": BATCH, "ghost_batch": 2, "total_img": STEPS * BATCH, "log_img": BATCH,
+    "save_img": 6 * BATCH, "bcr": 10.0, "r1__gamma": 1.0, "r1__every": 8, "augment": {"kind": "none"},
+    "optimizer__D__clip_norm": 5.0, "sd__alpha": 0.25, "sd__loss": "lpips-vgg",
+}  # fmt: skip
+TEACHERS = {
+    "matched": {},
+    "unmixed": {"sd__mixing": "none"},
+    "other noise": {"sd__noise": "independent"},
+    "both": {"sd__mixing": "none", "sd__noise": "independent"},
+}
 
 
-def configured(folder: Path, **changes: Any) -> Path:
+def configured(folder: Path, options: dict[str, Any] = STYLE, **changes: Any) -> Path:
     shards = folder / "shards"
     if not shards.exists():
         make_shards(shards)
-    return write_config(folder / "style.yaml", tiny_config(shards, **json.loads(json.dumps({**STYLE, **changes}))))
+    config = tiny_config(shards, **json.loads(json.dumps({**options, **changes})))
+    return write_config(folder / f"style{len(list(folder.glob('*.yaml')))}.yaml", config)
 
 
 def job(config: Path, out: str, *sets: str) -> dict[str, Any]:
@@ -55,6 +74,56 @@ def test_every_logged_loss_of_20_steps_is_the_same_on_1_and_2_ranks(tmp_path: Pa
         assert worst(one, two)[0] < 1e-4
         p = {row["ada/p"] for row in one if "ada/p" in row}
         assert len(p) > 2 if name == "moving" else not p
+
+
+def test_stylenat_is_the_same_on_2_ranks_and_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    config, end = configured(tmp_path, STYLENAT), STEPS * BATCH
+    run_all(tmp_path, [job(config, "one"), job(config, "parts", f"total_img={6 * BATCH}"), job(config, "parts")])
+    run_all(tmp_path, [job(config, "two")], ranks=2)
+    assert {"G/sd", "D/bcr", "D/r1"} <= {key for row in rows(tmp_path / "one") for key in row}
+    assert worst(rows(tmp_path / "one"), rows(tmp_path / "two"))[0] < 1e-4
+    assert worst(rows(tmp_path / "one"), rows(tmp_path / "parts"))[0] == 0
+    assert not unequal(tensors(tmp_path / "one", end), tensors(tmp_path / "parts", end))
+
+
+def test_every_teacher_learns_the_same_on_2_ranks_and_each_option_changes_what_it_says(tmp_path: Path) -> None:
+    short = {"total_img": 3 * BATCH, "save_img": 3 * BATCH, "sd__alpha": 0.25}
+    configs = {name: configured(tmp_path, **short, **changes) for name, changes in TEACHERS.items()}
+    for ranks in (1, 2):
+        run_all(tmp_path, [job(config, f"{name} {ranks}") for name, config in configs.items()], ranks)
+    L_SD = {name: [row["G/sd"] for row in rows(tmp_path / f"{name} 1") if "G/sd" in row] for name in TEACHERS}
+    for name in TEACHERS:
+        assert worst(rows(tmp_path / f"{name} 1"), rows(tmp_path / f"{name} 2"))[0] < 1e-4
+    # G_ema begins as G, and layer noise with strength zero
+    assert L_SD["matched"][0] == L_SD["other noise"][0] == 0 < L_SD["unmixed"][0] == L_SD["both"][0]
+    assert len({values[-1] for values in L_SD.values()}) == 4
+
+
+def test_ada_serves_any_generator(tmp_path: Path) -> None:
+    ada = {"augment": {"kind": "ada", "p": 0.3, "interval": 2, "speed_img": 2000}, "sd__alpha": 0.25}
+    config = configured(tmp_path, {}, **ada, log_img=16)
+    for ranks in (1, 2):
+        run_all(tmp_path, [job(config, f"fastgan{ranks}")], ranks)
+    one, two = rows(tmp_path / "fastgan1"), rows(tmp_path / "fastgan2")
+    assert len({row["ada/p"] for row in one if "ada/p" in row}) > 2 and worst(one, two)[0] < 1e-4
+
+
+@pytest.mark.parametrize(
+    "options, change, sentence",
+    [
+        (STYLE, {"augment__interval": 7}, "too few to tune ADA: it moves p by the signs of D on 56"),
+        (STYLE, {"data__labels": True}, "has no class labels and data.labels is true"),
+        (STYLE, {"data__resolution": 64}, "holds images of 32 px and data.resolution is 64"),
+        (STYLENAT, {"model__generator__kernels": [[9]] * 4}, "9"),
+    ],
+)
+def test_what_the_data_cannot_do_is_one_sentence_before_anything_is_written(
+    tmp_path: Path, options: dict[str, Any], change: dict[str, Any], sentence: str
+) -> None:
+    config = configured(tmp_path, options, **change)
+    (told,) = run_jobs(tmp_path, [job(config, "out")])
+    assert told["code"] == 2 and sentence in told["said"] and "Traceback" not in told["said"], told
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

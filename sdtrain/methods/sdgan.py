@@ -75,14 +75,22 @@ def problems(config: Any) -> list[tuple[str, str]]:
 
 
 def data_problems(config: Any, dataset: Any) -> list[str]:
-    """What the opened shards cannot do: a generator learns from images of its own size."""
+    """What the opened shards cannot do: a generator learns from images of its own size, ADA from many of them."""
+    found = []
     wanted, there = config.data.resolution, dataset.resolution
-    if wanted is None or there in (None, wanted):
-        return []
-    return [
-        f"{dataset.source} holds images of {there} px and data.resolution is {wanted}: leave the key out, "
-        f"or pack them again with --resolution {wanted}"
-    ]
+    if wanted is not None and there not in (None, wanted):
+        found.append(
+            f"{dataset.source} holds images of {there} px and data.resolution is {wanted}: leave the key out, "
+            f"or pack them again with --resolution {wanted}"
+        )
+    a, seen = config.augment, config.augment.interval * config.batch_size
+    if a.kind == "ada" and a.target and dataset.num_samples < seen:
+        found.append(
+            f"{dataset.source} has {dataset.num_samples} images, too few to tune ADA: it moves p by the signs of D on "
+            f"{seen} (augment.interval {a.interval} x batch_size {config.batch_size}), which would hold some images twice; "
+            "lower one of the two, or set augment.target: null to keep augment.p as it is"
+        )
+    return found
 
 
 def weights_needed(config: Any) -> dict[str, str]:
