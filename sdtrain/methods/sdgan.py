@@ -87,7 +87,7 @@ def data_problems(config: Any, dataset: Any) -> list[str]:
     if a.kind == "ada" and a.target and dataset.num_samples < seen:
         found.append(
             f"{dataset.source} has {dataset.num_samples} images, too few to tune ADA: it moves p by the signs of D on "
-            f"{seen} (augment.interval {a.interval} x batch_size {config.batch_size}), which would hold some images twice; "
+            f"{seen} (augment.interval {a.interval} x batch_size {config.batch_size}), which holds some images twice; "
             "lower one of the two, or set augment.target: null to keep augment.p as it is"
         )
     return found
