@@ -7,7 +7,9 @@ own, a table could mix numbers that do not compare, and a mistake would end in a
 from __future__ import annotations
 
 import json
+import shutil
 import signal
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -175,6 +177,10 @@ def test_a_mixing_grid_shows_styles_at_its_edges_and_mixtures_inside(run_folder,
     for row in (1, 2):  # all layers from the column: every row repeats the first one
         assert np.abs(sheet[16 * row : 16 * row + 16, 16:] - sheet[:16, 16:]).max() <= 1
     assert np.abs(sheet[16:32, :16] - sheet[:16, 16:32]).max() > 1
+    assert command("sample", run_folder, "--out", tmp_path, "--num", 4, "--mixing-grid") == 0  # coarse layers alone
+    mixed = pixels(tmp_path / "mixing.png").astype(int)
+    assert (mixed[16:, :16] == sheet[16:, :16]).all() and (mixed[:16] == sheet[:16]).all()
+    assert np.abs(mixed[16:32, 16:32] - mixed[32:, 16:32]).max() > 1
 
 
 def test_an_interpolation_returns_to_its_start_and_has_even_steps(run_folder, tmp_path):
@@ -185,6 +191,16 @@ def test_an_interpolation_returns_to_its_start_and_has_even_steps(run_folder, tm
         assert (gif.n_frames, gif.info["duration"]) == (8, 40)
     there, back = (pixels(tmp_path / "interpolation" / f"{i:04d}.png").astype(int) for i in (1, 7))
     assert np.abs(there - back).max() <= 1  # the way back is the way there
+
+
+@pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="optional program is absent: ffmpeg")
+def test_an_interpolation_becomes_a_film(run_folder, tmp_path):
+    assert command("sample", run_folder, "--out", tmp_path, "--indices", "0-1", "--interpolate", 4, "--mp4") == 0
+    raw = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
+    look = ["ffmpeg", "-v", "error", "-i", str(tmp_path / "interpolation.mp4"), *raw]
+    film = np.frombuffer(subprocess.run(look, capture_output=True, check=True).stdout, np.uint8).reshape(8, 16, 16, 3)
+    pictures = np.stack([pixels(tmp_path / "interpolation" / f"{i:04d}.png") for i in range(8)])
+    assert np.abs(film.astype(int) - pictures).mean() < 16  # lossy, and colour at half the resolution
 
 
 def test_latents_turn_on_the_great_circle():

@@ -48,7 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--truncation-cutoff", type=int, metavar="LAYERS", help="only in this many first layers")
     add("--mixing-grid", action="store_true", help="first half of the images as rows, the rest as columns (StyleGAN2)")
-    add("--mixing-layers", default="0-6", metavar="LIST", help="layers that take the column's style (default: 0-6)")
+    layers = "layers that take the column's style (default: the coarse ones, 0-6 of the 18 at 1024 px)"
+    add("--mixing-layers", metavar="LIST", help=layers)
     add("--interpolate", type=int, metavar="FRAMES", help="frames from each image to the next, and back to the first")
     add("--gif", action="store_true", help="the interpolation also as GIF")
     add("--mp4", action="store_true", help="the interpolation also as MP4 (needs the program ffmpeg)")
@@ -156,7 +157,9 @@ def mixing_grid(source: Source, indices: list[int], args: argparse.Namespace) ->
 
     if not source.has_styles:
         raise ConfigError(f"--mixing-grid is for generators with a style space; {source.kind} has none")
-    layers = [layer for layer in parse_list(args.mixing_layers, "--mixing-layers") if layer < source.net.num_ws]
+    coarse = f"0-{max(source.net.num_ws * 7 // 18, 1) - 1}"
+    wanted = parse_list(args.mixing_layers or coarse, "--mixing-layers")
+    layers = [layer for layer in wanted if layer < source.net.num_ws]
     if not layers:
         have = f"this generator has the layers 0-{source.net.num_ws - 1}"
         raise ConfigError(f"--mixing-layers {args.mixing_layers}: {have}")
@@ -228,11 +231,17 @@ def save(path: Path, picture: Any) -> None:
 
 def write_gif(path: Path, frames: list[Any], fps: int) -> None:
     """GIF counts in hundredths of a second; rates above 50 would be slowed down by viewers."""
+    import io
+
     from PIL import Image
+
+    from sdtrain.data.atomic import write_bytes
 
     pictures = [Image.fromarray(frame) for frame in frames]
     milliseconds = max(round(100 / fps), 2) * 10
-    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=milliseconds, loop=0)
+    buffer = io.BytesIO()
+    pictures[0].save(buffer, "GIF", save_all=True, append_images=pictures[1:], duration=milliseconds, loop=0)
+    write_bytes(path, buffer.getvalue())
 
 
 def ffmpeg() -> str:
@@ -248,10 +257,16 @@ def ffmpeg() -> str:
 def write_mp4(path: Path, frames: list[Any], fps: int) -> None:
     """H.264 through ffmpeg. Raises ConfigError with its last line when it fails."""
     import subprocess
+    import tempfile
+
+    from sdtrain.data.atomic import write_bytes
 
     height, width = frames[0].shape[:2]
     raw = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(fps), "-i", "-"]
-    command = [ffmpeg(), "-y", "-loglevel", "error", *raw, "-pix_fmt", "yuv420p", str(path)]
-    done = subprocess.run(command, input=b"".join(frame.tobytes() for frame in frames), capture_output=True)
-    if done.returncode:
-        raise ConfigError(f"ffmpeg could not write {path}: {done.stderr.decode(errors='replace').strip()[-300:]}")
+    with tempfile.TemporaryDirectory() as folder:
+        whole = Path(folder) / path.name
+        command = [ffmpeg(), "-loglevel", "error", *raw, "-pix_fmt", "yuv420p", str(whole)]
+        done = subprocess.run(command, input=b"".join(frame.tobytes() for frame in frames), capture_output=True)
+        if done.returncode:
+            raise ConfigError(f"ffmpeg could not write {path}: {done.stderr.decode(errors='replace').strip()[-300:]}")
+        write_bytes(path, whole.read_bytes())
