@@ -98,6 +98,7 @@ def make_plan(config: Any, run: Any = None, initial: Any = None) -> dict[str, An
     needs = weights_needed(config)
     networks = _networks(method, exact=config.summation == "exact")
     memory = _memory(networks, _stages(method))
+    kept = {} if run is not None else _kept_gb(config, dataset, method)
     return {
         "name": config.name,
         "config_hash": config_hash(config),
@@ -116,6 +117,8 @@ def make_plan(config: Any, run: Any = None, initial: Any = None) -> dict[str, An
         "valid_world_sizes": valid_world_sizes(config),
         "networks": networks,
         "memory_gb_per_rank": memory,
+        "activations_gb": kept,
+        "ghosts_at_once": _ghosts_at_once(config),
         "checkpoint_gb": sum(n["checkpoint_gb"] for n in networks.values()),
         "disk_gb": sum(n["checkpoint_gb"] for n in networks.values()) * (config.keep_checkpoints + 1),
         "weights": {name: describe_source(name, source) for name, source in needs.items()},
@@ -176,6 +179,21 @@ def _memory(networks: dict[str, dict[str, Any]], stages: list[dict[str, Any]]) -
     return {**parts, "total_without_activations": sum(parts.values())}
 
 
+def _ghosts_at_once(config: Any) -> int:
+    """Ghosts in one forward, on as many ranks as the run can have."""
+    if config.summation == "exact":
+        return 1
+    return config.ghosts_at_once or config.num_ghosts // max(valid_world_sizes(config))
+
+
+def _kept_gb(config: Any, dataset: Any, method: Any) -> dict[str, float]:
+    """What a forward of each phase keeps for its backward. Uses the method up."""
+    from sdtrain.activations import kept_bytes
+
+    side, classes = config.data.resolution or dataset.resolution, dataset.num_classes
+    return {phase: n / 1e9 for phase, n in kept_bytes(config, method, side, classes, _ghosts_at_once(config)).items()}
+
+
 def _switched_off(config: Any) -> list[str]:
     """Terms with weight zero: not computed at all."""
     weights = {
@@ -187,6 +205,16 @@ def _switched_off(config: Any) -> list[str]:
         "save_img": config.save_img,
     }
     return [key for key, value in weights.items() if value == 0]
+
+
+def _activations(plan: dict[str, Any]) -> str:
+    """The end of the sum of memory, with the phase that needs most."""
+    total, kept = plan["memory_gb_per_rank"]["total_without_activations"], plan["activations_gb"]
+    if not kept:
+        return f" = {total:.2f} GB without activations"
+    phase, ghosts = max(kept, key=kept.get), plan["ghosts_at_once"]
+    of = f"{phase}, {ghosts} ghost{'s' * (ghosts > 1)} at once"
+    return f" + {kept[phase]:.2f} activations ({of}) = {total + kept[phase]:.2f} GB"
 
 
 def render(plan: dict[str, Any]) -> str:
@@ -207,8 +235,7 @@ def render(plan: dict[str, Any]) -> str:
         lines.append(f"  {name:<11} {counts}  {n['role']}")
     lines += [
         f"  memory      {memory['weights']:.2f} GB weights + {memory['gradients']:.2f} gradients "
-        f"+ {memory['optimizer']:.2f} optimizer = {memory['total_without_activations']:.2f} GB a rank, "
-        "activations not counted",
+        f"+ {memory['optimizer']:.2f} optimizer{_activations(plan)} a rank",
         f"  disk        {plan['checkpoint_gb']:.2f} GB a checkpoint, {plan['disk_gb']:.2f} GB at most",
     ]
     lines += [f"  weights     {name}: {' '.join(where.values())}" for name, where in plan["weights"].items()]

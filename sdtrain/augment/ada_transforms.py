@@ -7,6 +7,7 @@ from math import sqrt
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from sdtrain.errors import DataError
@@ -93,6 +94,8 @@ def needed_margins(g_inv: Tensor, width: int, height: int, support: int) -> list
     g_inv [N, 3, 3]; `support` is what the resampling filters reach in addition. A thousandth of a pixel is let go, so
     that rounding cannot turn a whole number of pixels into one more.
     """
+    if isinstance(g_inv, FakeTensor):  # a count of memory has shapes and no numbers
+        return [(width - 1, width - 1, height - 1, height - 1)] * len(g_inv)
     half = g_inv.new_tensor([(width - 1) / 2, (height - 1) / 2])
     signs = g_inv.new_tensor([[-1, -1], [1, -1], [1, 1], [-1, 1]])
     corners = F.pad(signs * half, (0, 1), value=1.0)

@@ -123,6 +123,7 @@ class SDAKD:
         T: Any = None,
     ) -> None:
         self.o, self.nets, self.stages, self.inputs = options, dict(nets), stages, inputs
+        self.blank = inputs.blank  # shapes without content, for a count of memory
         self.perceptual, self.distance, self.T = perceptual, distance, T
         self.L_adv = ADVERSARIAL[options.adversarial.replace("-", "_")]
         self.lambda_2: float | None = None if options.lambda_2 == "auto" else options.lambda_2

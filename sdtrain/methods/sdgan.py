@@ -157,6 +157,11 @@ class SDGAN:
         """uint8 in [0, 255] -> float32 in [-1, 1]."""
         return images.float().div_(127.5).sub_(1.0)
 
+    def blank(self, x: Chunk) -> Chunk:
+        """For a count of memory: ADA's p may come to be anything, so let every image be augmented."""
+        self.p = 1.0 if self.controls else self.p
+        return x
+
     def players(self, stage: str) -> dict[str, tuple[str, ...]]:
         return {"G": ("G",), "D": ("D",)}
 

@@ -67,6 +67,12 @@ class Photos:
             return replace(x, real=pair["hq"], inputs={"lq": pair["lq"]})
         return replace(x, inputs={"lq": eight_bit(imresize(x.real, 1 / self.scale))})
 
+    def blank(self, x: Chunk) -> Chunk:
+        """The shapes that `prepare` hands on."""
+        side, small = self.options.crop_size, self.options.crop_size // self.scale
+        real, lq = (x.real.new_zeros(len(x.real), 3, size, size) for size in (side, small))
+        return replace(x, real=real, inputs={"lq": lq})
+
     def target(self, x: Chunk) -> Tensor:
         """What the original training compares with: the ground truth, unsharp-masked in Real-ESRGAN's recipe."""
         if not self.sharp_target:
@@ -109,6 +115,10 @@ class Faces:
         return replace(x, inputs={"lq": lq, "factor": torch.tensor(factors, dtype=torch.float32, device=lq.device)})
 
     fixed = prepare
+
+    @staticmethod
+    def blank(x: Chunk) -> Chunk:
+        return replace(x, inputs={"lq": x.real, "factor": x.real.new_ones(len(x.real))})
 
     @staticmethod
     def target(x: Chunk) -> Tensor:

@@ -1,0 +1,84 @@
+"""Memory of a forward: what autograd keeps for backward in every phase, counted with tensors that have no data.
+
+Counted are storages that autograd saves, each once, and not the parameters. What a single operation needs beside that
+(workspaces, the teacher's layer of the moment) comes on top; it is small against the sum.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+
+from sdtrain.methods.phase import Chunk, Phase
+from sdtrain.models.ghost import next_chunk, open_phase
+from sdtrain.rng import Draws
+
+
+def kept_bytes(config: Any, method: Any, resolution: int, num_classes: int, ghosts: int = 1) -> dict[str, int]:
+    """Bytes a forward of `ghosts` ghosts keeps, by STAGE/PHASE.
+
+    `method` is used up: its networks have seen tensors without data. Allocates nothing and takes seconds at any size.
+    """
+    modules = [net.module for net in method.nets.values()]
+    trainable = {name: [p for p in net.module.parameters() if p.requires_grad] for name, net in method.nets.items()}
+    found: dict[str, int] = {}
+    with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True):
+        warnings.simplefilter("ignore")
+        x = _blank_chunk(config, method, resolution, num_classes, ghosts)
+        for stage in method.stages:
+            if hasattr(method, "enter"):
+                method.enter(stage.name, None)
+            for phase in method.phases(stage.name, 0):
+                for net, parameters in trainable.items():  # the fence of the engine
+                    asked = net in method.players(stage.name)[phase.player]
+                    for parameter in parameters:
+                        parameter.requires_grad_(asked)
+                open_phase(*modules)
+                next_chunk(*modules)
+                _prepass(phase, x)
+                bf16 = config.precision == "bf16" and not phase.fp32
+                found[f"{stage.name}/{phase.name}"] = _bytes_of(phase, x, modules, bf16)
+    _forget_cached()
+    return found
+
+
+def _blank_chunk(config: Any, method: Any, resolution: int, num_classes: int, ghosts: int) -> Chunk:
+    draws = Draws(seed=0, step=0, ghosts=tuple(range(ghosts)), ghost_batch=config.ghost_batch)
+    real = torch.zeros(draws.num_samples, 3, resolution, resolution)
+    labels = torch.zeros(draws.num_samples, num_classes) if num_classes else None
+    x = Chunk(step=0, seen_img=0, real=real, labels=labels, draws=draws)
+    return method.blank(x) if hasattr(method, "blank") else x
+
+
+def _prepass(phase: Phase, x: Chunk) -> None:
+    """Means over ranks have no value here; a one stands for each."""
+    if phase.prepass is not None and phase.receive is not None:
+        names = list(phase.prepass(x))
+        with unset_fake_temporarily():
+            phase.receive({name: torch.ones(()) for name in names})
+
+
+def _bytes_of(phase: Phase, x: Chunk, modules: list[Any], bf16: bool) -> int:
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", enabled=bf16):
+        phase.loss(x)
+    weights = {tensor.untyped_storage()._cdata for m in modules for tensor in (*m.parameters(), *m.buffers())}
+    return sum(t.untyped_storage().nbytes() for storage, t in kept.items() if storage not in weights)
+
+
+def _forget_cached() -> None:
+    """Functions with a cache may have put tensors without data into it."""
+    for name, module in list(sys.modules.items()):
+        for value in list(vars(module).values()) if name.startswith("sdtrain.") else ():
+            if hasattr(value, "cache_clear"):
+                value.cache_clear()

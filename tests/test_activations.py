@@ -1,0 +1,98 @@
+"""The memory a plan promises is what autograd really keeps; else people would learn it from an out-of-memory error."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_style_training import STYLE, STYLENAT
+from tiny import make_shards, tiny_config, write_config
+
+from sdtrain.activations import kept_bytes
+from sdtrain.config import load_config
+from sdtrain.engine.phases import Engine
+from sdtrain.engine.player import Player
+from sdtrain.kit import Kit
+from sdtrain.methods.phase import Chunk
+from sdtrain.plan import make_plan, render
+from sdtrain.rng import Draws
+
+SIDE, CPU = 32, torch.device("cpu")
+
+
+def configured(folder: Path, options: dict[str, Any]) -> Any:
+    own = json.loads(json.dumps(options))  # YAML would write what two configurations share as an alias
+    return load_config(write_config(folder / "c.yaml", tiny_config(folder / "shards", **own)))
+
+
+def method_of(config: Any) -> Any:
+    kit = Kit(config, CPU, SIDE, 0)
+    kit.random_weights = True
+    return kit.method()
+
+
+def watching(loss: Callable[[Chunk], Any], kept: dict[int, torch.Tensor]) -> Callable[[Chunk], Any]:
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    def watched(x: Chunk) -> Any:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved):
+            return loss(x)
+
+    return watched
+
+
+def really_kept(config: Any) -> dict[str, int]:
+    """Bytes that a forward of one ghost keeps, by phase, counted by the same rule in phases that really run."""
+    method, found = method_of(config), {}
+    stage = method.stages[0].name
+    members = method.players(stage)
+    players = {n: Player(n, [method.nets[m] for m in members[n]], getattr(config.optimizer, n)) for n in members}
+    engine = Engine(players, method.nets, CPU, config.precision)
+    draws = Draws(seed=0, step=0, ghosts=(0,), ghost_batch=config.ghost_batch)
+    real = torch.rand(config.ghost_batch, 3, SIDE, SIDE) * 2 - 1
+    weights = {p.untyped_storage()._cdata for net in method.nets.values() for p in net.module.state_dict().values()}
+    for phase in method.phases(stage, 0):
+        kept: dict[int, torch.Tensor] = {}
+        watched = dataclasses.replace(phase, loss=watching(phase.loss, kept))
+        engine.run(watched, [Chunk(step=0, seen_img=0, real=real, labels=None, draws=draws)])
+        found[f"{stage}/{phase.name}"] = sum(
+            tensor.untyped_storage().nbytes() for storage, tensor in kept.items() if storage not in weights
+        )
+    return found
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"sd__loss": "lpips-vgg", "precision": "bf16"}, {**STYLE, "augment": {"kind": "none"}}, STYLENAT],
+    ids=["FastGAN", "LPIPS in bf16", "StyleGAN2", "StyleNAT"],
+)
+def test_what_is_counted_without_data_is_what_a_run_keeps(tmp_path: Path, options: dict[str, Any]) -> None:
+    config = configured(tmp_path, options)
+    counted, real = kept_bytes(config, method_of(config), SIDE, 0), really_kept(config)
+    assert counted.keys() == real.keys() and all(real.values())
+    for phase, size in real.items():
+        assert counted[phase] == pytest.approx(size, rel=0.05), phase
+
+
+def test_ada_counts_as_if_it_reached_as_far_as_it_may(tmp_path: Path) -> None:
+    config = configured(tmp_path, {**STYLE, "augment": {"kind": "ada", "p": 0.3, "target": 0.6, "interval": 2}})
+    counted, real = kept_bytes(config, method_of(config), SIDE, 0), really_kept(config)
+    assert counted.keys() == real.keys() == {"main/G", "main/G_pl", "main/D", "main/D_r1"}
+    assert all(counted[phase] >= real[phase] > 0 for phase in real)
+
+
+def test_two_ghosts_at_once_keep_twice_as_much_and_the_plan_says_which_phase_needs_most(tmp_path: Path) -> None:
+    make_shards(tmp_path / "shards")
+    config = configured(tmp_path, {})
+    one, two = (kept_bytes(config, method_of(config), SIDE, 0, ghosts) for ghosts in (1, 2))
+    assert two["main/G"] == pytest.approx(2 * one["main/G"], rel=0.02)
+    plan = make_plan(config)
+    assert plan["activations_gb"] == {phase: size / 1e9 for phase, size in one.items()}
+    assert "activations (main/G, 1 ghost at once)" in render(plan)
