@@ -184,7 +184,7 @@ def full_mask_attention(q: Tensor, k: Tensor, v: Tensor, rpb: Tensor, dilation: 
 
 
 def natten_attention(q: Tensor, k: Tensor, v: Tensor, rpb: Tensor, dilation: int) -> Tensor:
-    """The same through natten's kernels (0.15 to 0.17, the last with a relative position bias); CUDA.
+    """The same through natten's kernels (0.15 to 0.17, the last with a relative position bias), made for CUDA.
 
     Raises ConfigError when natten is missing or too new.
     """
