@@ -21,6 +21,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from sdtrain.errors import ConfigError
@@ -141,8 +142,30 @@ def neighborhood_attention(q: Tensor, k: Tensor, v: Tensor, rpb: Tensor, dilatio
     """softmax(q k^T + bias over the window) v, tile by tile.
 
     q, k, v and the result [N, H, W, heads * D], q already scaled; rpb [heads, 2 kernel - 1, 2 kernel - 1].
-    Raises ConfigError when kernel * dilation exceeds H or W.
+    Differentiable once. Raises ConfigError when kernel * dilation exceeds H or W.
     """
+    return _Recomputed.apply(q, k, v, rpb, dilation, tile)
+
+
+class _Recomputed(torch.autograd.Function):
+    """Backward cuts the tiles again: they overlap, so keeping them takes several times the memory of q, k and v."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, rpb, dilation, tile):
+        ctx.save_for_backward(q, k, v, rpb)
+        ctx.cut = dilation, tile
+        return _tiled_attention(q, k, v, rpb, dilation, tile)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, slope):
+        inputs = [tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
+        with torch.enable_grad():
+            out = _tiled_attention(*inputs, *ctx.cut)
+        return *torch.autograd.grad(out, inputs, slope), None, None
+
+
+def _tiled_attention(q: Tensor, k: Tensor, v: Tensor, rpb: Tensor, dilation: int, tile: int) -> Tensor:
     n, height, width, _ = q.shape
     heads, kernel = len(rpb), (rpb.shape[-1] + 1) // 2
     ys, xs = axis_plan(height, kernel, dilation, tile), axis_plan(width, kernel, dilation, tile)
