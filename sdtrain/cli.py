@@ -87,5 +87,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_command(lambda: args.run(args))
 
 
+def script(main: Callable[[], int] = main) -> int:
+    """`main`, and a clean leave from the other ranks, so that the exit code arrives."""
+    code = main()
+    ranks = sys.modules.get("sdtrain.engine.ranks")
+    if ranks is not None:
+        ranks.leave()
+    return code
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(script())

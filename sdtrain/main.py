@@ -161,14 +161,7 @@ def tell(error: UserError) -> None:
         print(f"sdtrain{f' (rank {ranks.rank()})' if met and ranks else ''}: {error}", file=sys.stderr)
 
 
-def script() -> int:
-    """`main`, and a clean leave from the other ranks, so that the exit code arrives."""
-    code = main()
-    ranks = sys.modules.get("sdtrain.engine.ranks")
-    if ranks is not None:
-        ranks.leave()
-    return code
-
-
 if __name__ == "__main__":
-    sys.exit(script())
+    from sdtrain.cli import script
+
+    sys.exit(script(main))

@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 
 METRICS = ("fid", "rfid", "kid", "pr")
 DEFAULTS = {"metrics": "fid", "extractor": "inception", "tap": 2048, "seeds": 5, "seed": 0, "batch_size": 32}
-DEFAULTS |= {"inception": "download"}
+DEFAULTS |= {"inception": "download", "split": "test"}
 DECIMALS = {"fid": 4, "fid_biased": 4, "rfid": 4, "rfid_std": 4, "kid": 6, "kid_std": 6, "precision": 4, "recall": 4}
+DECIMALS |= {"psnr_y": 3, "ssim_y": 4, "lpips": 4}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("path", metavar="PATH", help="what to measure: a folder of images, shards, a run folder or a checkpoint")
     add("--real", metavar="DATA", help="real images: shards or a folder (default: what the run was validated on)")
     own = "default: as the run's configuration says, else"
-    add("--metrics", help=f"comma-separated, of {', '.join(METRICS)} ({own} fid)")
+    add("--metrics", help=f"comma-separated, of {', '.join(METRICS)} ({own} fid); super-resolution has its own")
     add(
         "--num",
         "--num-fake",
@@ -52,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch-size", type=int, help=f"images at once; part of the protocol ({own} 32)")
     add("--workers", type=int, default=2, help="processes that decode shards (default: 2)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: a GPU where there is one)")
-    add("--split", default="test", help="a name for the real images, kept in the row")
+    add("--split", help="a name for the real images, kept in the row; super-resolution: test or val (default: test)")
     add("--cache", type=Path, help="where statistics of real images are kept (default: the weights cache)")
     add("--json", type=Path, metavar="FILE", help="append the result as one JSON row")
     add("--against", type=Path, metavar="FILE", help="compare with the last row of a --json file of the same protocol")
@@ -60,6 +61,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Returns 0; raises ConfigError, DataError or WeightsError before anything is computed."""
+    from sdtrain.commands import evaluate_sr
+
+    if evaluate_sr.measures(Path(args.path)):
+        return evaluate_sr.run(args)
     check(args)
     earlier = last_row(args.against) if args.against else None
     from sdtrain.engine.ranks import is_main
@@ -69,7 +74,8 @@ def run(args: argparse.Namespace) -> int:
     judge = evaluator(args, info, device)
     row = {"kind": "eval", "measured": str(args.path), **info.get("row", {}), **judge.evaluate(sample_fn)}
     if is_main():
-        report(row, args.json)
+        report(row)
+        append(row, args.json)
     if earlier is not None:
         compare(earlier, row)
     return EXIT_OK
@@ -199,8 +205,8 @@ def evaluator(args: argparse.Namespace, info: dict[str, Any], device: Any) -> An
     )
 
 
-def report(row: dict[str, Any], file: Path | None) -> None:
-    """Print the table; append the row."""
+def report(row: dict[str, Any]) -> None:
+    """Print the table."""
     from sdtrain.metrics.protocol import fingerprint
 
     protocol = row["protocol"]
@@ -211,6 +217,10 @@ def report(row: dict[str, Any], file: Path | None) -> None:
             print(f"  {name:12}{row[name]:.{decimals}f}")
     if "rfid_seeds" in row:
         print(f"  rfid over seeds {row['rfid_seeds']}, standard deviation with n - 1, rule {row['rfid_rule']}")
+
+
+def append(row: dict[str, Any], file: Path | None) -> None:
+    """Add a row to a file of rows."""
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
         with file.open("a") as out:

@@ -1,0 +1,112 @@
+"""`sdtrain evaluate` for a super-resolution network of a run: the run's own lists, or others that `--real` names.
+
+Beside the network stands what bicubic enlargement of the same inputs reaches. Several ranks share the images; the
+values do not depend on how many there are.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from sdtrain.commands.source import ROLE, config_of, position_of, run_folder_of
+from sdtrain.errors import EXIT_OK, ConfigError, WeightsError
+
+NAMES = ("fid", "psnr_y", "ssim_y", "lpips")
+SPLITS = ("test", "val")
+NOT_HERE = ("num", "num_real", "seeds", "seed", "batch_size")
+
+
+def measures(path: Path) -> bool:
+    """Whether `path` belongs to a run of super-resolution."""
+    return path.exists() and hasattr(config_of(path), "validation")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Returns 0; raises ConfigError, DataError or WeightsError before anything is computed."""
+    path = Path(args.path)
+    config = configured(args, config_of(path))
+    from sdtrain.commands.evaluate import append, compare, last_row, start_ranks
+    from sdtrain.engine.ranks import is_main
+    from sdtrain.interop.network import file_of_run, load_network
+    from sdtrain.tasks.sr_inputs import make_inputs
+    from sdtrain.tasks.validation import ValidationList
+
+    earlier = last_row(args.against) if args.against else None
+    device = start_ranks(args.device)
+    file = file_of_run(path, ROLE[args.weights]) if path.is_dir() else path
+    network = load_network(file, ROLE[args.weights])
+    if network.player != "Generator":
+        raise ConfigError(f"{file} holds a discriminator, which enlarges nothing; give the file of a generator")
+    inputs = make_inputs(config)
+    photos = ValidationList(config, args.split, inputs, folder_of_inputs(args, config), device)
+    net: Any = network.build().to(device)
+    values = photos.measure(lambda i, factor: photos.upscale(net, i, factor))
+    plain = photos.measure(photos.bicubic)
+    about = {"measured": str(path), "weights": args.weights, "file": str(file), **position_of(file)}
+    row = {"kind": "eval", **about, **values, "bicubic": plain, "protocol": photos.protocol()}
+    if is_main():
+        report(row, plain, getattr(config.data, args.split))
+        append(row, args.json)
+    if earlier is not None:
+        compare(earlier, row)
+    return EXIT_OK
+
+
+def configured(args: argparse.Namespace, config: Any) -> Any:
+    """The run's configuration with the metrics and the list asked for; every mistake in the arguments is found here."""
+    from sdtrain.weights import check_weights
+
+    given = [f"--{name.replace('_', '-')}" for name in NOT_HERE if getattr(args, name) is not None]
+    if given:
+        raise ConfigError(f"{', '.join(given)}: {args.path} enlarges every image of a list; leave it out")
+    args.split = args.split or ("test" if args.real or config.data.test else "val")
+    if args.split not in SPLITS:
+        raise ConfigError(f"--split {args.split}: a run of super-resolution has {' and '.join(SPLITS)}")
+    source = args.real or getattr(config.data, args.split)
+    if source is None:
+        raise ConfigError(f"the run has no data.{args.split}; say which photographs to measure on: --real SHARDS")
+    names = tuple(args.metrics.split(",")) if args.metrics else config.validation.names
+    unknown = [name for name in names if name not in NAMES]
+    if unknown:
+        raise ConfigError(f"--metrics has {', '.join(unknown)}; choose from {', '.join(NAMES)} for super-resolution")
+    extractor = "random-inception" if args.extractor == "random" else args.extractor or config.metrics.extractor
+    config = replace(
+        config,
+        data=replace(config.data, **{args.split: source}),
+        validation=replace(config.validation, names=names),
+        metrics=replace(config.metrics, extractor=extractor, tap=args.tap or config.metrics.tap),
+        weights=replace(config.weights, inception=args.inception or config.weights.inception),
+    )
+    w = config.weights
+    needs = {"alex": w.alex or "download"} if "lpips" in names else {}
+    if "fid" in names and config.metrics.extractor == "inception" and w.inception != "random":
+        needs["inception"] = w.inception or "download"
+    problems = check_weights(needs)
+    if problems:
+        raise WeightsError(" ".join(problems))
+    return config
+
+
+def folder_of_inputs(args: argparse.Namespace, config: Any) -> Path:
+    """Where the low-quality inputs are kept: in the run for its own lists, else in the cache under their hash."""
+    run_folder = run_folder_of(Path(args.path))
+    assert run_folder is not None
+    if args.real is None:
+        return run_folder
+    from sdtrain.config import config_hash
+    from sdtrain.data.dataset import open_dataset
+    from sdtrain.weights import cache_folder
+
+    photos = open_dataset(args.real, cache=config.data.cache).hash
+    return (args.cache or cache_folder() / "statistics") / f"lq-{photos[:16]}-{config_hash(config)[:16]}"
+
+
+def report(row: dict[str, Any], plain: dict[str, float], source: str) -> None:
+    protocol = row["protocol"]
+    print(f"{row['measured']} on {protocol['num_images']} photographs of {source}, low quality: {protocol['lq']}")
+    print(f"  {'':12}{'network':>10}{'bicubic':>10}")
+    for name, value in plain.items():
+        print(f"  {name:12}{row[name]:10.4f}{value:10.4f}")

@@ -1,0 +1,60 @@
+"""`sdtrain evaluate` of a super-resolution run: else the table of a paper could not be filled after training."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import run_ranks
+from test_sdakd import finished, lists  # noqa: F401
+
+from sdtrain import cli
+
+NAMES = ("fid", "psnr_y", "ssim_y")
+
+
+def rows(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    assert cli.main(["evaluate", *map(str, words)]) == 2
+    return capsys.readouterr().err.strip()
+
+
+def test_a_run_is_measured_as_it_measured_itself_on_1_and_2_ranks(finished, tmp_path, capsys):  # noqa: F811
+    own = [row for row in rows(finished / "metrics.jsonl") if row["kind"] in ("eval", "baseline")]
+    student = [row for row in own if row["kind"] == "eval" and row["split"] == "test"][-1]
+    plain = [row for row in own if row.get("method") == "bicubic"][-1]
+    words = ["evaluate", str(finished), "--json", str(tmp_path / "rows.jsonl")]
+    assert cli.main([*words, "--against", str(finished / "metrics.jsonl")]) == 0
+    said = capsys.readouterr().out
+    done = run_ranks(2, "-m", "sdtrain.cli", *words)
+    assert done.returncode == 0 and said.startswith(done.stdout.split("  psnr_y  ")[0].split("\n")[0]), done
+    one, two = rows(tmp_path / "rows.jsonl")
+    measured = [name for name in NAMES if name in student]
+    assert measured and one["protocol"] == two["protocol"] == student["protocol"]
+    assert all(one[name] == two[name] == student[name] for name in measured)
+    assert all(one["bicubic"][name] == plain[name] for name in measured)
+
+
+def test_other_photographs_and_metrics_can_be_asked_for(finished, lists, tmp_path):  # noqa: F811
+    file, kept = tmp_path / "rows.jsonl", sorted((finished / "inputs").iterdir())
+    words = ["evaluate", str(finished), "--metrics", "psnr_y", "--json", str(file), "--cache", str(tmp_path)]
+    assert cli.main([*words, "--split", "val"]) == cli.main([*words, "--real", lists["val"]]) == 0
+    as_val, as_test = rows(file)
+    assert as_val["psnr_y"] == as_test["psnr_y"] and set(as_val["bicubic"]) == {"psnr_y"}
+    assert sorted((finished / "inputs").iterdir()) == kept and list(tmp_path.glob("lq-*/inputs/test.safetensors"))
+
+
+def test_what_cannot_be_measured_is_one_sentence(finished, capsys):  # noqa: F811
+    said = refusal(capsys, finished, "--metrics", "rfid")
+    assert said == "sdtrain: --metrics has rfid; choose from fid, psnr_y, ssim_y, lpips for super-resolution"
+    said = refusal(capsys, finished, "--num", 5)
+    assert said == f"sdtrain: --num: {finished} enlarges every image of a list; leave it out"
+    said = refusal(capsys, finished, "--split", "train")
+    assert said == "sdtrain: --split train: a run of super-resolution has test and val"
+    critic = next((finished / "best").glob("adversarial_last_D.safetensors"))
+    assert "holds a discriminator, which enlarges nothing" in refusal(capsys, critic)
