@@ -104,7 +104,7 @@ def test_every_user_error_is_a_value_error():
 
 def test_the_entry_point_of_the_package_exists():
     declared = (REPO / "pyproject.toml").read_text()
-    assert 'sdtrain = "sdtrain.cli:script"' in declared and callable(cli.main)
+    assert 'sdtrain = "sdtrain.cli:script"' in declared and callable(cli.script)
 
 
 def doctor(capsys: pytest.CaptureFixture, *args: str) -> tuple[int, str]:
