@@ -207,14 +207,19 @@ def _switched_off(config: Any) -> list[str]:
     return [key for key, value in weights.items() if value == 0]
 
 
+def size(gigabytes: float) -> str:
+    """'1.23 GB', or '4.5 MB' for what is small."""
+    return f"{gigabytes:.2f} GB" if gigabytes >= 0.1 else f"{gigabytes * 1000:.1f} MB"
+
+
 def _activations(plan: dict[str, Any]) -> str:
     """The end of the sum of memory, with the phase that needs most."""
     total, kept = plan["memory_gb_per_rank"]["total_without_activations"], plan["activations_gb"]
     if not kept:
-        return f" = {total:.2f} GB without activations"
+        return f" = {size(total)} without activations"
     phase, ghosts = max(kept, key=kept.get), plan["ghosts_at_once"]
     of = f"{phase}, {ghosts} ghost{'s' * (ghosts > 1)} at once"
-    return f" + {kept[phase]:.2f} activations ({of}) = {total + kept[phase]:.2f} GB"
+    return f" + {size(kept[phase])} activations ({of}) = {size(total + kept[phase])}"
 
 
 def render(plan: dict[str, Any]) -> str:
@@ -234,9 +239,9 @@ def render(plan: dict[str, Any]) -> str:
         counts = f"{n['parameters'] / 1e6:9.3f} M parameters, {n['trainable'] / 1e6:9.3f} M trained"
         lines.append(f"  {name:<11} {counts}  {n['role']}")
     lines += [
-        f"  memory      {memory['weights']:.2f} GB weights + {memory['gradients']:.2f} gradients "
-        f"+ {memory['optimizer']:.2f} optimizer{_activations(plan)} a rank",
-        f"  disk        {plan['checkpoint_gb']:.2f} GB a checkpoint, {plan['disk_gb']:.2f} GB at most",
+        f"  memory      {size(memory['weights'])} weights + {size(memory['gradients'])} gradients "
+        f"+ {size(memory['optimizer'])} optimizer{_activations(plan)} a rank",
+        f"  disk        {size(plan['checkpoint_gb'])} a checkpoint, {size(plan['disk_gb'])} at most",
     ]
     lines += [f"  weights     {name}: {' '.join(where.values())}" for name, where in plan["weights"].items()]
     for role, start in plan["init"].items():
