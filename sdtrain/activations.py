@@ -12,38 +12,51 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    unset_fake_temporarily,
+)
 
 from sdtrain.methods.phase import Chunk, Phase
 from sdtrain.models.ghost import next_chunk, open_phase
 from sdtrain.rng import Draws
+
+DependsOnValues = (DataDependentOutputException, DynamicOutputShapeException)
 
 
 def kept_bytes(config: Any, method: Any, resolution: int, num_classes: int, ghosts: int = 1) -> dict[str, int]:
     """Bytes a forward of `ghosts` ghosts keeps, by STAGE/PHASE.
 
     `method` is used up: its networks have seen tensors without data. Allocates nothing and takes seconds at any size.
+    Raises one of `DependsOnValues` when a shape or a branch depends on the numbers in a tensor.
     """
+    try:
+        with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True):
+            warnings.simplefilter("ignore")
+            return _count(config, method, _blank_chunk(config, method, resolution, num_classes, ghosts))
+    finally:
+        _forget_cached()
+
+
+def _count(config: Any, method: Any, x: Chunk) -> dict[str, int]:
     modules = [net.module for net in method.nets.values()]
     trainable = {name: [p for p in net.module.parameters() if p.requires_grad] for name, net in method.nets.items()}
     found: dict[str, int] = {}
-    with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True):
-        warnings.simplefilter("ignore")
-        x = _blank_chunk(config, method, resolution, num_classes, ghosts)
-        for stage in method.stages:
-            if hasattr(method, "enter"):
-                method.enter(stage.name, None)
-            for phase in method.phases(stage.name, 0):
-                for net, parameters in trainable.items():  # the fence of the engine
-                    asked = net in method.players(stage.name)[phase.player]
-                    for parameter in parameters:
-                        parameter.requires_grad_(asked)
-                open_phase(*modules)
-                next_chunk(*modules)
-                _prepass(phase, x)
-                bf16 = config.precision == "bf16" and not phase.fp32
-                found[f"{stage.name}/{phase.name}"] = _bytes_of(phase, x, modules, bf16)
-    _forget_cached()
+    for stage in method.stages:
+        if hasattr(method, "enter"):
+            method.enter(stage.name, None)
+        for phase in method.phases(stage.name, 0):
+            for net, parameters in trainable.items():  # the fence of the engine
+                asked = net in method.players(stage.name)[phase.player]
+                for parameter in parameters:
+                    parameter.requires_grad_(asked)
+            open_phase(*modules)
+            next_chunk(*modules)
+            _prepass(phase, x)
+            bf16 = config.precision == "bf16" and not phase.fp32
+            found[f"{stage.name}/{phase.name}"] = _bytes_of(phase, x, modules, bf16)
     return found
 
 

@@ -187,11 +187,15 @@ def _ghosts_at_once(config: Any) -> int:
 
 
 def _kept_gb(config: Any, dataset: Any, method: Any) -> dict[str, float]:
-    """What a forward of each phase keeps for its backward. Uses the method up."""
-    from sdtrain.activations import kept_bytes
+    """What a forward of each phase keeps for its backward; empty when that depends on values. Uses the method up."""
+    from sdtrain.activations import DependsOnValues, kept_bytes
 
     side, classes = config.data.resolution or dataset.resolution, dataset.num_classes
-    return {phase: n / 1e9 for phase, n in kept_bytes(config, method, side, classes, _ghosts_at_once(config)).items()}
+    try:
+        kept = kept_bytes(config, method, side, classes, _ghosts_at_once(config))
+    except DependsOnValues:  # somebody's network looks at numbers; the rest of the plan stands
+        return {}
+    return {phase: n / 1e9 for phase, n in kept.items()}
 
 
 def _switched_off(config: Any) -> list[str]:

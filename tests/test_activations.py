@@ -19,6 +19,7 @@ from sdtrain.engine.phases import Engine
 from sdtrain.engine.player import Player
 from sdtrain.kit import Kit
 from sdtrain.methods.phase import Chunk
+from sdtrain.models import fastgan
 from sdtrain.plan import make_plan, render
 from sdtrain.rng import Draws
 
@@ -96,3 +97,16 @@ def test_two_ghosts_at_once_keep_twice_as_much_and_the_plan_says_which_phase_nee
     plan = make_plan(config)
     assert plan["activations_gb"] == {phase: size / 1e9 for phase, size in one.items()}
     assert "activations (main/G, 1 ghost at once)" in render(plan)
+
+
+def test_a_network_that_looks_at_numbers_leaves_a_plan_without_activations(tmp_path: Path, monkeypatch) -> None:
+    make_shards(tmp_path / "shards")
+    forward = fastgan.Generator.forward
+
+    def looks(self: Any, *args: Any, **kwargs: Any) -> Any:
+        images = forward(self, *args, **kwargs)
+        return images if float(images.mean()) < 0 else images * 1
+
+    monkeypatch.setattr(fastgan.Generator, "forward", looks)
+    plan = make_plan(configured(tmp_path, {}))
+    assert plan["activations_gb"] == {} and "without activations a rank" in render(plan)
