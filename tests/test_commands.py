@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from sdtrain import cli
-from sdtrain.commands import sample, source
+from sdtrain.commands import plots, sample, source
 
 CONFIG = """
 method: sdgan
@@ -365,6 +365,13 @@ def test_the_report_has_the_best_evaluation_of_each_run_and_a_picture(tmp_path, 
     assert "| baseline | 300 | 7.500 | 15.000 +- 0.500 | 0.500 |" in page
     assert "![page](page.png)" in page
     assert pixels(tmp_path / "page.png").shape[1] > 1000
+
+
+def test_long_curves_are_smoothed_without_a_shift():
+    ramp, zigzag = [0.5 * i for i in range(600)], [float(i % 2) for i in range(600)]
+    assert plots.smoothed(ramp)[10:-10] == pytest.approx(ramp[10:-10])
+    assert all(abs(value - 0.5) < 0.05 for value in plots.smoothed(zigzag))
+    assert plots.smoothed([1.0, 3.0, 5.0]) == [1.0, 3.0, 5.0]
 
 
 def test_runs_that_differ_only_by_seed_become_a_mean_and_a_deviation(tmp_path):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from sdtrain.errors import ConfigError
 
 COLUMNS = 3
+SMOOTH_FROM = 100  # from so many points on a running mean is drawn, with the points faintly behind it
 
 
 def require_matplotlib(what: str = "the curves need") -> None:
@@ -30,6 +33,8 @@ def new_figure(width: float, height: float) -> Any:
 
 def curves(groups: dict[str, list[Any]], file: Path) -> None:
     """One panel a metric (logarithmic where a distance) and a loss, one line a group of runs."""
+    from matplotlib.ticker import LogFormatter
+
     from sdtrain.commands.report import METRICS, RISING, series
 
     runs = [run for members in groups.values() for run in members]
@@ -46,6 +51,9 @@ def curves(groups: dict[str, list[Any]], file: Path) -> None:
         ax.set(title=METRICS.get(key, key), xlabel="images seen", yscale="log" if is_distance else "linear")
         ax.grid(alpha=0.3, linewidth=0.6, which="both" if is_distance else "major")
         ax.xaxis.set_major_formatter(lambda x, _: count(x))
+        if is_distance:
+            ax.yaxis.set_major_formatter(LogFormatter())
+            ax.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.8)))
     for ax in axes[len(panels) :]:
         ax.set_visible(False)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
@@ -62,12 +70,23 @@ def line(ax: Any, points: list[tuple[float, float, float]], name: str, colour: s
     if not points:
         return
     x, mean, deviation = zip(*points)
+    if len(x) >= SMOOTH_FROM:
+        ax.plot(x, mean, color=colour, linewidth=0.5, alpha=0.12)
+        mean, deviation = smoothed(mean), smoothed(deviation)
     ax.plot(x, mean, color=colour, label=name, linewidth=1.5, marker="o" if len(x) < 12 else None, markersize=3)
     if any(deviation):
         low, high = ([m + sign * d for m, d in zip(mean, deviation)] for sign in (-1, 1))
         ax.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
     if with_best and len(x) > 1:
         ax.axhline(min(mean), color=colour, linewidth=0.8, linestyle="--", alpha=0.6)
+
+
+def smoothed(values: Sequence[float]) -> list[float]:
+    """Mean of the thirtieth of the curve around each point, of half of it at the ends."""
+    reach, total = len(values) // 60, len(values)
+    sums = [0.0, *itertools.accumulate(values)]
+    spans = [(max(i - reach, 0), min(i + reach + 1, total)) for i in range(total)]
+    return [(sums[end] - sums[begin]) / (end - begin) for begin, end in spans]
 
 
 def count(images: float) -> str:
