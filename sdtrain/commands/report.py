@@ -180,7 +180,7 @@ def cell(row: dict[str, Any], key: str) -> str:
     if key not in row:
         return "-"
     digits = 5 if key == "kid" else 3
-    spread = f" +- {row[f'{key}_std']:.{digits}f}" if f"{key}_std" in row else ""
+    spread = f" +- {row[f'{key}_std']:.{digits}f}" if row.get(f"{key}_std") else ""
     return f"{row[key]:.{digits}f}{spread}"
 
 
