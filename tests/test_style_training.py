@@ -126,6 +126,16 @@ def test_what_the_data_cannot_do_is_one_sentence_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("options, name", [(STYLE, "StyleGAN2"), (STYLENAT, "StyleNAT")])
+def test_a_resolution_that_is_no_power_of_two_is_one_sentence(
+    tmp_path: Path, options: dict[str, Any], name: str
+) -> None:
+    make_shards(tmp_path / "shards", side=24)
+    (told,) = run_jobs(tmp_path, [job(configured(tmp_path, options), "out")])
+    assert told["code"] == 2 and "Traceback" not in told["said"] and not (tmp_path / "out").exists(), told
+    assert all(words in told["said"] for words in (name, "resolution 24", "power of two")), told
+
+
 @pytest.mark.slow
 def test_a_resumed_run_goes_on_bit_for_bit_with_p_path_length_and_lazy_phase(tmp_path: Path) -> None:
     config, stop = configured(tmp_path, save_img=6 * BATCH), 6 * BATCH  # between two penalties of both kinds

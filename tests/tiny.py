@@ -44,14 +44,14 @@ def picture(number: int) -> np.ndarray:
     return base.clip(0, 255).astype(np.uint8)
 
 
-def make_shards(folder: Path, samples: int = SAMPLES) -> Path:
-    """Plain webdataset tars of PNGs."""
+def make_shards(folder: Path, samples: int = SAMPLES, side: int = SIDE) -> Path:
+    """Plain webdataset tars of PNGs, each the upper left corner of its picture."""
     folder.mkdir(parents=True, exist_ok=True)
     for shard in range(SHARDS):
         with tarfile.open(folder / f"{shard:03d}.tar", "w") as tar:
             for number in range(shard, samples, SHARDS):
                 data = io.BytesIO()
-                Image.fromarray(picture(number)).save(data, "PNG")
+                Image.fromarray(picture(number)[:side, :side]).save(data, "PNG")
                 member = tarfile.TarInfo(f"{number:04d}.png")
                 member.size = len(data.getvalue())
                 tar.addfile(member, io.BytesIO(data.getvalue()))
