@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from sdtrain import cli
@@ -277,6 +278,16 @@ def test_a_run_is_measured_as_it_measured_itself(run_folder, tmp_path, capsys):
     assert again["protocol"] == own["protocol"]
     assert (again["seen_img"], again["weights"]) == (32, "ema")
     assert "->" in capsys.readouterr().out
+
+
+def test_a_run_with_random_inception_is_measured_with_the_same_stand_in(run_folder, tmp_path):
+    copy, metrics = tmp_path / "run", run_folder / "metrics.jsonl"
+    shutil.copytree(run_folder, copy)
+    tree = yaml.safe_load((copy / "config.yaml").read_text())
+    tree["weights"]["inception"], tree["metrics"]["extractor"] = "random", "inception"
+    (copy / "config.yaml").write_text(yaml.safe_dump(tree))
+    words = ["--split", "val", "--cache", tmp_path / "cache", "--workers", 0, "--against", metrics]
+    assert command("evaluate", copy, *words) == 0
 
 
 def test_an_unlike_seed_or_number_is_told_apart_from_the_runs_own_protocol(run_folder, tmp_path, capsys):

@@ -122,6 +122,8 @@ def fill_in(args: argparse.Namespace) -> None:
         defaults |= {"metrics": ",".join(m.names), "num": m.num_fake, "num_real": m.num_real, "extractor": m.extractor}
         defaults |= {"tap": m.tap, "seeds": m.seeds, "batch_size": m.batch_size, "seed": config.seed}
         defaults |= {"inception": config.weights.inception or "download", "real": config.data.val or config.data.train}
+        if config.weights.inception == "random":  # as the run understands it
+            defaults |= {"inception": "download", "extractor": "random-inception"}
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
