@@ -91,9 +91,14 @@ def script(main: Callable[[], int] = main) -> int:
     """`main`, and a clean leave from the other ranks, so that the exit code arrives."""
     code = main()
     ranks = sys.modules.get("sdtrain.engine.ranks")
-    if ranks is not None:
-        ranks.leave()
-    return code
+    if ranks is None or ranks.world() == 1:
+        return code
+    if code == EXIT_OK:
+        ranks.barrier()  # nobody closes connections while another still sends
+    ranks.leave()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # what threads of the group do in the interpreter's exit may abort a finished process
 
 
 if __name__ == "__main__":

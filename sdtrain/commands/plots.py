@@ -69,7 +69,7 @@ def line(ax: Any, points: list[tuple[float, float, float]], name: str, colour: s
     """The mean, a band of one standard deviation, and the best value as a dashed line (Figures 3 and 5)."""
     if not points:
         return
-    x, mean, deviation = zip(*points)
+    x, mean, deviation = (list(part) for part in zip(*points))
     if len(x) >= SMOOTH_FROM:
         ax.plot(x, mean, color=colour, linewidth=0.5, alpha=0.12)
         mean, deviation = smoothed(mean), smoothed(deviation)
