@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 from conftest import run_ranks
+from PIL import Image
 from test_sdakd import finished, lists  # noqa: F401
+from tiny import picture
 
 from sdtrain import cli
 
@@ -32,7 +34,7 @@ def test_a_run_is_measured_as_it_measured_itself_on_1_and_2_ranks(finished, tmp_
     assert cli.main([*words, "--against", str(finished / "metrics.jsonl")]) == 0
     said = capsys.readouterr().out
     done = run_ranks(2, "-m", "sdtrain.cli", *words)
-    assert done.returncode == 0 and said.startswith(done.stdout.split("  psnr_y  ")[0].split("\n")[0]), done
+    assert done.returncode == 0 and said.startswith(done.stdout) and "bicubic" in done.stdout, done
     one, two = rows(tmp_path / "rows.jsonl")
     measured = [name for name in NAMES if name in student]
     assert measured and one["protocol"] == two["protocol"] == student["protocol"]
@@ -47,6 +49,16 @@ def test_other_photographs_and_metrics_can_be_asked_for(finished, lists, tmp_pat
     as_val, as_test = rows(file)
     assert as_val["psnr_y"] == as_test["psnr_y"] and set(as_val["bicubic"]) == {"psnr_y"}
     assert sorted((finished / "inputs").iterdir()) == kept and list(tmp_path.glob("lq-*/inputs/test.safetensors"))
+
+
+def test_a_folder_of_pictures_inside_a_run_is_measured_as_pictures(finished, tmp_path):  # noqa: F811
+    folder = finished / "upscaled"
+    folder.mkdir()
+    for i in range(3):
+        Image.fromarray(picture(i)).save(folder / f"{i}.png")
+    words = ["--metrics", "rfid", "--tap", "64", "--seeds", "1", "--workers", "0", "--cache", str(tmp_path)]
+    assert cli.main(["evaluate", str(folder), "--real", str(folder), *words, "--json", str(tmp_path / "row")]) == 0
+    assert rows(tmp_path / "row")[0]["rfid"] == pytest.approx(0, abs=1e-6)
 
 
 def test_what_cannot_be_measured_is_one_sentence(finished, capsys):  # noqa: F811

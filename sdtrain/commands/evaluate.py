@@ -61,11 +61,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Returns 0; raises ConfigError, DataError or WeightsError before anything is computed."""
-    from sdtrain.commands import evaluate_sr
+    from sdtrain.commands.source import config_of
 
-    if evaluate_sr.measures(Path(args.path)):
-        return evaluate_sr.run(args)
-    check(args)
+    path = Path(args.path)
+    config = config_of(path) if is_generator(path) else None
+    if hasattr(config, "validation"):
+        from sdtrain.commands import evaluate_sr
+
+        return evaluate_sr.run(args, config)
+    check(args, config)
     earlier = last_row(args.against) if args.against else None
     from sdtrain.engine.ranks import is_main
 
@@ -81,11 +85,11 @@ def run(args: argparse.Namespace) -> int:
     return EXIT_OK
 
 
-def check(args: argparse.Namespace) -> None:
+def check(args: argparse.Namespace, config: Any) -> None:
     """Everything that can be wrong with the arguments, before torch is imported."""
     from sdtrain.weights import check_weights
 
-    fill_in(args)
+    fill_in(args, config)
     args.metrics = tuple(name.strip() for name in args.metrics.split(",") if name.strip())
     unknown = [name for name in args.metrics if name not in METRICS]
     if unknown or not args.metrics:
@@ -111,11 +115,8 @@ def is_checkpoint(path: Path) -> bool:
     return (path / "checkpoints").is_dir() or (path / "state.json").is_file() or any(path.glob("*.safetensors"))
 
 
-def fill_in(args: argparse.Namespace) -> None:
+def fill_in(args: argparse.Namespace, config: Any) -> None:
     """Give what was not asked for: as the run measures itself, so that values compare with its own; else defaults."""
-    from sdtrain.commands.source import config_of
-
-    config = config_of(Path(args.path)) if is_generator(Path(args.path)) else None
     defaults: dict[str, Any] = dict(DEFAULTS)
     if config is not None:
         m = config.metrics

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sdtrain.commands.source import ROLE, config_of, position_of, run_folder_of
+from sdtrain.commands.source import ROLE, position_of, run_folder_of
 from sdtrain.errors import EXIT_OK, ConfigError, WeightsError
 
 NAMES = ("fid", "psnr_y", "ssim_y", "lpips")
@@ -19,15 +19,10 @@ SPLITS = ("test", "val")
 NOT_HERE = ("num", "num_real", "seeds", "seed", "batch_size")
 
 
-def measures(path: Path) -> bool:
-    """Whether `path` belongs to a run of super-resolution."""
-    return path.exists() and hasattr(config_of(path), "validation")
-
-
-def run(args: argparse.Namespace) -> int:
-    """Returns 0; raises ConfigError, DataError or WeightsError before anything is computed."""
+def run(args: argparse.Namespace, config: Any) -> int:
+    """`config` is that of the run. Returns 0; raises ConfigError, DataError or WeightsError before any computation."""
     path = Path(args.path)
-    config = configured(args, config_of(path))
+    config = configured(args, config)
     from sdtrain.commands.evaluate import append, compare, last_row, start_ranks
     from sdtrain.engine.ranks import is_main
     from sdtrain.interop.network import file_of_run, load_network
