@@ -21,7 +21,7 @@ export SDTRAIN_CPU="${SDTRAIN_CPU-1}"           # set it empty to use GPUs
 # Super-resolution: 64 px pieces to train on, and 192 px pieces of two photographs that no stage of training sees.
 pack_for_sdakd() {
     local data="data/$name" part
-    python -c 'import sys; from sdtrain.data.photos import *; export_photos(sys.argv[1], None, PICTURES)' "$data/photos"
+    python -c 'import sys; from sdtrain.data.pack.photos import *; export_photos(sys.argv[1], None, PICTURES)' "$data/photos"
     echo rocket.png > "$data/val.txt"
     echo coffee.png > "$data/test.txt"
     cat "$data/val.txt" "$data/test.txt" > "$data/held_back.txt"
@@ -38,7 +38,7 @@ elif [ "$name" = quickstart_sdakd ]; then
     pack_for_sdakd
 else
     say "cutting photographs into 32 px pieces and packing them"
-    python -c 'import sys; from sdtrain.data.photos import *; export_photos(sys.argv[1], 256, PICTURES)' "data/$name/photos"
+    python -c 'import sys; from sdtrain.data.pack.photos import *; export_photos(sys.argv[1], 256, PICTURES)' "data/$name/photos"
     sdtrain pack "data/$name/photos" "data/$name/shards" --tile 32 --stride 8 --shard-count 4
 fi
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, UntypedStorage, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -19,7 +21,7 @@ from torch._subclasses.fake_tensor import (
     unset_fake_temporarily,
 )
 
-from sdtrain.methods.phase import Chunk, Phase
+from sdtrain.contracts import Chunk, Phase
 from sdtrain.models.ghost import next_chunk, open_phase
 from sdtrain.rng import Draws
 
@@ -77,16 +79,29 @@ def _prepass(phase: Phase, x: Chunk) -> None:
 
 
 def _bytes_of(phase: Phase, x: Chunk, modules: list[Any], bf16: bool) -> int:
-    kept: dict[int, Tensor] = {}
+    with saved_storages() as kept, torch.autocast("cpu", enabled=bf16):
+        phase.loss(x)
+    return total_bytes(kept, beside=modules)
+
+
+@contextmanager
+def saved_storages() -> Iterator[dict[int, UntypedStorage]]:
+    """Storages that autograd keeps for backward while the block runs, each once; they live as long as the result."""
+    kept: dict[int, UntypedStorage] = {}
 
     def keep(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage()._cdata] = tensor
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", enabled=bf16):
-        phase.loss(x)
-    weights = {tensor.untyped_storage()._cdata for m in modules for tensor in (*m.parameters(), *m.buffers())}
-    return sum(t.untyped_storage().nbytes() for storage, t in kept.items() if storage not in weights)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield kept
+
+
+def total_bytes(kept: dict[int, UntypedStorage], beside: Sequence[nn.Module] = ()) -> int:
+    """Bytes of storages, without those of the parameters and buffers of `beside`."""
+    weights = {t.untyped_storage()._cdata for m in beside for t in (*m.parameters(), *m.buffers())}
+    return sum(storage.nbytes() for number, storage in kept.items() if number not in weights)
 
 
 def _forget_cached() -> None:

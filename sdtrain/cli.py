@@ -23,8 +23,8 @@ PACKAGE = Path(__file__).resolve().parent
 # name: (module, help line); the module has add_arguments(parser) and run(args) -> int, and is importable without torch
 COMMANDS = {
     "train": ("sdtrain.main", "train, or go on with a run; --plan only says what it would take"),
-    "pack": ("sdtrain.data.pack", "make tar shards from a folder or zip of images"),
-    "verify": ("sdtrain.data.verify", "find damaged shards and samples before a run does"),
+    "pack": ("sdtrain.data.pack.pack", "make tar shards from a folder or zip of images"),
+    "verify": ("sdtrain.data.pack.verify", "find damaged shards and samples before a run does"),
     "evaluate": ("sdtrain.commands.evaluate", "measure a run, a checkpoint or a folder of images"),
     "sample": ("sdtrain.commands.sample", "draw images from a run"),
     "upscale": ("sdtrain.commands.upscale", "enlarge images with a super-resolution student"),

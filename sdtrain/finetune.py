@@ -155,7 +155,7 @@ def _differences(network: Network, options: dict[str, Any]) -> dict[str, str]:
 
 
 def _described(network: Network, path: Path) -> dict[str, Any]:
-    from sdtrain.data.atomic import sha256_of_file
+    from sdtrain.files import sha256_of_file
 
     file = path if path.is_file() else _file(path, network.role)
     told = {"source": str(path), "holds": network.role, "sha256": sha256_of_file(file)}

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sdtrain.config import schema
 from sdtrain.engine.ema import freeze
 from sdtrain.engine.player import Net
 from sdtrain.models.ghost import set_ghost_batch, settle_spectral_norms
@@ -33,7 +34,7 @@ class Kit:
 
     def method(self) -> Any:
         """The method of the configuration, built: `methods/NAME.py: METHOD`."""
-        return importlib.import_module(f"sdtrain.methods.{self.config.method}").METHOD.build(self.config, self)
+        return importlib.import_module(f"sdtrain.methods.{self.config.method}.method").METHOD.build(self.config, self)
 
     def generator(self, section: Any, role: str = "G", **more: Any) -> Net:
         """A trainable generator `models/KIND.py: Generator`."""
@@ -41,14 +42,13 @@ class Kit:
 
     def discriminator(self, section: Any, role: str = "D", **more: Any) -> Net:
         """A trainable discriminator `models/KIND.py: Discriminator`; feature networks get their frozen weights."""
-        module = importlib.import_module(f"sdtrain.models.{section.kind}")
-        name = getattr(module, "FEATURE_WEIGHTS", None)
+        name = schema.model(section.kind).feature_weights
         if name:
             more = {**more, "feature_weights": self.weights(name, self.config.weights.features)}
         return self._net("Discriminator", section, role, more)
 
     def _net(self, class_name: str, section: Any, role: str, more: dict[str, Any]) -> Net:
-        module = importlib.import_module(f"sdtrain.models.{section.kind}")
+        module = importlib.import_module(f"sdtrain.models.{section.kind}.networks")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_of(self.config.seed, "init", role))
             net = getattr(module, class_name)(section, resolution=self.resolution, num_classes=self.num_classes, **more)

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
+from sdtrain.contracts import Chunk, Terms
 from sdtrain.engine.checkpoint import Checkpoint
 from sdtrain.engine.phases import Meter, NonFinite
 from sdtrain.engine.ranks import gather_objects, is_main, world
 from sdtrain.engine.timing import peak_memory_gb
 from sdtrain.errors import EXIT_OK, EXIT_REQUEUE
-from sdtrain.methods.phase import Chunk, Terms
 from sdtrain.run import Run
 
 log = logging.getLogger("sdtrain")

@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Plan or train. Returns the exit code; raises `UserError` for what the user can mend."""
-    from sdtrain.config import load_config
+    from sdtrain.config.load import load_config
 
     config = load_config(args.cfg, args.set, world=int(os.environ.get("WORLD_SIZE", "1")))
     out = Path(args.out or f"runs/{config.name}")
@@ -97,14 +97,14 @@ def has_checkpoints(out: Path) -> bool:
 
 def check_folder(config: Any, out: Path, allow: list[str]) -> None:
     """Raises `ConfigError` when the folder holds a run whose configuration differs in what decides weights."""
-    from sdtrain.config import differences, read_tree, to_tree
-    from sdtrain.config_schema import declared
+    from sdtrain.config.load import differences, read_tree, to_tree
+    from sdtrain.config.schema import method
     from sdtrain.errors import ConfigError
 
     written = out / "config.yaml"
     if not written.exists() or not has_checkpoints(out):
         return
-    decisive = declared("methods", config.method).get("DECISIVE", ())
+    decisive = method(config.method).decisive
     found = [d for d in differences(read_tree(written), to_tree(config)) if not d.harmless or d.key in decisive]
     changed = [d for d in found if d.key not in allow]
     if changed:
@@ -116,7 +116,7 @@ def check_folder(config: Any, out: Path, allow: list[str]) -> None:
 
 
 def write_down(run: Any, plan: dict[str, Any] | None, used: dict[str, Any]) -> None:
-    from sdtrain.config import dump
+    from sdtrain.config.load import dump
     from sdtrain.engine.checkpoint import write_atomically
     from sdtrain.engine.ranks import is_main
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from sdtrain.config import config_hash, valid_world_sizes
-from sdtrain.config_schema import declared
+from sdtrain.config import schema
+from sdtrain.config.load import config_hash, valid_world_sizes
 from sdtrain.errors import ConfigError, DataError, WeightsError
 
 
@@ -15,7 +15,7 @@ def check_data(config: Any, keep_index: bool = True) -> Any:
 
     Raises `DataError` for too few samples or labels that are not there, `ConfigError` for a resolution that cannot be.
     """
-    from sdtrain.data.dataset import open_dataset
+    from sdtrain.data.read.dataset import open_dataset
 
     dataset = open_dataset(config.data.train, cache=config.data.cache, keep_index=keep_index)
     if config.data.labels and not dataset.num_classes:
@@ -32,8 +32,7 @@ def check_data(config: Any, keep_index: bool = True) -> Any:
         )
     if not (config.data.resolution or dataset.resolution):
         raise ConfigError(f"{dataset.source} holds images of mixed sizes; set data.resolution or pack them to one size")
-    method = declared("methods", config.method)
-    problems = method["data_problems"](config, dataset) if "data_problems" in method else []
+    problems = list(schema.method(config.method).data_problems(config, dataset))
     if problems:
         raise DataError("\n  ".join(problems))
     return dataset
@@ -42,11 +41,10 @@ def check_data(config: Any, keep_index: bool = True) -> Any:
 def weights_needed(config: Any) -> dict[str, str]:
     """Frozen networks this run uses: file name in the weights registry -> source."""
     needs: dict[str, str | None] = {}
-    method = declared("methods", config.method)
-    if "weights_needed" in method:
-        needs |= {name: getattr(config.weights, key) for name, key in method["weights_needed"](config).items()}
+    asked = schema.method(config.method).weights_needed(config)
+    needs |= {name: getattr(config.weights, key) for name, key in asked.items()}
     for section in vars(config.model).values():
-        name = declared("models", section.kind).get("FEATURE_WEIGHTS") if hasattr(section, "kind") else None
+        name = schema.model(section.kind).feature_weights
         if name:
             needs[name] = config.weights.features
     if config.eval_img and config.metrics.extractor == "inception" and {"fid", "kid"} & set(config.metrics.names):

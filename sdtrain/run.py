@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sdtrain.contracts import Chunk, Stage
 from sdtrain.engine.checkpoint import Checkpoint, newest, save_checkpoint
 from sdtrain.engine.ema import beta_of, update_ema
 from sdtrain.engine.phases import Engine, Meter
@@ -23,7 +24,6 @@ from sdtrain.engine.timing import Stopwatch
 from sdtrain.errors import RunError
 from sdtrain.finetune import Initial, apply_initial
 from sdtrain.kit import Kit
-from sdtrain.methods.phase import Chunk, Stage
 from sdtrain.rng import Draws
 
 RANK_TIMEOUT = datetime.timedelta(minutes=30)  # a collective waits this long for the slowest rank before the run fails
@@ -110,7 +110,7 @@ class Run:
 
     def batches(self) -> Iterator[Any]:
         """The steps of this stage from the present position, with the time spent waiting for each on the watch."""
-        from sdtrain.data.stream import Stream
+        from sdtrain.data.read.stream import Stream
 
         c = self.config
         stream = Stream(

@@ -19,8 +19,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from sdtrain.data.atomic import sha256_of_file
 from sdtrain.errors import WeightsError
+from sdtrain.files import sha256_of_file
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -13,13 +13,13 @@ import torch
 from test_style_training import STYLE, STYLENAT
 from tiny import make_shards, tiny_config, write_config
 
-from sdtrain.activations import kept_bytes
-from sdtrain.config import load_config
+from sdtrain.activations import kept_bytes, saved_storages
+from sdtrain.config.load import load_config
+from sdtrain.contracts import Chunk
 from sdtrain.engine.phases import Engine
 from sdtrain.engine.player import Player
 from sdtrain.kit import Kit
-from sdtrain.methods.phase import Chunk
-from sdtrain.models import fastgan
+from sdtrain.models.fastgan import networks as fastgan
 from sdtrain.plan import make_plan, render
 from sdtrain.rng import Draws
 
@@ -37,14 +37,12 @@ def method_of(config: Any) -> Any:
     return kit.method()
 
 
-def watching(loss: Callable[[Chunk], Any], kept: dict[int, torch.Tensor]) -> Callable[[Chunk], Any]:
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage()._cdata] = tensor
-        return tensor
-
+def watching(loss: Callable[[Chunk], Any], kept: dict[int, torch.UntypedStorage]) -> Callable[[Chunk], Any]:
     def watched(x: Chunk) -> Any:
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved):
-            return loss(x)
+        with saved_storages() as found:
+            result = loss(x)
+        kept.update(found)
+        return result
 
     return watched
 
@@ -60,11 +58,11 @@ def really_kept(config: Any) -> dict[str, int]:
     real = torch.rand(config.ghost_batch, 3, SIDE, SIDE) * 2 - 1
     weights = {p.untyped_storage()._cdata for net in method.nets.values() for p in net.module.state_dict().values()}
     for phase in method.phases(stage, 0):
-        kept: dict[int, torch.Tensor] = {}
+        kept: dict[int, torch.UntypedStorage] = {}
         watched = dataclasses.replace(phase, loss=watching(phase.loss, kept))
         engine.run(watched, [Chunk(step=0, seen_img=0, real=real, labels=None, draws=draws)])
         found[f"{stage}/{phase.name}"] = sum(
-            tensor.untyped_storage().nbytes() for storage, tensor in kept.items() if storage not in weights
+            storage.nbytes() for number, storage in kept.items() if number not in weights
         )
     return found
 

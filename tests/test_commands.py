@@ -321,7 +321,7 @@ def test_the_cost_table_compares_variants_and_splits_the_cost(config, tmp_path, 
 
 def test_bench_amortises_what_is_done_every_few_steps(config):
     from sdtrain.commands.variants import Variant
-    from sdtrain.config import load_config
+    from sdtrain.config.load import load_config
 
     lazy = load_config(config, ["r1.gamma=1", "path_length.weight=2", "r1.every=16", "path_length.every=4"])
     variant = Variant("lazy", lazy, torch.device("cpu"), 16, 2)

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny import picture, run_jobs, tiny_config, write_config
 
-from sdtrain.data.dataset import open_dataset
+from sdtrain.data.read.dataset import open_dataset
 from sdtrain.sampling import draws_for, labels_for
 
 SAMPLES, CLASSES = 48, 3

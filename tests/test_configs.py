@@ -13,8 +13,8 @@ from conftest import REPO
 from PIL import Image
 
 from sdtrain import cli
-from sdtrain.config import dump, load_config, valid_world_sizes
-from sdtrain.config_schema import declared
+from sdtrain.config import schema
+from sdtrain.config.load import dump, load_config, valid_world_sizes
 from sdtrain.plan import make_plan, render
 
 FILES = sorted((REPO / "configs").rglob("*.yaml"))
@@ -115,7 +115,7 @@ def test_the_ablation_has_the_variants_of_figure_5():
 
 
 def test_baselines_need_no_perceptual_network():
-    needed = declared("methods", "sdgan")["weights_needed"]
+    needed = schema.method("sdgan").weights_needed
     assert needed(load_config("sdgan_projected")) == {"lpips_vgg": "lpips"}
     for name in ("sdgan_projected_baseline", "sdgan_projected_l1", "sdgan_projected_church_baseline"):
         assert needed(load_config(name)) == {}, name

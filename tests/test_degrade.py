@@ -20,15 +20,15 @@ from conftest import GOLDEN, REPO
 from torch import Tensor
 from torch.nn import functional as F
 
-from sdtrain.data import degrade
-from sdtrain.data.degrade import Degradation, apply_chain, decide, fixed_lq
-from sdtrain.data.degrade_check import pool_bytes, smallest_side
-from sdtrain.data.degrade_jpeg import jpeg
-from sdtrain.data.degrade_kernels import bessel_j1, filter2d, sharpen
-from sdtrain.data.degrade_noise import DrawnSource, Noise, add_noise, eight_bit
-from sdtrain.data.degrade_options import DegradationOptions
-from sdtrain.data.pair_pool import PairPool, pool_for
-from sdtrain.data.resize_matlab import (
+from sdtrain.data.degrade import chain as degrade
+from sdtrain.data.degrade.chain import Degradation, apply_chain, decide, fixed_lq
+from sdtrain.data.degrade.check import pool_bytes, smallest_side
+from sdtrain.data.degrade.jpeg import jpeg
+from sdtrain.data.degrade.kernels import bessel_j1, filter2d, sharpen
+from sdtrain.data.degrade.noise import DrawnSource, Noise, add_noise, eight_bit
+from sdtrain.data.degrade.options import DegradationOptions
+from sdtrain.data.degrade.pair_pool import PairPool, pool_for
+from sdtrain.data.degrade.resize_matlab import (
     GCFSR_FACTORS,
     down_up,
     draw_factors,
@@ -449,5 +449,5 @@ def test_crops_that_do_not_fit_are_refused() -> None:
 
 
 def test_settings_can_be_checked_without_torch() -> None:
-    code = "import sys, sdtrain.data.degrade_check; sys.exit('torch' in sys.modules)"
+    code = "import sys, sdtrain.data.degrade.check; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=REPO).returncode == 0

@@ -15,9 +15,9 @@ from conftest import GOLDEN, REPO
 from PIL import Image
 
 from sdtrain import main
-from sdtrain.config import load_config
+from sdtrain.config.load import load_config
 from sdtrain.errors import ConfigError
-from sdtrain.methods import dirac
+from sdtrain.methods.dirac import method as dirac
 from sdtrain.tasks import simulation
 
 ROWS = json.loads((GOLDEN / "sdgan" / "dirac_gan.json").read_text())

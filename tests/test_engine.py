@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from sdtrain.config.options import Optimizer
+from sdtrain.contracts import Chunk, Phase
 from sdtrain.engine.ema import ema_beta, freeze, update_ema
 from sdtrain.engine.phases import Engine
 from sdtrain.engine.player import Net, Player, lr_factor
-from sdtrain.methods.phase import Chunk, Phase
 from sdtrain.models.ghost import GhostBatchNorm2d, SpectralConv2d, set_ghost_batch
-from sdtrain.options import Optimizer
 from sdtrain.rng import Draws
 
 CPU = torch.device("cpu")

@@ -17,7 +17,7 @@ import torch
 from conftest import GOLDEN, REPO, shared_dir
 from tiny import make_shards, tiny_config, write_config
 
-from sdtrain.config import load_config
+from sdtrain.config.load import load_config
 from sdtrain.errors import WeightsError
 from sdtrain.main import main
 from sdtrain.plan import check_data, check_initial, make_plan, render
@@ -203,7 +203,7 @@ def test_the_configurations_of_fine_tuning_load_and_keep_the_average(path: Path)
         assert config.augment.kind == "ada" and config.augment.speed_img == 100_000
     twin = path.with_name(path.stem.replace("_sd_l1", "").removesuffix("_sd") + ".yaml")
     if twin != path and twin.exists():
-        from sdtrain.config import differences, to_tree
+        from sdtrain.config.load import differences, to_tree
 
         keys = {d.key for d in differences(to_tree(load_config(twin)), to_tree(config))}
         assert keys <= {"name", "sd.alpha", "sd.loss", "sd.augment"}

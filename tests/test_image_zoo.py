@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sdtrain.data.images import MAX_PIXELS, ImageRejected, decode_image, load_image, to_chw
-from sdtrain.data.pool import requests_of
-from sdtrain.data.shaping import Shape, pieces
+from sdtrain.data.pack.shaping import Shape, pieces
+from sdtrain.data.read.images import MAX_PIXELS, ImageRejected, decode_image, load_image, to_chw
+from sdtrain.data.read.pool import requests_of
 
 
 def photo(width: int = 16, height: int = 16) -> Image.Image:

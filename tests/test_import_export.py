@@ -20,7 +20,11 @@ from sdtrain.errors import WeightsError
 from sdtrain.interop.architectures import recognise
 from sdtrain.interop.network import Network, load_network, save_network
 from sdtrain.interop.official import read_official
-from sdtrain.models import fastgan, projected, rrdbnet, stylegan2, stylenat
+from sdtrain.models.fastgan import networks as fastgan
+from sdtrain.models.projected import networks as projected
+from sdtrain.models.rrdbnet import networks as rrdbnet
+from sdtrain.models.stylegan2 import networks as stylegan2
+from sdtrain.models.stylenat import networks as stylenat
 
 SDGAN = GOLDEN / "sdgan"
 STYLENAT = stylenat.GeneratorOptions(
@@ -86,7 +90,7 @@ def test_a_flat_official_file_says_its_own_architecture(kind, tmp_path):
     net, options, resolution = made(kind)
     torch.save(net.state_dict(), tmp_path / "flat.pt")
     network = read_official(tmp_path / "flat.pt").networks[("D" if kind.endswith("D") else "G_ema")]
-    assert network.note is None and network.kind == type(net).__module__.rpartition(".")[2]
+    assert network.note is None and network.kind == type(net).__module__.split(".")[-2]
     assert same(network.state, net.state_dict())
     assert same(network.build().state_dict(), net.state_dict())
     if kind != "projected D":

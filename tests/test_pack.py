@@ -20,12 +20,12 @@ import yaml
 from conftest import REPO, run_python
 from PIL import Image
 
-from sdtrain.data import pack, verify
-from sdtrain.data.dataset import open_dataset
-from sdtrain.data.images import decode_image
-from sdtrain.data.photos import export_photos
-from sdtrain.data.splits import main as splits_main
-from sdtrain.data.splits import split
+from sdtrain.data.pack import pack, verify
+from sdtrain.data.pack.photos import export_photos
+from sdtrain.data.pack.splits import main as splits_main
+from sdtrain.data.pack.splits import split
+from sdtrain.data.read.dataset import open_dataset
+from sdtrain.data.read.images import decode_image
 from sdtrain.errors import DataError
 
 COMMAND = "import sys; from sdtrain.cli import main; sys.exit(main())"
@@ -251,7 +251,8 @@ def test_a_full_disk_leaves_no_half_shard(photos: Path, tmp_path: Path, monkeypa
 
 def test_help_does_not_import_torch_or_pillow() -> None:
     code = (
-        "import sys; import sdtrain.data.pack, sdtrain.data.verify; print({'torch', 'PIL', 'numpy'} & set(sys.modules))"
+        "import sys; import sdtrain.data.pack.pack, sdtrain.data.pack.verify; "
+        "print({'torch', 'PIL', 'numpy'} & set(sys.modules))"
     )
     assert run_python("-c", code).stdout.strip() == "set()"
 

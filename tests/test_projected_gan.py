@@ -16,9 +16,9 @@ from torch.nn import functional as F
 from sdtrain.augment import diffaug
 from sdtrain.errors import ConfigError, WeightsError
 from sdtrain.losses.adversarial import ADVERSARIAL, r1_penalty
-from sdtrain.models.fastgan import Generator, GeneratorOptions
+from sdtrain.models.fastgan.networks import Generator, GeneratorOptions
 from sdtrain.models.ghost import close_phase, next_chunk, open_phase, set_ghost_batch
-from sdtrain.models.projected import Discriminator, DiscriminatorOptions, EfficientNetLite0, projection_sizes
+from sdtrain.models.projected.networks import Discriminator, DiscriminatorOptions, EfficientNetLite0, projection_sizes
 from sdtrain.rng import Draws, generator
 
 GOLDEN = Path(__file__).resolve().parent / "golden"

@@ -25,16 +25,16 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from sdtrain.config import load_config
+from sdtrain.config.load import load_config
+from sdtrain.config.options import parse_span, span_img
+from sdtrain.contracts import Chunk
 from sdtrain.errors import ConfigError, DataError, WeightsError
 from sdtrain.interop.pth import save_pth
 from sdtrain.kit import Kit
 from sdtrain.main import main
-from sdtrain.methods.phase import Chunk
-from sdtrain.options import parse_span, span_img
+from sdtrain.methods.sdakd import build as sr_build
 from sdtrain.plan import check_data, make_plan
 from sdtrain.rng import Draws
-from sdtrain.tasks import sr_build
 
 SIDE = 32
 ADAM = {"lr": 1e-3, "betas": [0.9, 0.99]}

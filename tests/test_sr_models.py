@@ -17,8 +17,15 @@ from torch import nn
 
 from sdtrain.errors import ConfigError, WeightsError
 from sdtrain.interop import pth
-from sdtrain.models import gcfsr, rrdbnet, srvgg, unet_sn
+from sdtrain.models.gcfsr import networks as gcfsr
+from sdtrain.models.gcfsr import options as gcfsr_options
 from sdtrain.models.ghost import close_phase, next_chunk, open_phase
+from sdtrain.models.rrdbnet import networks as rrdbnet
+from sdtrain.models.rrdbnet import options as rrdbnet_options
+from sdtrain.models.srvgg import networks as srvgg
+from sdtrain.models.srvgg import options as srvgg_options
+from sdtrain.models.unet_sn import networks as unet_sn
+from sdtrain.models.unet_sn import options as unet_sn_options
 from sdtrain.rng import Draws
 
 sys.path.insert(0, str(GOLDEN))
@@ -53,9 +60,9 @@ def test_the_larger_official_networks_agree_too() -> None:
 )
 def test_real_esrgan_has_the_published_sizes_at_every_width(C: str | float, num_g: int, num_d: int) -> None:
     with torch.device("meta"):
-        options = rrdbnet.scaled(rrdbnet.GeneratorOptions(num_block=1), C)
+        options = rrdbnet_options.scaled(rrdbnet.GeneratorOptions(num_block=1), C)
         one, two = (rrdbnet.Generator(dataclasses.replace(options, num_block=n)) for n in (1, 2))
-        D = unet_sn.Discriminator(unet_sn.scaled(unet_sn.DiscriminatorOptions(), C))
+        D = unet_sn.Discriminator(unet_sn_options.scaled(unet_sn.DiscriminatorOptions(), C))
     # depth does not change with C, so a block more tells what 23 have
     assert count(one) + 22 * (count(two) - count(one)) == num_g
     assert len(one.state_dict()) + 22 * (len(two.state_dict()) - len(one.state_dict())) == 702
@@ -69,21 +76,21 @@ def test_real_esrgan_has_the_published_sizes_at_every_width(C: str | float, num_
 def test_gcfsr_has_the_published_sizes_at_every_width(C: str, fixed: int, scaled: int, num_d: int) -> None:
     with torch.device("meta"):
         for style, wanted in (("fixed", fixed), ("scaled", scaled)):
-            G = gcfsr.Generator(gcfsr.scaled(gcfsr.GeneratorOptions(), C, style), resolution=1024)
+            G = gcfsr.Generator(gcfsr_options.scaled(gcfsr.GeneratorOptions(), C, style), resolution=1024)
             assert (count(G), len(G.state_dict())) == (wanted, 170)
-        D = gcfsr.Discriminator(gcfsr.scaled(gcfsr.DiscriminatorOptions(), C), resolution=1024)
+        D = gcfsr.Discriminator(gcfsr_options.scaled(gcfsr.DiscriminatorOptions(), C), resolution=1024)
     assert count(D) == num_d
 
 
 def test_growth_channels_stay_when_they_are_fixed() -> None:
-    options = rrdbnet.scaled(rrdbnet.GeneratorOptions(), "1/4", growth="fixed")
+    options = rrdbnet_options.scaled(rrdbnet.GeneratorOptions(), "1/4", growth="fixed")
     assert (options.num_feat, options.num_grow_ch, options.num_block) == (16, 32, 23)
 
 
 def test_a_student_of_the_x2_network_keeps_twelve_inputs() -> None:
-    net = rrdbnet.Generator(rrdbnet.scaled(rrdbnet.GeneratorOptions(scale=2, num_block=1), "1/8"))
+    net = rrdbnet.Generator(rrdbnet_options.scaled(rrdbnet.GeneratorOptions(scale=2, num_block=1), "1/8"))
     assert net.conv_first.weight.shape == (8, 12, 3, 3)
-    assert srvgg.scaled(srvgg.GeneratorOptions(), "1/4").num_feat == 16
+    assert srvgg_options.scaled(srvgg.GeneratorOptions(), "1/4").num_feat == 16
 
 
 @pytest.mark.parametrize(
@@ -98,11 +105,11 @@ def test_a_student_of_the_x2_network_keeps_twelve_inputs() -> None:
 )
 def test_a_fraction_that_leaves_nothing_is_refused(C: str | float, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        rrdbnet.scaled(rrdbnet.GeneratorOptions(), C)
+        rrdbnet_options.scaled(rrdbnet.GeneratorOptions(), C)
 
 
 def test_a_face_network_without_channels_is_refused() -> None:
-    options = gcfsr.scaled(gcfsr.GeneratorOptions(), "1/64")
+    options = gcfsr_options.scaled(gcfsr.GeneratorOptions(), "1/64")
     with pytest.raises(
         ConfigError, match="narrow = 0.015625 leaves the 1024 px level of a 1024 px GCFSR without channels"
     ):
@@ -266,10 +273,10 @@ def test_a_description_beside_the_file_has_the_last_word(tmp_path: Path) -> None
 
 
 def test_a_section_of_a_configuration_serves_as_options(tmp_path: Path) -> None:
-    from sdtrain.config_schema import role_class
+    from sdtrain.config.schema import role_class
 
-    section = role_class("GeneratorOptions", "gcfsr")(kind="gcfsr", num_style_feat=64)
-    options = gcfsr.scaled(section, "1/32", "scaled")
+    section = role_class("generator", "gcfsr")(kind="gcfsr", num_style_feat=64)
+    options = gcfsr_options.scaled(section, "1/32", "scaled")
     net = gcfsr.Generator(options, resolution=32)
     pth.require("t.pth", pth.detect(net.state_dict()), kind="gcfsr", options=options)
     found = pth.Found("gcfsr", "Generator", options, 32)
@@ -323,7 +330,7 @@ def test_the_wrong_teacher_is_refused_naming_both_sides() -> None:
 
 
 def test_a_third_of_the_channels_is_the_same_network_when_read_back() -> None:
-    options = gcfsr.scaled(gcfsr.GeneratorOptions(narrow=1 / 16, num_style_feat=8), "1/3")
+    options = gcfsr_options.scaled(gcfsr.GeneratorOptions(narrow=1 / 16, num_style_feat=8), "1/3")
     net = gcfsr.Generator(options, resolution=64)
     found = pth.detect(net.state_dict())
     pth.require("t.pth", found, options=options)

@@ -19,12 +19,12 @@ import torch
 from PIL import Image
 from test_pack import damage_byte, loose_tar, packed, png
 
-from sdtrain.data.dataset import Dataset, expand, open_dataset
-from sdtrain.data.decoder import Decoder
-from sdtrain.data.order import flipped, hashed, order, permutation, substitute
-from sdtrain.data.pool import Pool, WorkerError, requests_of
-from sdtrain.data.reader import iterate, read_all, read_image
-from sdtrain.data.stream import Batch, Stream
+from sdtrain.data.read.dataset import Dataset, expand, open_dataset
+from sdtrain.data.read.decoder import Decoder
+from sdtrain.data.read.order import flipped, hashed, order, permutation, substitute
+from sdtrain.data.read.pool import Pool, WorkerError, requests_of
+from sdtrain.data.read.reader import iterate, read_all, read_image
+from sdtrain.data.read.stream import Batch, Stream
 from sdtrain.errors import DataError
 
 SIDE = 8
@@ -266,7 +266,7 @@ def test_dropping_a_stream_ends_its_processes(clean: Path) -> None:
 
 
 def test_descriptors_are_bounded(clean: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sdtrain.data.decoder.OPEN_SHARDS", 2)
+    monkeypatch.setattr("sdtrain.data.read.decoder.OPEN_SHARDS", 2)
     dataset = open_dataset(clean)
     decoder = Decoder(dataset.shards, dataset.sha256, "", False)
     buffer = np.zeros(NUM * 3 * SIDE * SIDE, np.uint8)

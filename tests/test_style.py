@@ -94,7 +94,7 @@ def test_importing_the_package_is_cheap_and_has_no_side_effect():
     script = """
 import os, sys
 before = dict(os.environ)
-import sdtrain, sdtrain.cli, sdtrain.config, sdtrain.options, sdtrain.errors
+import sdtrain, sdtrain.cli, sdtrain.config.load, sdtrain.config.options, sdtrain.errors
 assert dict(os.environ) == before
 assert not {"torch", "numpy", "PIL"} & set(sys.modules)
 """

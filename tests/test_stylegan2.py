@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sdtrain.augment.ada import AdaPipe
-from sdtrain.config import load_config
+from sdtrain.config.load import load_config
 from sdtrain.errors import ConfigError, DataError
 from sdtrain.losses.regularizers import lazy_adam, path_length_penalty, path_lengths
-from sdtrain.models import stylegan2
-from sdtrain.models import stylegan2_ops as ops
 from sdtrain.models.ghost import close_phase, next_chunk, open_phase, set_ghost_batch
+from sdtrain.models.stylegan2 import networks as stylegan2
+from sdtrain.models.stylegan2 import ops
 from sdtrain.rng import Draws
 
 SMALL = {"channel_base": 128, "channel_max": 16}

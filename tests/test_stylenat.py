@@ -9,12 +9,12 @@ import torch
 from conftest import GOLDEN, REPO
 from torch import Tensor
 
-from sdtrain.config import load_config
+from sdtrain.config.load import load_config
 from sdtrain.errors import ConfigError
 from sdtrain.losses.consistency import balanced_consistency
-from sdtrain.models import stylenat
 from sdtrain.models.ghost import set_ghost_batch
-from sdtrain.models.neighborhood_attention import (
+from sdtrain.models.stylenat import networks as stylenat
+from sdtrain.models.stylenat.attention import (
     axis_plan,
     full_mask_attention,
     natten_attention,

@@ -16,8 +16,8 @@ import torch
 from conftest import run_python
 from tiny import make_shards, rows, run_jobs, tensors, tiny_config, worst, write_config
 
-from sdtrain.data.dataset import open_dataset
-from sdtrain.data.stream import Stream
+from sdtrain.data.read.dataset import open_dataset
+from sdtrain.data.read.stream import Stream
 from sdtrain.rng import Draws
 
 STEPS, BATCH = 20, 16
@@ -181,7 +181,7 @@ def test_fewer_samples_than_a_batch_and_a_pattern_that_matches_nothing_are_told(
 @pytest.fixture
 def existing(place: Path, tmp_path: Path) -> Path:
     """A run folder as far as it is looked at before torch: its configuration, and that it has a checkpoint."""
-    from sdtrain.config import dump, load_config
+    from sdtrain.config.load import dump, load_config
 
     (tmp_path / "run" / "checkpoints" / "img_000000016").mkdir(parents=True)
     config = load_config(write_config(tmp_path / "bad.yaml", tiny_config(place / "shards")))

@@ -18,11 +18,13 @@ from PIL import Image
 from torch.nn import functional as F
 
 from sdtrain.commands import upscale
-from sdtrain.data.picture import Picture, _turn, read_picture, write_picture
+from sdtrain.data.read.picture import Picture, _turn, read_picture, write_picture
 from sdtrain.errors import ConfigError, DataError, WeightsError
 from sdtrain.interop.pth import Found, export_student
 from sdtrain.interop.tiled import auto_overlap, enlarge, reach, spans
-from sdtrain.models import gcfsr, rrdbnet, srvgg
+from sdtrain.models.gcfsr import networks as gcfsr
+from sdtrain.models.rrdbnet import networks as rrdbnet
+from sdtrain.models.srvgg import networks as srvgg
 
 
 @pytest.fixture(scope="module")

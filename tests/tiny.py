@@ -29,7 +29,7 @@ SIDE, SAMPLES, SHARDS = 32, 48, 3
 SIGNAL_POINTS = {
     "before the first step": ("sdtrain.main", "write_down"),
     "in a step": ("sdtrain.loop", "advance"),
-    "while waiting for data": ("sdtrain.data.stream", "Stream.__next__"),
+    "while waiting for data": ("sdtrain.data.read.stream", "Stream.__next__"),
     "in a save": ("sdtrain.run", "Run.save"),
 }
 
@@ -283,9 +283,9 @@ def warm_up() -> None:
     """The slow imports, once, so that forked jobs share them; a first optimizer step pulls in a good part of torch."""
     import torch
 
-    for name in ("loop", "run", "plan", "sampling", "models.fastgan", "models.projected", "data.stream"):
-        importlib.import_module(f"sdtrain.{name}")
-    for name in ("tasks.generation", "methods.sdgan", "augment.diffaug", "augment.paired", "losses.distance"):
+    modules = ("loop", "run", "plan", "sampling", "data.read.stream", "tasks.generation", "losses.distance")
+    modules += ("models.fastgan.networks", "models.projected.networks", "methods.sdgan.method")
+    for name in (*modules, "augment.diffaug", "augment.paired"):
         importlib.import_module(f"sdtrain.{name}")
     weight = torch.nn.Parameter(torch.zeros(1))
     weight.grad = torch.zeros(1)

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from sdtrain.errors import DataError
-from sdtrain.models.stylegan2_ops import upfirdn2d
+from sdtrain.models.stylegan2.ops import upfirdn2d
 
 
 def matrix(rows: Sequence[Sequence[Tensor | float]], like: Tensor) -> Tensor:

@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
 
 def configurations(args: argparse.Namespace) -> dict[str, Any]:
     """The configuration of each variant, before torch is imported. Frozen networks are random: time is the same."""
-    from sdtrain.config import load_config
+    from sdtrain.config.load import load_config
 
     names = [name.strip() for name in args.variants.split(",") if name.strip()]
     unknown = [name for name in names if name not in VARIANTS]
@@ -95,7 +95,7 @@ class Source:
     """Batches of the configured data, or noise of the same shape when it cannot be read."""
 
     def __init__(self, config: Any, resolution: int | None, device: Any) -> None:
-        from sdtrain.data.dataset import open_dataset
+        from sdtrain.data.read.dataset import open_dataset
 
         self.config, self.device = config, device
         self.stream: Any = None
@@ -113,7 +113,7 @@ class Source:
             self._open(dataset)
 
     def _open(self, dataset: Any) -> None:
-        from sdtrain.data.stream import Stream
+        from sdtrain.data.read.stream import Stream
 
         c = self.config
         shape = {"seed": c.seed, "batch_size": c.batch_size, "ghost_batch": c.ghost_batch}

@@ -95,7 +95,7 @@ def weights() -> Iterator[Finding]:
 
 
 def configuration(name: str, overrides: list[str], world: int | None) -> Finding:
-    from sdtrain.config import config_hash, load_config, valid_world_sizes
+    from sdtrain.config.load import config_hash, load_config, valid_world_sizes
 
     try:
         config = load_config(name, overrides, world)

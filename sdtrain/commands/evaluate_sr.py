@@ -26,7 +26,7 @@ def run(args: argparse.Namespace, config: Any) -> int:
     from sdtrain.commands.evaluate import append, compare, last_row, start_ranks
     from sdtrain.engine.ranks import is_main
     from sdtrain.interop.network import file_of_run, load_network
-    from sdtrain.tasks.sr_inputs import make_inputs
+    from sdtrain.methods.sdakd.inputs import make_inputs
     from sdtrain.tasks.validation import ValidationList
 
     earlier = last_row(args.against) if args.against else None
@@ -91,8 +91,8 @@ def folder_of_inputs(args: argparse.Namespace, config: Any) -> Path:
     assert run_folder is not None
     if args.real is None:
         return run_folder
-    from sdtrain.config import config_hash
-    from sdtrain.data.dataset import open_dataset
+    from sdtrain.config.load import config_hash
+    from sdtrain.data.read.dataset import open_dataset
     from sdtrain.weights import cache_folder
 
     photos = open_dataset(args.real, cache=config.data.cache).hash

@@ -67,7 +67,7 @@ def export(network: Network, path: Path, form: str = "official", layout: str = "
 
 def export_official(network: Network, path: Path, layout: str = "current") -> Path:
     """Flat state dict with official names, checked to load strictly, and the card FILE.json beside it."""
-    from sdtrain.data.atomic import write_json
+    from sdtrain.files import write_json
     from sdtrain.interop.official import official_state
     from sdtrain.interop.pth import save_pth
 
@@ -76,7 +76,7 @@ def export_official(network: Network, path: Path, layout: str = "current") -> Pa
     if layout == "legacy":
         if network.kind != "stylenat" or network.player != "Generator":
             raise WeightsError(f"layout legacy is for StyleNAT generators, not for {network.kind}; leave it out")
-        from sdtrain.models.stylenat import to_legacy
+        from sdtrain.models.stylenat.networks import to_legacy
 
         state = to_legacy(state)
     averaged = "params_ema" if network.player == "Generator" else "params"

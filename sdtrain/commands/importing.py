@@ -60,7 +60,7 @@ def _setting(text: str) -> tuple[str, Any]:
 
 def import_file(path: Path, folder: Path, roles: list[str] | None = None, options: dict | None = None) -> Iterator[str]:
     """Write the networks of `path` into `folder`; yields one line a network. Raises WeightsError."""
-    from sdtrain.data.atomic import write_json
+    from sdtrain.files import write_json
     from sdtrain.interop.network import save_network
     from sdtrain.interop.official import read_official
 
@@ -87,7 +87,7 @@ def describe(network: Network) -> str:
 
 def inspected(path: Path, options: dict[str, Any]) -> Iterator[str]:
     """What a file holds, line by line: container, globals, networks with constructor arguments and tensors."""
-    from sdtrain.data.atomic import sha256_of_file
+    from sdtrain.files import sha256_of_file
     from sdtrain.interop.official import read_official
     from sdtrain.interop.safe_pickle import read_checkpoint
 

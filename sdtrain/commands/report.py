@@ -210,6 +210,6 @@ def interplays(runs: list[Written], args: argparse.Namespace) -> list[Path]:
 
 
 def write_page(path: Path, page: str) -> None:
-    from sdtrain.data.atomic import write_bytes
+    from sdtrain.files import write_bytes
 
     write_bytes(path, (page + "\n").encode())

@@ -221,7 +221,7 @@ def save(path: Path, picture: Any) -> None:
 
     from PIL import Image
 
-    from sdtrain.data.atomic import write_bytes
+    from sdtrain.files import write_bytes
 
     path.parent.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
@@ -235,7 +235,7 @@ def write_gif(path: Path, frames: list[Any], fps: int) -> None:
 
     from PIL import Image
 
-    from sdtrain.data.atomic import write_bytes
+    from sdtrain.files import write_bytes
 
     pictures = [Image.fromarray(frame) for frame in frames]
     milliseconds = max(round(100 / fps), 2) * 10
@@ -259,7 +259,7 @@ def write_mp4(path: Path, frames: list[Any], fps: int) -> None:
     import subprocess
     import tempfile
 
-    from sdtrain.data.atomic import write_bytes
+    from sdtrain.files import write_bytes
 
     height, width = frames[0].shape[:2]
     raw = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(fps), "-i", "-"]

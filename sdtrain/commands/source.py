@@ -24,7 +24,7 @@ def run_folder_of(path: Path) -> Path | None:
 
 def config_of(path: Path) -> Any:
     """The configuration of the run that `path` belongs to; None outside a run. Torch is not imported."""
-    from sdtrain.config import load_config
+    from sdtrain.config.load import load_config
 
     folder = run_folder_of(path)
     return None if folder is None else load_config(folder / "config.yaml")
@@ -78,7 +78,7 @@ class Source:
         if label is not None:
             return [int(k == label) for k in range(num_classes)]
         if num_classes and self.config is not None:
-            from sdtrain.data.dataset import open_dataset
+            from sdtrain.data.read.dataset import open_dataset
 
             return open_dataset(self.config.data.train, cache=self.config.data.cache).class_counts
         return [1] * num_classes

@@ -88,7 +88,7 @@ class Job:
 
 def find_jobs(inputs: list[Path], out: Path) -> list[Job]:
     """What to read and where to write it, each target once. ConfigError when there is nothing to do."""
-    from sdtrain.data.images import is_image_name
+    from sdtrain.data.read.images import is_image_name
 
     jobs: list[Job] = []
     read: set[Path] = set()
@@ -130,7 +130,7 @@ def _sources(inputs: list[Path], is_picture: Callable[[str], bool]) -> Iterator[
 def _work(jobs: list[Job], upscaler: Upscaler) -> list[tuple[Path, str]]:
     from tqdm import tqdm
 
-    from sdtrain.data.images import ImageRejected
+    from sdtrain.data.read.images import ImageRejected
 
     refused: list[tuple[Path, str]] = []
     sizes = [_num_pixels(job.source) for job in jobs]
@@ -163,7 +163,7 @@ def _num_pixels(path: Path) -> int:
 
 
 def _one(job: Job, upscaler: Upscaler, progress: Callable[[int], object]) -> None:
-    from sdtrain.data.picture import read_picture, write_picture
+    from sdtrain.data.read.picture import read_picture, write_picture
 
     if job.target.exists() and job.target.samefile(job.source):
         raise DataError("the result would replace its own input; choose another --out")
@@ -240,7 +240,7 @@ class Upscaler:
         """GCFSR's test procedure: bicubic to full size, 8-bit rounding, the network with the factor, fixed noise."""
         import torch
 
-        from sdtrain.data.resize_matlab import imresize
+        from sdtrain.data.degrade.resize_matlab import imresize
         from sdtrain.rng import Draws
 
         side, full = image.shape[-1], self.net.resolution

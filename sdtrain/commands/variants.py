@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -14,11 +13,12 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from sdtrain.activations import saved_storages, total_bytes
+from sdtrain.contracts import Chunk
 from sdtrain.engine.ema import beta_of, update_ema
 from sdtrain.engine.phases import Engine
 from sdtrain.engine.player import Player
 from sdtrain.kit import Kit
-from sdtrain.methods.phase import Chunk
 from sdtrain.rng import Draws, generator
 
 PERIOD = 48  # steps after which lazy regularisation (every 4, every 16) has been through all its combinations
@@ -44,19 +44,6 @@ class Clock:
         start = self()
         result = work()
         return self() - start, result
-
-
-@contextmanager
-def saved_bytes() -> Iterator[dict[int, int]]:
-    """Bytes of the storages that autograd keeps for backward while the block runs, by address."""
-    kept: dict[int, int] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        yield kept
 
 
 @dataclass
@@ -140,13 +127,13 @@ class Variant:
             self.step(chunks, Clock(self.device))
             self.memory = torch.cuda.max_memory_allocated(self.device) - before + self.built + self._optimizer_bytes()
             return
-        with saved_bytes() as kept:
+        with saved_storages() as kept:
             self.engine.run(self.method.phases(self.stage, 1)[0], chunks[:1])
         modules = [net.module for net in self.method.nets.values()]
         modules += [m for m in (self.method.distance,) if isinstance(m, torch.nn.Module)]
         state = sum(t.numel() * t.element_size() for m in modules for t in (*m.parameters(), *m.buffers()))
         gradients = max(sum(p.numel() * 4 for p in player.params) for player in self.players.values())
-        self.memory = sum(kept.values()) + state + gradients + self._optimizer_bytes()
+        self.memory = total_bytes(kept, beside=modules) + state + gradients + self._optimizer_bytes()
 
     def _optimizer_bytes(self) -> int:
         return sum(t.numel() * t.element_size() for player in self.players.values() for t in player.state().values())
@@ -220,9 +207,9 @@ def _time(clock: Clock, taken: dict[str, list[float]], name: str, work: Callable
 
 def _count(counter: FlopCounterMode, parts: dict[str, dict[str, float]], name: str, work: Callable[[], Any]) -> Any:
     before = counter.get_total_flops()
-    with saved_bytes() as kept:
+    with saved_storages() as kept:
         result = work()
-    parts[name] = {"flops": counter.get_total_flops() - before, "bytes": sum(kept.values())}
+    parts[name] = {"flops": counter.get_total_flops() - before, "bytes": total_bytes(kept)}
     return result
 
 

@@ -25,9 +25,9 @@ from typing import Any
 
 from torch import Tensor
 
-from sdtrain.data.atomic import sha256_of_file
 from sdtrain.engine.ranks import gather_objects, is_main
 from sdtrain.errors import RunError
+from sdtrain.files import sha256_of_file
 
 MARKER = "complete.json"
 _fault = os.environ.get("SDTRAIN_FAULT", "")  # fault tests name a boundary at which the process is killed

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from sdtrain.options import Ema
+from sdtrain.config.options import Ema
 
 
 def ema_beta(half_life_img: float, rampup: float | None, seen_img: int, batch_size: int) -> float:

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sdtrain.contracts import Chunk, Phase, Terms
 from sdtrain.engine.player import Net, Player, only_training
 from sdtrain.engine.ranks import agree_max, gather_objects, rank, sum_over_ranks, world
-from sdtrain.methods.phase import Chunk, Phase, Terms
 from sdtrain.models.ghost import close_phase, next_chunk, open_phase
 
 

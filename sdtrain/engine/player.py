@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from sdtrain.config.options import Optimizer
 from sdtrain.engine.ranks import sum_over_ranks, world
-from sdtrain.options import Optimizer
 
 
 class Net:

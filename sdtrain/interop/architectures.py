@@ -196,7 +196,7 @@ def recognise(state: State, role: str | None, source: dict[str, Any], **changes:
 
 
 def _current_layout(state: State, options: dict[str, Any], source: dict[str, Any]) -> State:
-    from sdtrain.models.stylenat import GeneratorOptions, from_legacy, is_legacy
+    from sdtrain.models.stylenat.networks import GeneratorOptions, from_legacy, is_legacy
 
     unknown = [level for level, dilations in enumerate(options["dilations"]) if not dilations]
     if unknown:

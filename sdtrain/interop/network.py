@@ -21,8 +21,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from sdtrain.data.atomic import write_bytes, write_json
 from sdtrain.errors import ConfigError, WeightsError
+from sdtrain.files import write_bytes, write_json
 
 Player = Literal["Generator", "Discriminator"]
 ROLES = ("G_ema", "G", "D")  # in the order in which a generator is chosen when none is named
@@ -68,10 +68,10 @@ class Network:
 
     def _module(self) -> ModuleType:
         """The file of sdtrain/models; a card comes from outside, so it may not name anything else."""
-        here = Path(__file__).resolve().parents[1] / "models" / f"{self.kind}.py"
+        here = Path(__file__).resolve().parents[1] / "models" / str(self.kind) / "networks.py"
         if not (str(self.kind).isidentifier() and here.is_file() and self.player in ("Generator", "Discriminator")):
             raise WeightsError(f"the card names the {self.player} of {self.kind!r}, which sdtrain/models does not have")
-        module = importlib.import_module(f"sdtrain.models.{self.kind}")
+        module = importlib.import_module(f"sdtrain.models.{self.kind}.networks")
         if not hasattr(module, f"{self.player}Options"):
             raise WeightsError(f"the card names the {self.player} of {self.kind!r}, which that file does not have")
         return module
@@ -227,7 +227,7 @@ def _of_config(path: Path, player: Player) -> dict[str, Any]:
     folder = next((parent for parent in list(path.resolve().parents)[:3] if (parent / "config.yaml").is_file()), None)
     if folder is None:
         return {}
-    from sdtrain.config import load_config, to_tree
+    from sdtrain.config.load import load_config, to_tree
 
     config = to_tree(load_config(folder / "config.yaml"))
     section = dict(config.get("model", {}).get(player.lower()) or {})

@@ -15,8 +15,8 @@ from typing import Any
 
 from torch import Tensor
 
-from sdtrain.data.atomic import sha256_of_file
 from sdtrain.errors import ConfigError, WeightsError
+from sdtrain.files import sha256_of_file
 from sdtrain.interop.architectures import RECOGNISERS, checked, recognise
 from sdtrain.interop.network import Network, Player, read_card
 from sdtrain.interop.pickle_machine import Record
@@ -84,7 +84,7 @@ def _snapshot(
 def _stylegan2(role: str, module: Record, source: dict[str, Any], options: dict[str, Any], _: Any) -> Network:
     import torch
 
-    from sdtrain.models.stylegan2 import discriminator_from_official, generator_from_official
+    from sdtrain.models.stylegan2.networks import discriminator_from_official, generator_from_official
 
     kwargs = module.attributes.get("_init_kwargs")
     state = state_of(source["file"], module)

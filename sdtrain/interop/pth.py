@@ -19,8 +19,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from sdtrain.data.atomic import write_bytes, write_json
 from sdtrain.errors import WeightsError
+from sdtrain.files import write_bytes, write_json
 from sdtrain.interop.recognise import Found, detect, options_of, require
 
 __all__ = [

@@ -18,7 +18,7 @@ NAMES = {"rrdbnet": "RRDBNet", "srvgg": "SRVGGNetCompact", "unet_sn": "UNetDiscr
 
 def options_of(kind: str, player: str, **values: Any) -> Any:
     """GeneratorOptions or DiscriminatorOptions of a model file, with these values."""
-    return getattr(importlib.import_module(f"sdtrain.models.{kind}"), f"{player}Options")(**values)
+    return getattr(importlib.import_module(f"sdtrain.models.{kind}.options"), f"{player}Options")(**values)
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Found:
 
     def build(self) -> nn.Module:
         """The network with fresh weights."""
-        module = importlib.import_module(f"sdtrain.models.{self.kind}")
+        module = importlib.import_module(f"sdtrain.models.{self.kind}.networks")
         return getattr(module, self.player)(self.options, resolution=self.resolution)
 
 

@@ -255,7 +255,7 @@ class Evaluator:
     def _save(self, path: Path, found: Statistics) -> None:
         from safetensors.torch import save
 
-        from sdtrain.data.atomic import write_bytes
+        from sdtrain.files import write_bytes
 
         path.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(path, save(found.state(), {"protocol": json.dumps(self.protocol())}))

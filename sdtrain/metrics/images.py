@@ -36,8 +36,8 @@ def open_images(source: str | Path | list[str]) -> Any:
 
     Raises DataError when there is nothing to read.
     """
-    from sdtrain.data.dataset import open_dataset
-    from sdtrain.data.images import is_image_name
+    from sdtrain.data.read.dataset import open_dataset
+    from sdtrain.data.read.images import is_image_name
 
     if isinstance(source, list):
         return open_dataset(source)
@@ -58,14 +58,14 @@ def batches(images: Any, indices: Sequence[int], batch_size: int, workers: int =
         for at in range(0, len(indices), batch_size):
             yield torch.stack([_read(images, i) for i in indices[at : at + batch_size]])
     else:
-        from sdtrain.data.reader import iterate
+        from sdtrain.data.read.reader import iterate
 
         for block, _ in iterate(images, indices, batch_size, workers):
             yield block
 
 
 def _read(images: ImageFolder, i: int) -> Tensor:
-    from sdtrain.data.images import ImageRejected, load_image, to_chw
+    from sdtrain.data.read.images import ImageRejected, load_image, to_chw
 
     path = images.files[i]
     try:

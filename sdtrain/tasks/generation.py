@@ -87,7 +87,7 @@ class Task:
         source = getattr(self.run.config.data, split)
         if source is None:
             return self.run.dataset
-        from sdtrain.data.dataset import open_dataset
+        from sdtrain.data.read.dataset import open_dataset
 
         return open_dataset(source, cache=self.run.config.data.cache)
 

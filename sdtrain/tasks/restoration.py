@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sdtrain.contracts import Chunk
 from sdtrain.engine.checkpoint import save_tensors, write_atomically
 from sdtrain.engine.ranks import barrier, gather_objects, is_main, rank, sum_over_ranks, world
-from sdtrain.methods.phase import Chunk
 from sdtrain.rng import Draws
 from sdtrain.tasks import sr_pictures
 from sdtrain.tasks.validation import HIGHER_IS_BETTER, ValidationList
@@ -261,15 +261,15 @@ class Task:
         """The first samples of an order that the validation seed fixes."""
         import numpy as np
 
-        from sdtrain.data.order import order
+        from sdtrain.data.read.order import order
 
         count = min(self.config.validation.histogram_images, self.run.dataset.num_samples)
         return order(self.config.validation.seed, np.arange(count), self.run.dataset.num_samples).tolist()
 
     def fixed_chunk(self, row: int, index: int) -> Chunk:
         """One training image as a chunk of its own: top-left crop, degraded without the pool by numbers of `row`."""
-        from sdtrain.data.degrade import reflect_to
-        from sdtrain.data.reader import read_image
+        from sdtrain.data.degrade.chain import reflect_to
+        from sdtrain.data.read.reader import read_image
 
         run, method = self.run, self.method
         side = method.stream_options.get("crop") or run.kit.resolution

@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from sdtrain.commands.plots import require_matplotlib
+from sdtrain.contracts import Chunk
 from sdtrain.engine.ema import beta_of, update_ema
 from sdtrain.engine.phases import Engine
 from sdtrain.engine.player import Player
 from sdtrain.errors import EXIT_OK
 from sdtrain.kit import Kit
-from sdtrain.methods import dirac
-from sdtrain.methods.phase import Chunk
+from sdtrain.methods.dirac import method as dirac
 from sdtrain.rng import Draws
 
 CPU = torch.device("cpu")
@@ -142,7 +142,7 @@ def describe(config: Any) -> str:
 
 
 def write(config: Any, out: Path, found: list[dict[str, Any]]) -> None:
-    from sdtrain.config import dump
+    from sdtrain.config.load import dump
     from sdtrain.engine.checkpoint import write_atomically
 
     out.mkdir(parents=True, exist_ok=True)

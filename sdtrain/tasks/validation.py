@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdtrain.data.dataset import open_dataset
-from sdtrain.data.degrade import fixed_lq
-from sdtrain.data.reader import read_image
-from sdtrain.data.resize_matlab import gcfsr_test_input, gcfsr_test_small, imresize
+from sdtrain.data.degrade.chain import fixed_lq
+from sdtrain.data.degrade.resize_matlab import gcfsr_test_input, gcfsr_test_small, imresize
+from sdtrain.data.read.dataset import open_dataset
+from sdtrain.data.read.reader import read_image
 from sdtrain.engine.ranks import barrier, is_main, rank, sum_over_ranks, world
 from sdtrain.errors import DataError
 from sdtrain.metrics.features import Extractor, inception, random_inception
@@ -62,7 +62,7 @@ class ValidationList:
         """The low-quality inputs; the main rank makes them when the run folder has none. Collective."""
         from safetensors.torch import load, save
 
-        from sdtrain.data.atomic import write_bytes
+        from sdtrain.files import write_bytes
 
         if is_main() and not self.path.is_file():
             self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -25,7 +25,7 @@ def measure(form: str, size: int, dilation: int, repeats: int, device: str) -> t
     """(seconds, MiB) of a forward and backward pass in this process."""
     import torch
 
-    from sdtrain.models.neighborhood_attention import BACKENDS
+    from sdtrain.models.stylenat.attention import BACKENDS
 
     attend = BACKENDS[form]  # type: ignore[index]
     g = torch.Generator().manual_seed(0)

@@ -25,12 +25,12 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from sdtrain.data.dataset import Dataset, open_dataset
-from sdtrain.data.index import Index, load_index
-from sdtrain.data.packing import finish, plan_jobs, run_job
-from sdtrain.data.shaping import Shape
-from sdtrain.data.sources import list_source
-from sdtrain.data.stream import Stream
+from sdtrain.data.pack.packing import finish, plan_jobs, run_job
+from sdtrain.data.pack.shaping import Shape
+from sdtrain.data.pack.sources import list_source
+from sdtrain.data.read.dataset import Dataset, open_dataset
+from sdtrain.data.read.index import Index, load_index
+from sdtrain.data.read.stream import Stream
 
 SIDE = 256
 SPEED_BAR = 0.9

@@ -24,11 +24,11 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
-from sdtrain.data.degrade import Decisions, Degradation, Order, apply_chain, decide  # noqa: E402
-from sdtrain.data.degrade_jpeg import CHROMINANCE, LUMINANCE, TO_RGB, TO_YCBCR  # noqa: E402
-from sdtrain.data.degrade_kernels import sharpen, usm_kernel  # noqa: E402
-from sdtrain.data.degrade_noise import Noise  # noqa: E402
-from sdtrain.data.degrade_options import DegradationOptions  # noqa: E402
+from sdtrain.data.degrade.chain import Decisions, Degradation, Order, apply_chain, decide  # noqa: E402
+from sdtrain.data.degrade.jpeg import CHROMINANCE, LUMINANCE, TO_RGB, TO_YCBCR  # noqa: E402
+from sdtrain.data.degrade.kernels import sharpen, usm_kernel  # noqa: E402
+from sdtrain.data.degrade.noise import Noise  # noqa: E402
+from sdtrain.data.degrade.options import DegradationOptions  # noqa: E402
 from sdtrain.rng import Draws  # noqa: E402
 
 BAR = 3.0

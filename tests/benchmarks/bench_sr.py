@@ -25,7 +25,10 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from sdtrain.losses.feature import FeatureMLP, mlp_loss  # noqa: E402
-from sdtrain.models import gcfsr, rrdbnet  # noqa: E402
+from sdtrain.models.gcfsr import networks as gcfsr  # noqa: E402
+from sdtrain.models.gcfsr import options as gcfsr_options  # noqa: E402
+from sdtrain.models.rrdbnet import networks as rrdbnet  # noqa: E402
+from sdtrain.models.rrdbnet import options as rrdbnet_options  # noqa: E402
 
 MB = 1 << 20
 TILES = 16
@@ -37,7 +40,7 @@ WAYS = ("forward", "whole", "tiled")
 def speed(size: int, passes: int) -> None:
     torch.set_num_threads(1)
     x = torch.rand(1, 3, size, size)
-    nets = {w: rrdbnet.Generator(rrdbnet.scaled(rrdbnet.GeneratorOptions(), *w)).eval() for w in WIDTHS}
+    nets = {w: rrdbnet.Generator(rrdbnet_options.scaled(rrdbnet.GeneratorOptions(), *w)).eval() for w in WIDTHS}
     times: dict[tuple[str, str], list[float]] = {w: [] for w in nets}
     for turn in range(passes + 1):
         for width, net in nets.items():
@@ -53,7 +56,7 @@ def speed(size: int, passes: int) -> None:
 
 def student_step(size: int, C: str, way: str, device: str = "cpu") -> tuple[Tensor, Tensor]:
     """One student forward, and L_MLP against a teacher's map unless `way` is forward: (image mean, loss)."""
-    teacher, student = gcfsr.GeneratorOptions(), gcfsr.scaled(gcfsr.GeneratorOptions(), C)
+    teacher, student = gcfsr.GeneratorOptions(), gcfsr_options.scaled(gcfsr.GeneratorOptions(), C)
     with torch.device(device):
         net = gcfsr.Generator(student, resolution=size)
         image, maps = net(torch.rand(1, 3, size, size), 16.0, layers=("last_style_conv",))

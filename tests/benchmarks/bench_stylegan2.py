@@ -28,8 +28,9 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
-from sdtrain.models import stylegan2, stylegan2_layers  # noqa: E402
-from sdtrain.models.stylegan2_ops import zero_insert  # noqa: E402
+from sdtrain.models.stylegan2 import layers as stylegan2_layers  # noqa: E402
+from sdtrain.models.stylegan2 import networks as stylegan2  # noqa: E402
+from sdtrain.models.stylegan2.ops import zero_insert  # noqa: E402
 from sdtrain.rng import Draws  # noqa: E402
 
 

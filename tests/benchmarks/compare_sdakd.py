@@ -21,7 +21,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from sdtrain.cli import main as sdtrain
-from sdtrain.data.splits import split, write_lists
+from sdtrain.data.pack.splits import split, write_lists
 from sdtrain.main import main as train
 
 METRICS = ("fid", "lpips", "psnr_y", "ssim_y")

@@ -22,7 +22,7 @@ def one(value: float) -> Tensor:
 
 
 def kernels(case: Any) -> Iterator[tuple]:
-    from sdtrain.data.degrade_kernels import KINDS, gaussian_kernels, sinc_kernels
+    from sdtrain.data.degrade.kernels import KINDS, gaussian_kernels, sinc_kernels
 
     for call in case.entry["calls"]:
         output, size = f"out.{call['name']}", torch.tensor([call["kernel_size"]])
@@ -38,7 +38,7 @@ def kernels(case: Any) -> Iterator[tuple]:
 
 def mixed_kernels(case: Any) -> Iterator[tuple]:
     """Repeats the recorded order of calls to Python's and numpy's generators."""
-    from sdtrain.data.degrade_kernels import KINDS, gaussian_kernels
+    from sdtrain.data.degrade.kernels import KINDS, gaussian_kernels
 
     config = case.entry["config"]
     for i in range(8):
@@ -60,7 +60,7 @@ def mixed_kernels(case: Any) -> Iterator[tuple]:
 
 
 def filters(case: Any) -> Iterator[tuple]:
-    from sdtrain.data.degrade_kernels import filter2d, sharpen, usm_kernel
+    from sdtrain.data.degrade.kernels import filter2d, sharpen, usm_kernel
 
     t = case.tensors
     yield "out.filter2d_shared", filter2d(t["in.x_small"], t["in.k_shared"])
@@ -71,7 +71,7 @@ def filters(case: Any) -> Iterator[tuple]:
 
 
 def compression(case: Any) -> Iterator[tuple]:
-    from sdtrain.data.degrade_jpeg import jpeg, soft_round
+    from sdtrain.data.degrade.jpeg import jpeg, soft_round
 
     x, odd = case.tensors["in.x"], case.tensors["in.x_odd"]
     for quality in (10.0, 50.0, 90.0):
@@ -82,7 +82,7 @@ def compression(case: Any) -> Iterator[tuple]:
 
 
 def noises(case: Any) -> Iterator[tuple]:
-    from sdtrain.data.degrade_noise import FixedSource, Noise, add_noise, eight_bit, luminance, photon_count
+    from sdtrain.data.degrade.noise import FixedSource, Noise, add_noise, eight_bit, luminance, photon_count
 
     x, seed = case.tensors["in.x"], case.entry["seed"]
     count, gray_count = photon_count(eight_bit(x)), photon_count(eight_bit(luminance(x)))
@@ -108,7 +108,7 @@ def noises(case: Any) -> Iterator[tuple]:
 
 
 def resizing(case: Any) -> Iterator[tuple]:
-    from sdtrain.data.resize_matlab import down_up, imresize
+    from sdtrain.data.degrade.resize_matlab import down_up, imresize
 
     x = case.tensors["in.img_hwc"].permute(2, 0, 1)
     for factor in (4, 8, 16):
@@ -119,8 +119,8 @@ def resizing(case: Any) -> Iterator[tuple]:
 
 def fixed_decisions(case: Any) -> Any:
     """The decisions that the manifest's `config` records."""
-    from sdtrain.data.degrade import Decisions, Order
-    from sdtrain.data.degrade_noise import FixedSource, Noise
+    from sdtrain.data.degrade.chain import Decisions, Order
+    from sdtrain.data.degrade.noise import FixedSource, Noise
 
     config, t = case.entry["config"], case.tensors
 
@@ -140,8 +140,8 @@ def fixed_decisions(case: Any) -> Any:
 
 
 def pipeline(case: Any) -> Iterator[tuple]:
-    from sdtrain.data import degrade
-    from sdtrain.data.degrade_kernels import filter2d, sharpen
+    from sdtrain.data.degrade import chain as degrade
+    from sdtrain.data.degrade.kernels import filter2d, sharpen
 
     decisions, t = fixed_decisions(case), case.tensors
     usm = sharpen(t["in.gt"])

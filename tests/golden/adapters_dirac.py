@@ -9,7 +9,7 @@ import torch
 
 
 def dirac_gan(case: Any) -> Iterator[tuple]:
-    from sdtrain.methods import dirac
+    from sdtrain.methods.dirac import method as dirac
 
     for number, row in enumerate(case.json):
         rates = dirac.Rates(**{name: row[name] for name in ("eta_G", "eta_D", "eta_phi", "alpha", "c")})

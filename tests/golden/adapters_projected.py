@@ -38,7 +38,7 @@ def fastgan(case: Any) -> Iterator[tuple]:
 
 
 def _fastgan_net(case: Any) -> nn.Module:
-    from sdtrain.models.fastgan import Generator, GeneratorOptions
+    from sdtrain.models.fastgan.networks import Generator, GeneratorOptions
 
     config, state = case.entry["config"], case.group("sd.")
     num_embeddings = len(state["synthesis.embed.weight"]) if config.get("cond") else 1
@@ -64,7 +64,7 @@ def units(case: Any) -> Iterator[tuple]:
 
 
 def _up_block_and_skip(case: Any) -> Iterator[tuple]:
-    from sdtrain.models.fastgan import SkipExcitation, UpBlock
+    from sdtrain.models.fastgan.networks import SkipExcitation, UpBlock
 
     has, state = case.tensors, case.group("sd.upblock_big.")
     block = UpBlock(state["1.weight_orig"].shape[1], state["5.weight_orig"].shape[1]).eval()
@@ -78,7 +78,7 @@ def _up_block_and_skip(case: Any) -> Iterator[tuple]:
 
 
 def _down_blocks(case: Any) -> Iterator[tuple]:
-    from sdtrain.models.projected import DownBlock
+    from sdtrain.models.projected.networks import DownBlock
 
     for separable in (False, True):
         name = f"downblock_sep{int(separable)}"
@@ -151,7 +151,7 @@ def single_heads(case: Any) -> Iterator[tuple]:
 
 def single_head(state: dict[str, Tensor]) -> nn.Module:
     """A head with the layers of an official state dict, loaded."""
-    from sdtrain.models.projected import SingleDisc, SingleDiscCond
+    from sdtrain.models.projected.networks import SingleDisc, SingleDiscCond
 
     patch = any(re.fullmatch(r"main\.\d+\.main\.0\.main\.1\.running_mean", name) for name in state)
     inner = r"main\.(\d+)\.main\.0\.main\." if patch else r"main\.(\d+)\.main\."
@@ -178,8 +178,8 @@ def _first_conv(state: dict[str, Tensor], separable: bool) -> str:
 
 def big(case: Any) -> Iterator[tuple]:
     """Full-size networks with procedural weights."""
-    from sdtrain.models.fastgan import Generator, GeneratorOptions
-    from sdtrain.models.projected import Discriminator, DiscriminatorOptions
+    from sdtrain.models.fastgan.networks import Generator, GeneratorOptions
+    from sdtrain.models.projected.networks import Discriminator, DiscriminatorOptions
 
     inputs = case.rnd_in_text(case.entry["inputs"])
     size = inputs["pg.full.x"].shape[-1]
@@ -272,8 +272,8 @@ def keys(case: Any) -> Iterator[tuple]:
 
 
 def _network_of_keys(name: str, shape: dict[str, tuple[int, ...]]) -> nn.Module:
-    from sdtrain.models.fastgan import Generator, GeneratorOptions
-    from sdtrain.models.projected import Discriminator, DiscriminatorOptions
+    from sdtrain.models.fastgan.networks import Generator, GeneratorOptions
+    from sdtrain.models.projected.networks import Discriminator, DiscriminatorOptions
 
     if name.startswith("keys_pg_G"):
         z_dim, width = shape["synthesis.init.init.0.weight_orig"][:2]

@@ -20,7 +20,7 @@ def _options(cls: type, config: dict[str, Any]) -> Any:
 
 
 def _rrdbnet(config: dict[str, Any]) -> nn.Module:
-    from sdtrain.models.rrdbnet import Generator, GeneratorOptions
+    from sdtrain.models.rrdbnet.networks import Generator, GeneratorOptions
 
     return Generator(_options(GeneratorOptions, config)).eval()
 
@@ -56,7 +56,7 @@ def rrdbnet_init(case: Any) -> Iterator[tuple]:
 
 
 def srvgg(case: Any) -> Iterator[tuple]:
-    from sdtrain.models.srvgg import Generator, GeneratorOptions
+    from sdtrain.models.srvgg.networks import Generator, GeneratorOptions
 
     net = Generator(_options(GeneratorOptions, case.entry["config"]))
     net.load_state_dict(case.group("sd."))
@@ -64,7 +64,7 @@ def srvgg(case: Any) -> Iterator[tuple]:
 
 
 def unet_sn(case: Any) -> Iterator[tuple]:
-    from sdtrain.models.unet_sn import Discriminator, DiscriminatorOptions
+    from sdtrain.models.unet_sn.networks import Discriminator, DiscriminatorOptions
 
     net, x = Discriminator(_options(DiscriminatorOptions, case.entry["config"])), case.tensors["in.x"]
     net.load_state_dict(case.group("sd."))
@@ -83,7 +83,7 @@ def unet_sn(case: Any) -> Iterator[tuple]:
 
 
 def _gcfsr(config: dict[str, Any]) -> nn.Module:
-    from sdtrain.models.gcfsr import Generator, GeneratorOptions
+    from sdtrain.models.gcfsr.networks import Generator, GeneratorOptions
 
     return Generator(_options(GeneratorOptions, config), resolution=config["out_size"]).eval()
 
@@ -117,7 +117,7 @@ def gcfsr_full(case: Any) -> Iterator[tuple]:
 
 
 def gcfsr_discriminator(case: Any) -> Iterator[tuple]:
-    from sdtrain.models.gcfsr import Discriminator, DiscriminatorOptions
+    from sdtrain.models.gcfsr.networks import Discriminator, DiscriminatorOptions
 
     config = case.entry["config"]
     options = DiscriminatorOptions(narrow=config["narrow"], stddev_group=config.get("stddev_group", 0))
@@ -136,7 +136,7 @@ def gcfsr_discriminator(case: Any) -> Iterator[tuple]:
 
 
 def gcfsr_parts(case: Any) -> Iterator[tuple]:
-    from sdtrain.models.gcfsr import EqualLinear, ModulatedConv2d, fir, unit_scales
+    from sdtrain.models.gcfsr.networks import EqualLinear, ModulatedConv2d, fir, unit_scales
 
     t, x = case.tensors, case.tensors["in.x"]
     yield "out.upsample", fir(x, (2, 1), up=True)

@@ -40,7 +40,7 @@ def gradient_sums(case, net: nn.Module, stats: Mapping[str, list[float]], tag: s
 
 
 def build_generator(case, state: Mapping[str, Tensor], config: Mapping[str, Any], **override: Any):
-    from sdtrain.models.stylegan2 import generator_from_official
+    from sdtrain.models.stylegan2.networks import generator_from_official
 
     net = generator_from_official(config, **override).eval()
     net.load_state_dict(state)
@@ -48,7 +48,7 @@ def build_generator(case, state: Mapping[str, Tensor], config: Mapping[str, Any]
 
 
 def build_discriminator(case, state: Mapping[str, Tensor], config: Mapping[str, Any], **override: Any):
-    from sdtrain.models.stylegan2 import discriminator_from_official
+    from sdtrain.models.stylegan2.networks import discriminator_from_official
 
     net = discriminator_from_official(config, **override).eval()
     net.load_state_dict(state)
@@ -149,7 +149,7 @@ def discriminator(case) -> Iterator[tuple]:
 
 
 def architectures(case) -> Iterator[tuple]:
-    from sdtrain.models.stylegan2 import Discriminator, DiscriminatorOptions
+    from sdtrain.models.stylegan2.networks import Discriminator, DiscriminatorOptions
 
     for name in ("orig", "skip"):
         options = DiscriminatorOptions(architecture=name, channel_base=128, channel_max=8, mbstd_group=32)
@@ -160,7 +160,7 @@ def architectures(case) -> Iterator[tuple]:
 
 def _full_size(config: Mapping[str, Any], **widths: Any) -> tuple:
     """Generator and discriminator of a preset, built from official arguments."""
-    from sdtrain.models.stylegan2 import discriminator_from_official, generator_from_official
+    from sdtrain.models.stylegan2.networks import discriminator_from_official, generator_from_official
 
     sizes = {"c_dim": 0, "img_resolution": config["res"]}
     widths = {"channel_base": config["channel_base"], "channel_max": 512, "num_fp16_res": 0, **widths}
@@ -200,7 +200,7 @@ def _count(rows: list[list]) -> int:
 
 
 def operations(case) -> Iterator[tuple]:
-    from sdtrain.models import stylegan2_ops as ops
+    from sdtrain.models.stylegan2 import ops
 
     t = case.tensors
     x, f, asym, sep = t["in.x"], t["filter.1331"], t["filter.asym"], t["filter.sep8"]
@@ -221,7 +221,7 @@ def operations(case) -> Iterator[tuple]:
 
 
 def _resampling_convolutions(case) -> Iterator[tuple]:
-    from sdtrain.models import stylegan2_ops as ops
+    from sdtrain.models.stylegan2 import ops
 
     t = case.tensors
     x, w3, w1, f = t["in.x"][:, :, :6, :10], t["in.w3"], t["in.w1"], t["filter.1331"]
@@ -359,7 +359,7 @@ def _seeded_augmentation(case, pipes: Mapping[str, nn.Module]) -> Iterator[tuple
 def schedules(case) -> Iterator[tuple]:
     from sdtrain.augment.ada import update_p
     from sdtrain.losses.regularizers import lazy_adam
-    from sdtrain.models.stylegan2 import auto_preset
+    from sdtrain.models.stylegan2.networks import auto_preset
 
     for i, trace in enumerate(case.json["ada"]):
         p = trace["p0"]

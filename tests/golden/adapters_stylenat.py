@@ -34,8 +34,8 @@ def units(case: Case) -> Iterator[tuple]:
 
 
 def _attention(case: Case) -> Iterator[tuple]:
-    from sdtrain.models import stylenat
-    from sdtrain.models.neighborhood_attention import neighborhood_attention
+    from sdtrain.models.stylenat import networks as stylenat
+    from sdtrain.models.stylenat.attention import neighborhood_attention
 
     for name in ("hydra_a", "hydra_b"):
         call, x = case.entry["calls"][name], case.tensors[f"in.{name}"].requires_grad_()
@@ -61,7 +61,7 @@ def _attention(case: Case) -> Iterator[tuple]:
 
 def _window_scores(q: Tensor, k: Tensor, rpb: Tensor, call: dict) -> Tensor:
     """Scores with bias of image 0, head 0 for the keys of each window [H, W, kernel^2], by loops."""
-    from sdtrain.models.neighborhood_attention import window_start
+    from sdtrain.models.stylenat.attention import window_start
 
     size, kernel, d, dim = call["size"], call["kernel"], call["dilation"], q.shape[3] // len(rpb)
     scores = torch.empty(size, size, kernel, kernel)
@@ -79,7 +79,7 @@ def _window_scores(q: Tensor, k: Tensor, rpb: Tensor, call: dict) -> Tensor:
 
 
 def _generator_parts(case: Case) -> Iterator[tuple]:
-    from sdtrain.models import stylenat
+    from sdtrain.models.stylenat import networks as stylenat
 
     t = case.tensors
     adain = _loaded(case, "adain", stylenat.AdaIN(10, 6))
@@ -95,7 +95,7 @@ def _generator_parts(case: Case) -> Iterator[tuple]:
 
 
 def _discriminator_parts(case: Case) -> Iterator[tuple]:
-    from sdtrain.models import stylenat
+    from sdtrain.models.stylenat import networks as stylenat
 
     t = case.tensors
     yield "out.haar", stylenat.Haar()(t["in.haar"])
@@ -109,7 +109,7 @@ def _discriminator_parts(case: Case) -> Iterator[tuple]:
 
 
 def full_width(case: Case) -> Iterator[tuple]:
-    from sdtrain.models import stylenat
+    from sdtrain.models.stylenat import networks as stylenat
 
     entry = case.entry
     options = stylenat.GeneratorOptions(
@@ -139,7 +139,7 @@ def _schema(net: nn.Module, state: dict[str, Tensor] | None = None) -> set[tuple
 
 
 def keys(case: Case) -> Iterator[tuple]:
-    from sdtrain.models import stylenat
+    from sdtrain.models.stylenat import networks as stylenat
 
     if "D256" in case.name:
         net: nn.Module = stylenat.Discriminator(stylenat.DiscriminatorOptions(), resolution=256)

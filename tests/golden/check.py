@@ -10,7 +10,7 @@ short.
 Adapters. A module `adapters_NAME.py` beside this file knows how to compute the outputs of some files:
 
     def generator(case):                       # case: check.Case, see its docstring
-        from sdtrain.models.fastgan import Generator        # import inside: a missing module reads 'not here yet'
+        from sdtrain.models.fastgan.networks import Generator  # import inside: a missing module reads 'not here yet'
         net = Generator(...case.entry["config"]...)
         net.load_state_dict(case.group("sd."))
         yield "out.img", net(case.tensors["in.z"])                     # reference and tolerance from the file

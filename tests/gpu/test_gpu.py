@@ -80,8 +80,8 @@ def test_a_run_goes_on_from_a_checkpoint_of_the_gpu_as_if_never_stopped(place: P
 
 
 def test_batches_lie_in_pinned_memory(place: Path):
-    from sdtrain.data.dataset import open_dataset
-    from sdtrain.data.stream import Stream
+    from sdtrain.data.read.dataset import open_dataset
+    from sdtrain.data.read.stream import Stream
 
     dataset = open_dataset(str(place / "shards"))
     with Stream(dataset, seed=0, batch_size=BATCH, ghost_batch=4, ghosts=range(4), workers=0) as stream:

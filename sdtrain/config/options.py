@@ -1,0 +1,254 @@
+"""Option classes that methods and configurations share: one line of meaning and a unit under each field. Free of torch.
+
+Everything public here may be named in the `Options` class of a method file and in the `GeneratorOptions` /
+`DiscriminatorOptions` of a model file; `config_schema.py` evaluates those classes without importing torch.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+IMAGE_UNITS = {"": 1, "ki": 1_000, "Mi": 1_000_000}
+
+
+def parse_images(value: Any) -> Any:
+    """Turn 4000, 4e3, '200ki' or '1.5Mi' into a count of images; hand anything else on, for the type check to refuse.
+
+    The suffixes are the kimg and Mimg of the GAN papers, so powers of ten: 1ki = 1000 images, 1Mi = 1000 ki.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(ki|Mi)", value) if isinstance(value, str) else None
+    if match:
+        value = round(float(match[1]) * IMAGE_UNITS[match[2]], 3)
+    is_whole = isinstance(value, float) and value.is_integer()
+    return int(value) if is_whole else value
+
+
+SPAN = re.compile(r"(\d+(?:\.\d+)?)(ki|Mi)?(?: (epoch|step|image)s?)?")
+
+
+def parse_span(value: Any) -> Any:
+    """A stretch of training as text: '30 epochs', '500 steps', '1.4Mi images'; a bare count means images."""
+    text = str(value).strip() if isinstance(value, (int, float, str)) and not isinstance(value, bool) else ""
+    match = SPAN.fullmatch(text)
+    if match is None:
+        raise ValueError("write a number and its unit, such as 30 epochs, 500 steps or 64ki images")
+    return text if match[3] else f"{text} images"
+
+
+def span_img(span: str, steps_per_epoch: float, batch_size: int) -> int:
+    """Images in a span, whole steps: rounded, and at least one step unless the span is zero."""
+    match = SPAN.fullmatch(span)
+    assert match is not None  # the type Span lets nothing else through
+    number = float(match[1]) * IMAGE_UNITS[match[2] or ""]
+    steps = number * {"epoch": steps_per_epoch, "step": 1.0}.get(match[3], 1 / batch_size)
+    return max(round(steps), 1) * batch_size if number else 0
+
+
+Span = Annotated[str, BeforeValidator(parse_span)]
+Images = Annotated[int, BeforeValidator(parse_images), Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+CountOrZero = Annotated[int, Field(ge=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+AdversarialLoss = Literal["hinge", "logistic", "least-squares", "wasserstein"]
+DistanceLoss = Literal["lpips-vgg", "l1", "l2", "ms-ssim"]
+MetricName = Literal["fid", "rfid", "kid", "pr"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Where images come from and how a rank reads them."""
+
+    train: str | list[str]
+    """Shard folder, pattern with braces or *, or URL; a list joins several."""
+    val: str | list[str] | None = None
+    """Shards that choose `best/`; null = the training shards."""
+    test: str | list[str] | None = None
+    """Shards that are evaluated once, at the end; null = none."""
+    resolution: Count | None = None
+    """Side of the training images in pixels; null = that of the dataset manifest."""
+    labels: bool | None = None
+    """Class labels of the shards: true = needed, false = left aside, null = used where they are there."""
+    xflip: bool = False
+    """Show each image also mirrored (half of the time, by the seed)."""
+    workers: CountOrZero = 2
+    """Decoding processes a rank; 0 decodes in the training process."""
+    prefetch: Count = 2
+    """Batches each worker keeps ready."""
+    cache: str | None = None
+    """Folder for copies of remote shards; null = the user's cache folder."""
+    max_bad: Fraction = 0.001
+    """Share of samples that may be unreadable before the run stops with an error."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """Adam for one player."""
+
+    lr: NonNegative = 2e-4
+    """Step size."""
+    betas: tuple[Fraction, Fraction] = (0.0, 0.99)
+    """Decay of the running mean and of the running square."""
+    eps: Positive = 1e-8
+    """Added to the root of the running square."""
+    clip_norm: NonNegative = 0.0
+    """Largest norm of the gradient of the main loss, over all parameters; 0 = not clipped (StyleNAT's D: 5)."""
+    kind: Literal["adam", "sgd"] = "adam"
+    """Which; sgd is plain gradient descent (Dirac-GAN)."""
+    warmup_img: Images = 0
+    """Images over which lr rises from zero."""
+    milestones_img: tuple[Images, ...] = ()
+    """Positions at which lr is multiplied by `decay`."""
+    decay: Positive = 0.5
+    """Factor at each milestone."""
+    drop_at: tuple[Fraction, ...] = ()
+    """Shares of the stage after which lr is multiplied by `decay`."""
+    linear_decay_img: tuple[Images, Images] | None = None
+    """lr falls in a straight line to zero between these positions; null = never."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ema:
+    """The running average of the generator: what is evaluated, and the teacher of self-distillation."""
+
+    half_life_img: Images = 20_000
+    """Images after which an old weight counts half (beta = 0.5 ** (batch_size / half life))."""
+    rampup: Positive | None = 0.05
+    """Half-life is at most this share of the images seen; null = constant from the start."""
+    decay: Fraction | None = None
+    """Fixed beta a step, whatever the batch (StyleNAT, Real-ESRGAN); null = follow the half-life."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Init:
+    """What the networks of a fresh run start from (fine-tuning); a run that resumes never looks here."""
+
+    source: str | None = None
+    """Run folder (its newest checkpoint), checkpoint folder, .safetensors, official .pkl, .pt, .pth; null = by seed."""
+    G: str | None = None
+    """Another place for G, or `fresh`; null = source. A place without G gives its G_ema."""
+    G_ema: str | None = None
+    """Another place for the average, or `fresh` = a copy of G; null = source. A place without G_ema gives its G."""
+    D: str | None = None
+    """Another place for D, or `fresh`; null = source."""
+    ada_p: Literal["reset", "keep"] = "reset"
+    """ADA starts from augment.p, as official resuming does, or from the p of `source`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelfDistillation:
+    """L_SD of the SD-GAN paper, Eq. (1) and (2): the distance between G(z) and G_ema(z)."""
+
+    alpha: NonNegative = 1.0
+    """Weight of L_SD; 0 = off, and nothing extra is computed."""
+    loss: DistanceLoss = "lpips-vgg"
+    """The distance."""
+    augment: bool = True
+    """Apply T, the same draw to both images, before the distance."""
+    padding: Literal["zeros", "reflection"] = "reflection"
+    """What T shows beyond the edge: the authors' code reflects, the listing of the paper leaves zeros (grey)."""
+    noise: Literal["shared", "independent"] = "shared"
+    """Whether the teacher sees the student's layer noise."""
+    mixing: Literal["matched", "none"] = "matched"
+    """Style mixing of the teacher: the student's, or none (style-based generators only)."""
+    log: bool = False
+    """Log L_SD although alpha is 0 (costs the forward passes)."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the LPIPS trunk."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffAugment:
+    """Differentiable augmentation of everything D sees (Zhao et al. 2020)."""
+
+    policy: tuple[Literal["color", "translation", "cutout"], ...] = ("color", "translation", "cutout")
+    """Which changes, in this order; an empty list = none."""
+    translation: Fraction = 0.125
+    """Largest shift, as a share of the side."""
+    cutout: Fraction = 0.2
+    """Side of the blanked square, as a share of the side."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augment:
+    """What D sees instead of the plain image, real and fake alike."""
+
+    kind: Literal["none", "diffaug", "ada"] = "none"
+    """DiffAugment (always on) or ADA (each transform with probability p)."""
+    policy: str | None = None
+    """DiffAugment: which of color,translation,cutout; ADA: one of its presets; null = all three, or bgc."""
+    cutout: Fraction = 0.2
+    """DiffAugment: side of the blanked square, as a share of the side."""
+    p: Fraction = 0.0
+    """ADA: probability at the start; constant when target is null."""
+    target: Fraction | None = 0.6
+    """ADA: wanted mean sign of D on real images; null = p stays."""
+    interval: Count = 4
+    """ADA: steps between two moves of p."""
+    speed_img: Images = 500_000
+    """ADA: images in which p can go from 0 to 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class R1:
+    """Gradient penalty of D on real images, lazy: every so many steps, times the interval."""
+
+    gamma: NonNegative = 0.0
+    """Weight; 0 = off."""
+    every: Count = 16
+    """Steps between two penalties."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PathLength:
+    """Path-length regularisation of the StyleGAN2 generator, lazy."""
+
+    weight: NonNegative = 0.0
+    """Weight; 0 = off."""
+    every: Count = 4
+    """Steps between two penalties."""
+    decay: Fraction = 0.01
+    """How fast the running mean length follows."""
+    shrink: Count = 2
+    """Only 1/shrink of the samples are used."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metrics:
+    """What an evaluation measures, and on how much."""
+
+    names: tuple[MetricName, ...] = ("fid",)
+    """Which: Frechet distance, the same in random features, kernel distance, precision and recall."""
+    num_fake: Count = 50_000
+    """Generated images."""
+    num_real: Count | None = None
+    """Real images; null = all of them."""
+    extractor: Literal["inception", "random-inception"] = "inception"
+    """Features of fid, kid and pr."""
+    tap: Literal[64, 192, 768, 2048] = 2048
+    """Width of the feature layer."""
+    seeds: Count = 5
+    """Random networks averaged by rfid."""
+    batch_size: Count = 32
+    """Images through the extractor at once, a rank."""
+    select_by: str = "fid"
+    """The value that chooses `best/`, lower is better."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """Where frozen networks come from: a path, `download` or `random`; null = not chosen, an error if it is needed."""
+
+    lpips: str | None = None
+    """VGG16 trunk and LPIPS heads."""
+    inception: str | None = None
+    """Inception of FID, KID, precision and recall."""
+    features: str | None = None
+    """Feature network of the projected discriminator."""
+    perceptual: str | None = None
+    """VGG of the perceptual loss of super-resolution."""
+    alex: str | None = None
+    """AlexNet trunk of the LPIPS metric of super-resolution."""

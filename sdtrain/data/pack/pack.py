@@ -1,0 +1,241 @@
+"""`sdtrain pack`: images to tar shards that are complete, checked, and readable by webdataset alone."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sdtrain.errors import EXIT_OK, EXIT_USER_ERROR, DataError
+
+if TYPE_CHECKING:
+    from sdtrain.data.pack.packing import Job
+    from sdtrain.data.pack.shaping import Shape
+    from sdtrain.data.pack.sources import SourceFile
+
+MB = 1_000_000
+FILTER_NAMES = ("box", "bilinear", "hamming", "bicubic", "lanczos", "nearest")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """SOURCE OUT and how to make one from the other. The same command again continues where it stopped."""
+    add = parser.add_argument
+    add("source", help="folder of images (sub-folders too; also lsun's exported .webp folder) or a zip archive")
+    add("out", nargs="?", help="folder for the shards")
+    add("--resolution", type=int, default=0, metavar="N", help="square images of N pixels")
+    add("--tile", type=int, default=0, metavar="N", help="cut every image into squares of N pixels (sub-images)")
+    add("--stride", type=int, default=0, metavar="M", help="distance between tiles; default N")
+    add("--keep", action="store_true", help="keep every image at its own size")
+    add("--crop", choices=("center", "none"), default="none", help="what to do with images that are not square")
+    add("--resize", choices=FILTER_NAMES, default="lanczos", help="resize filter, recorded because FID depends on it")
+    add("--enlarge", action="store_true", help="accept images smaller than --resolution")
+    add(
+        "--labels",
+        choices=("none", "folder"),
+        default="none",
+        help="class of an image: its first folder, in name order",
+    )
+    add(
+        "--format",
+        choices=("png", "jpeg", "keep"),
+        default="png",
+        help="keep: the file's own bytes where nothing changes",
+    )
+    add("--quality", type=int, default=95, help="of JPEG, 1 to 100")
+    add("--list", metavar="FILE", help="pack only the names in FILE (one a line)")
+    add("--exclude-list", metavar="FILE", help="leave out the names in FILE")
+    add("--shard-mb", type=int, default=256, help="about this many MB a shard")
+    add("--shard-count", type=int, default=0, help="exactly this many shards instead")
+    add("--max-pixels", type=int, default=1 << 26, help="reject larger images (decompression bombs)")
+    add("--workers", type=int, default=os.cpu_count() or 1, help="processes")
+    add("--overwrite", action="store_true", help="replace shards made with other choices")
+    add(
+        "--reindex",
+        action="store_true",
+        help="rebuild index and manifest of the shard folder SOURCE from its tars alone",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Entry of `sdtrain pack`. Raises DataError for what the user can mend."""
+    if args.reindex:
+        return _reindex(Path(args.source))
+    check_arguments(args)
+    try:
+        return _pack(args)
+    except OSError as error:
+        raise DataError(
+            f"packing into {args.out} failed: {error.strerror or error}; check rights and free space, then run again"
+        ) from None
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raise DataError for choices that cannot work together."""
+    if not args.out:
+        raise DataError("OUT is missing: sdtrain pack SOURCE OUT (only --reindex takes one folder)")
+    if sum((args.resolution > 0, args.tile > 0, args.keep)) != 1:
+        raise DataError(
+            "choose exactly one of --resolution N, --tile N and --keep, so that the size of the images is a decision"
+        )
+    if not 1 <= args.quality <= 100:
+        raise DataError(f"--quality {args.quality} is not between 1 and 100")
+    if args.stride < 0 or (args.stride and not args.tile):
+        raise DataError(f"--stride {args.stride} needs --tile N and a positive number of pixels")
+    if Path(args.source).resolve() == Path(args.out).resolve():
+        raise DataError(f"OUT is the source folder itself ({args.source}); choose another folder")
+
+
+def _reindex(folder: Path) -> int:
+    from sdtrain.data.pack.packing import reindex
+
+    manifest, damage = reindex(folder)
+    print(f"{folder}: {manifest['count']} images in {len(manifest['shards'])} shards, hash {manifest['hash'][:12]}")
+    for shard, member, reason in damage[:20]:
+        print(f"damaged: {shard} {member} {reason}", file=sys.stderr)
+    return EXIT_USER_ERROR if damage else EXIT_OK
+
+
+def _pack(args: argparse.Namespace) -> int:
+    from sdtrain.data.pack.packing import finish, finished, plan_jobs
+
+    files, label_names = _files(args)
+    out, shape = Path(args.out), _shape(args)
+    jobs = plan_jobs(Path(args.source), out, files, shape, _num_shards(args, files, shape))
+    _prepare(out, jobs, args.overwrite)
+    if _complete(out, jobs):
+        print(f"{out} is complete already and its digests are right; nothing to do")
+        return EXIT_OK
+    markers = {job.number: marker for job in jobs if (marker := finished(job))}
+    markers |= _run([job for job in jobs if job.number not in markers], len(files), args.workers)
+    manifest = finish(
+        out, [markers[job.number] for job in jobs], _about(args, shape, jobs[0].plan, len(files)), label_names
+    )
+    _summary(out, manifest)
+    return EXIT_OK
+
+
+def _files(args: argparse.Namespace) -> tuple[list[SourceFile], list[str]]:
+    from sdtrain.data.pack.sources import list_source, select, with_folder_labels
+
+    files = select(list_source(Path(args.source)), args.list, args.exclude_list)
+    return with_folder_labels(files) if args.labels == "folder" else (files, [])
+
+
+def _shape(args: argparse.Namespace) -> Shape:
+    from sdtrain.data.pack.shaping import Shape
+
+    return Shape(
+        resolution=args.resolution,
+        crop=args.crop,
+        resize=args.resize,
+        enlarge=args.enlarge,
+        tile=args.tile,
+        stride=args.stride or args.tile,
+        format=args.format,
+        quality=args.quality,
+        max_pixels=args.max_pixels,
+    )
+
+
+def _num_shards(args: argparse.Namespace, files: list[SourceFile], shape: Shape) -> int:
+    from sdtrain.data.pack.packing import estimated_bytes
+
+    wanted = args.shard_count or round(estimated_bytes(files, shape) / (args.shard_mb * MB))
+    return min(max(1, wanted), len(files))
+
+
+def _prepare(out: Path, jobs: list[Job], overwrite: bool) -> None:
+    """Make the folder and see that nothing else lives there. Raises DataError, or OSError when it cannot be written."""
+    import shutil
+
+    from sdtrain.data.pack.packing import MARKERS
+
+    (out / MARKERS).mkdir(parents=True, exist_ok=True)
+    other = _other_plan(out, jobs[0].plan)
+    if other and not overwrite:
+        raise DataError(f"{out} holds {other}; choose another folder, or replace it with --overwrite")
+    if other:
+        for path in [*out.glob("*.tar"), *out.glob("index.npz"), *out.glob("manifest.json")]:
+            path.unlink()
+        shutil.rmtree(out / MARKERS)
+        (out / MARKERS).mkdir()
+    for stale in out.glob(".*.tmp"):
+        stale.unlink()
+
+
+def _other_plan(out: Path, plan: str) -> str:
+    """What stands in the way in `out`: shards made by another plan, in words, or ""."""
+    plans = {_plan_in(path) for path in (*(out / ".pack").glob("*.json"), *out.glob("manifest.json"))}
+    if plans - {plan}:
+        return "shards made from another source or with other choices"
+    return "tar files that sdtrain pack did not make" if not plans and any(out.glob("*.tar")) else ""
+
+
+def _plan_in(path: Path) -> str:
+    import json
+
+    try:
+        found = json.loads(path.read_text())
+    except ValueError:
+        return "damaged"
+    return found.get("plan") or found.get("pack", {}).get("plan", "")
+
+
+def _complete(out: Path, jobs: list[Job]) -> bool:
+    import json
+    import shutil
+
+    from sdtrain.data.pack.packing import MARKERS
+    from sdtrain.data.read.remote import verified
+
+    path = out / "manifest.json"
+    if not path.is_file() or not (out / "index.npz").is_file():
+        return False
+    shards = json.loads(path.read_text())["shards"]
+    whole = len(shards) == len(jobs) and all(verified(out / shard["name"], shard["sha256"]) for shard in shards)
+    if whole:
+        shutil.rmtree(out / MARKERS, ignore_errors=True)
+    return whole
+
+
+def _run(jobs: list[Job], num_files: int, num_processes: int) -> dict[int, dict[str, Any]]:
+    from tqdm import tqdm
+
+    from sdtrain.data.pack.packing import run_jobs
+
+    done = num_files - sum(len(job.files) for job in jobs)
+    with tqdm(total=num_files, initial=done, unit="img", desc="packing", mininterval=0.5) as bar:
+        markers = run_jobs(jobs, num_processes, bar.update)
+    return {job.number: marker for job, marker in zip(jobs, markers, strict=True)}
+
+
+def _about(args: argparse.Namespace, shape: Shape, plan: str, num_files: int) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    import PIL
+
+    about = asdict(shape) | {
+        "source": Path(args.source).name,
+        "num_source_files": num_files,
+        "plan": plan,
+        "pillow": PIL.__version__,
+    }
+    about["resolution"] = args.resolution or args.tile or None
+    about["list"] = args.list and Path(args.list).name
+    about["exclude_list"] = args.exclude_list and Path(args.exclude_list).name
+    return about
+
+
+def _summary(out: Path, manifest: dict[str, Any]) -> None:
+    total_mb = sum(shard["size"] for shard in manifest["shards"]) / MB
+    shards = f"{len(manifest['shards'])} shards, {total_mb:.1f} MB, hash {manifest['hash'][:12]}"
+    print(f"{out}: {manifest['count']} images in {shards}")
+    for reason, count in manifest["converted"].items():
+        print(f"  converted to RGB: {count} ({reason})")
+    reasons = Counter(reason.partition(":")[0] for _, reason in manifest["rejected"])
+    for reason, count in reasons.most_common():
+        example = next(name for name, text in manifest["rejected"] if text.startswith(reason))
+        print(f"  rejected: {count} ({reason}), for example {example}")

@@ -1,0 +1,234 @@
+"""Packing proper: the source is cut into shards beforehand, each shard is one job, finished jobs leave a marker.
+
+OUT/shard-000000.tar ...   plain webdataset shards
+OUT/index.npz              offsets of all members
+OUT/manifest.json          what this is; written last, so its presence means complete
+OUT/.pack/000000.json      marker of a finished shard while packing; removed at the end
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from sdtrain.data.pack.shaping import Shape, key_of, pieces
+from sdtrain.data.pack.sources import SourceFile, SourceReader
+from sdtrain.data.read.images import ImageRejected, hush
+from sdtrain.data.read.index import INDEX_NAME, build_index
+from sdtrain.data.read.remote import verified
+from sdtrain.data.read.tars import ShardWriter
+from sdtrain.errors import DataError
+from sdtrain.files import sha256_of_file, write_json
+
+FORMAT = "sdtrain-shards/1"
+MARKERS = ".pack"
+POLL_SEC = 0.2
+_counter: Any = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """One shard: which files of the source, numbered from `first`."""
+
+    number: int
+    first: int
+    files: tuple[SourceFile, ...]
+    source: str
+    out: str
+    shape: Shape
+    plan: str
+
+    @property
+    def path(self) -> Path:
+        return Path(self.out) / f"shard-{self.number:06d}.tar"
+
+    @property
+    def marker(self) -> Path:
+        return Path(self.out) / MARKERS / f"{self.number:06d}.json"
+
+
+def plan_jobs(source: Path, out: Path, files: Sequence[SourceFile], shape: Shape, num_shards: int) -> list[Job]:
+    """Cut the files into runs of nearly equal length. The cut depends on the source and the choices alone."""
+    listing = [(f.name, f.size, f.label) for f in files]
+    plan = hashlib.sha256(json.dumps([listing, asdict(shape), num_shards]).encode()).hexdigest()
+    cuts = [len(files) * n // num_shards for n in range(num_shards + 1)]
+    bounds = list(zip(cuts, cuts[1:], strict=False))
+    return [Job(n, a, tuple(files[a:b]), str(source), str(out), shape, plan) for n, (a, b) in enumerate(bounds)]
+
+
+def estimated_bytes(files: Sequence[SourceFile], shape: Shape) -> float:
+    """About how many bytes the shards will have; decides their number, nothing else."""
+    if shape.resolution:
+        return len(files) * shape.resolution**2 * (0.6 if shape.format == "jpeg" else 1.9)
+    overlap = (shape.tile / shape.stride) ** 2 if shape.tile else 1.0
+    return sum(f.size for f in files) * overlap
+
+
+def run_job(job: Job) -> dict[str, Any]:
+    """Write one shard and its marker; returns the marker. Bad images are noted in it and left out."""
+    reader, writer = SourceReader(Path(job.source)), ShardWriter(job.path)
+    converted: Counter[str] = Counter()
+    rejected: list[tuple[str, str]] = []
+    count, labels = 0, Counter[int]()
+    try:
+        for number, file in enumerate(job.files, job.first):
+            try:
+                made, notes = pieces(reader.read(file.name), job.shape)
+                count += _add(writer, key_of(number, file.name), made, file.label, many=bool(job.shape.tile))
+                converted.update(notes)
+                labels[file.label] += len(made)
+            except (ImageRejected, zipfile.BadZipFile, zlib.error) as error:
+                rejected.append((file.name, str(error)))
+            _tick()
+        size, sha256 = writer.close()
+    except BaseException:
+        writer.abandon()
+        raise
+    marker = {"plan": job.plan, "name": job.path.name, "size": size, "sha256": sha256, "count": count}
+    marker |= {"converted": dict(converted), "rejected": rejected, "labels": {str(k): n for k, n in labels.items()}}
+    write_json(job.marker, marker)
+    return marker
+
+
+def _add(writer: ShardWriter, key: str, made: list[tuple[str, bytes]], label: int, *, many: bool) -> int:
+    for piece, (ext, data) in enumerate(made):
+        name = f"{key}_{piece:04d}" if many else key
+        writer.add(f"{name}.{ext}", data)
+        if label >= 0:
+            writer.add(f"{name}.cls", str(label).encode())
+    return len(made)
+
+
+def finished(job: Job) -> dict[str, Any] | None:
+    """The marker of a job that was completed earlier and whose shard is intact, else None."""
+    try:
+        marker = json.loads(job.marker.read_text())
+    except (OSError, ValueError):
+        return None
+    return marker if marker.get("plan") == job.plan and verified(job.path, marker["sha256"]) else None
+
+
+def run_jobs(jobs: Sequence[Job], num_processes: int, advance: Callable[[int], None]) -> list[dict[str, Any]]:
+    """Run jobs in processes, telling `advance` how many source images are done. Raises what a job raised."""
+    if num_processes <= 1 or len(jobs) <= 1:
+        return [_run_here(job, advance) for job in jobs]
+    context = get_context("spawn")
+    counter = context.Value("q", 0)
+    with ProcessPoolExecutor(
+        min(num_processes, len(jobs)), context, initializer=_use_counter, initargs=(counter,)
+    ) as pool:
+        futures = [pool.submit(run_job, job) for job in jobs]
+        try:
+            _follow(futures, counter, advance)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return [future.result() for future in futures]
+
+
+def _follow(futures: list[Future[dict[str, Any]]], counter: Any, advance: Callable[[int], None]) -> None:
+    waiting, seen = set(futures), 0
+    while waiting:
+        done, waiting = wait(waiting, timeout=POLL_SEC, return_when=FIRST_COMPLETED)
+        advance(counter.value - seen)
+        seen = counter.value
+        for future in done:
+            future.result()
+
+
+def _run_here(job: Job, advance: Callable[[int], None]) -> dict[str, Any]:
+    marker = run_job(job)
+    advance(len(job.files))
+    return marker
+
+
+def _use_counter(counter: Any) -> None:
+    global _counter
+    _counter = counter
+    hush()
+
+
+def _tick() -> None:
+    if _counter is not None:
+        with _counter.get_lock():
+            _counter.value += 1
+
+
+def finish(
+    out: Path, markers: Sequence[dict[str, Any]], about: dict[str, Any], label_names: Sequence[str]
+) -> dict[str, Any]:
+    """Write index and manifest, drop the markers, return the manifest. Raises DataError when no image was usable."""
+    rejected = [pair for marker in markers for pair in marker["rejected"]]
+    if not sum(marker["count"] for marker in markers):
+        first = f"{rejected[0][0]}: {rejected[0][1]}" if rejected else "no input"
+        raise DataError(f"all {len(rejected)} images were rejected ({first}); nothing was packed")
+    converted: Counter[str] = Counter()
+    labels: Counter[str] = Counter()
+    for marker in markers:
+        converted.update(marker["converted"])
+        labels.update(marker["labels"])
+    shards = [{key: marker[key] for key in ("name", "size", "sha256", "count")} for marker in markers]
+    manifest = manifest_of(shards, about["resolution"], label_names)
+    manifest |= {"label_counts": [labels[str(n)] for n in range(len(label_names))], "pack": about}
+    manifest |= {"converted": dict(sorted(converted.items())), "rejected": rejected}
+    write_index(out, [shard["name"] for shard in shards])
+    write_json(out / "manifest.json", manifest)
+    shutil.rmtree(out / MARKERS, ignore_errors=True)
+    return manifest
+
+
+def manifest_of(shards: list[dict[str, Any]], resolution: int | None, label_names: Sequence[str]) -> dict[str, Any]:
+    """The part of a manifest that shards alone determine. The hash is that of the shards' digests in order."""
+    return {
+        "format": FORMAT,
+        "count": sum(shard["count"] for shard in shards),
+        "resolution": resolution or None,
+        "channels": 3,
+        "label_names": list(label_names),
+        "hash": hashlib.sha256("".join(shard["sha256"] for shard in shards).encode()).hexdigest(),
+        "shards": shards,
+    }
+
+
+def write_index(out: Path, names: Sequence[str]) -> list[tuple[str, str, str]]:
+    index, damage = build_index([out / name for name in names], names)
+    index.save(out / INDEX_NAME)
+    return damage
+
+
+def reindex(folder: Path) -> tuple[dict[str, Any], list[tuple[str, str, str]]]:
+    """Rebuild index and manifest from the tars alone; keeps what an existing manifest says about their making."""
+    from sdtrain.data.read.dataset import MANIFEST_NAME, open_dataset
+
+    names = sorted(path.name for path in folder.glob("*.tar"))
+    if not names:
+        raise DataError(f"{folder} holds no .tar files; give the folder of the shards")
+    try:
+        old = json.loads((folder / MANIFEST_NAME).read_text())
+    except (OSError, ValueError):
+        old = {}
+    index, damage = build_index([folder / name for name in names], names)
+    counts = [int((index.shard == number).sum()) for number in range(len(names))]
+    shards = [
+        {"name": name, "size": os.path.getsize(folder / name), "sha256": sha256_of_file(folder / name), "count": count}
+        for name, count in zip(names, counts, strict=True)
+    ]
+    num_classes = int(index.label.max(initial=-1)) + 1
+    label_names = old.get("label_names") or [str(n) for n in range(num_classes)]
+    resolution = old.get("resolution") or open_dataset(str(folder / "*.tar")).resolution
+    kept = {key: old[key] for key in ("label_counts", "pack", "converted", "rejected") if key in old}
+    manifest = manifest_of(shards, resolution, label_names) | kept
+    index.save(folder / INDEX_NAME)
+    write_json(folder / MANIFEST_NAME, manifest)
+    return manifest, damage

@@ -1,0 +1,310 @@
+"""Open shards as a data set: number of samples, labels, resolution, hash. Free of torch.
+
+A source is a folder made by `sdtrain pack`, a glob or brace pattern of tars, an address of either (http, s3, pipe), or
+a list of those. Shards without an index are indexed by their headers; the index is kept beside them or in the cache.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sdtrain.data.read import remote
+from sdtrain.data.read.images import ImageRejected, decode_image
+from sdtrain.data.read.index import INDEX_NAME, Index, build_index, load_index
+from sdtrain.errors import DataError
+
+MANIFEST_NAME = "manifest.json"
+PROBES = 8
+BRACE = re.compile(r"\{([^{}]*)\}")
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Samples addressed by number. `damage` lists (shard, member, reason) known from headers and sizes."""
+
+    source: str
+    shards: tuple[str, ...]
+    index: Index
+    resolution: int | None
+    label_names: tuple[str, ...]
+    hash: str
+    cache: Path
+    sha256: tuple[str, ...] = ()
+    damage: tuple[tuple[str, str, str], ...] = ()
+    manifest: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.index)
+
+    @property
+    def num_classes(self) -> int:
+        """0 without labels."""
+        return len(self.label_names)
+
+    @property
+    def class_counts(self) -> list[int]:
+        """Samples of each class; empty without labels."""
+        return np.bincount(self.index.label, minlength=self.num_classes).tolist() if self.num_classes else []
+
+    @property
+    def paired(self) -> bool:
+        """True when every sample has a low-quality partner (`KEY.lq.png`)."""
+        return len(self.index) > 0 and bool((self.index.lq_size > 0).all())
+
+    def locate(self, i: int) -> tuple[str, str]:
+        """(shard, key) of a sample, as named in reports."""
+        return os.path.basename(self.shards[self.index.shard[i]]), self.index.key(i)
+
+    def local_path(self, shard: int) -> Path:
+        """The shard as a local file, fetched when it is remote."""
+        url = self.shards[shard]
+        if remote.is_remote(url):
+            return remote.fetch(url, self.cache, self.sha256[shard] if self.sha256 else "")
+        return Path(url)
+
+    def read(self, i: int) -> bytes:
+        """The stored bytes of sample i's image. Raises OSError, or EOFError when the shard is too short."""
+        return read_at(self.local_path(int(self.index.shard[i])), int(self.index.offset[i]), int(self.index.size[i]))
+
+    def describe(self) -> str:
+        size = f"{self.resolution} px" if self.resolution else "mixed sizes"
+        labels = f", {self.num_classes} classes" if self.num_classes else ""
+        hurt = f", {len(self.damage)} damaged places (run: sdtrain verify {self.source})" if self.damage else ""
+        shards = f"{len(self.shards)} shards, {self.hash[:12]}"
+        return f"{self.source}: {self.num_samples} images, {size}{labels}, {shards}{hurt}"
+
+
+def read_at(path: str | Path, offset: int, size: int) -> bytes:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        data = os.pread(fd, size, offset)
+    finally:
+        os.close(fd)
+    if len(data) < size:
+        raise EOFError(f"shard ends {size - len(data)} bytes too early")
+    return data
+
+
+def open_dataset(
+    source: str | Path | Sequence[str], cache: str | Path | None = None, keep_index: bool = True
+) -> Dataset:
+    """Open a source. Raises DataError when nothing matches, nothing is usable, or an index is stale.
+
+    Nothing is written with `keep_index=False`, except what must be fetched.
+    """
+    sources = [str(source)] if isinstance(source, (str, Path)) else [str(s) for s in source]
+    cache_dir = Path(cache) if cache else remote.default_cache()
+    parts = [_open_one(s, cache_dir, keep_index) for s in sources]
+    if not parts:
+        raise DataError("the list of data sources is empty; name a packed folder or a pattern of tars")
+    dataset = parts[0] if len(parts) == 1 else _join(parts)
+    if dataset.num_samples == 0:
+        why = "; ".join(f"{shard}: {reason}" for shard, _, reason in dataset.damage[:3]) or "the shards hold no images"
+        raise DataError(f"{dataset.source} has no usable sample ({why}); run: sdtrain verify {dataset.source}")
+    return dataset
+
+
+def _open_one(source: str, cache: Path, keep_index: bool) -> Dataset:
+    if remote.is_remote(source) and source.endswith("/"):
+        remote.fetch(source + INDEX_NAME, cache)
+        folder = remote.fetch(source + MANIFEST_NAME, cache).parent
+        return _open_packed(source, folder, [source + name for name in _manifest_shards(folder)], cache)
+    if (Path(source) / MANIFEST_NAME).is_file():
+        folder = Path(source)
+        return _open_packed(source, folder, [str(folder / name) for name in _manifest_shards(folder)], cache)
+    return _open_loose(source, expand(source), cache, keep_index)
+
+
+def expand(source: str) -> list[str]:
+    """Shards that a folder, a glob or brace pattern names, in order. Raises DataError when there are none."""
+    if os.path.isdir(source):
+        source = os.path.join(source, "*.tar")
+    found: list[str] = []
+    for pattern in [source] if source.startswith("pipe:") and not BRACE.search(source) else _braces(source):
+        found.extend([pattern] if remote.is_remote(pattern) else sorted(glob.glob(pattern)))
+    if not found:
+        raise DataError(
+            f"no shard matches {source} (looked from {os.getcwd()}); check the path, or make shards with: sdtrain pack"
+        )
+    return list(dict.fromkeys(found))
+
+
+def _braces(pattern: str) -> list[str]:
+    match = BRACE.search(pattern)
+    if match is None:
+        return [pattern]
+    bounds = re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
+    if bounds:
+        width = len(bounds[1])
+        choices = [f"{n:0{width}d}" for n in range(int(bounds[1]), int(bounds[2]) + 1)]
+    else:
+        choices = match[1].split(",")
+    return [full for choice in choices for full in _braces(pattern[: match.start()] + choice + pattern[match.end() :])]
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads((folder / MANIFEST_NAME).read_text())
+        return {**manifest, "shards": [dict(shard) for shard in manifest["shards"]]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{folder / MANIFEST_NAME} is damaged ({error}); run: sdtrain pack --reindex {folder}"
+        ) from None
+
+
+def _manifest_shards(folder: Path) -> list[str]:
+    return [os.path.basename(shard["name"]) for shard in read_manifest(folder)["shards"]]
+
+
+def _open_packed(source: str, folder: Path, shards: list[str], cache: Path) -> Dataset:
+    manifest = read_manifest(folder)
+    if not (folder / INDEX_NAME).is_file():
+        raise DataError(
+            f"{folder} has a manifest but no {INDEX_NAME}; rebuild it with: sdtrain pack --reindex {folder}"
+        )
+    index = load_index(folder / INDEX_NAME)
+    if [os.path.basename(s) for s in shards] != index.shards.tolist():
+        raise DataError(
+            f"{folder / INDEX_NAME} lists other shards than the manifest; run: sdtrain pack --reindex {folder}"
+        )
+    return Dataset(
+        source=source,
+        shards=tuple(shards),
+        index=index,
+        resolution=manifest.get("resolution"),
+        label_names=tuple(manifest.get("label_names", ())),
+        hash=manifest["hash"],
+        cache=cache,
+        sha256=tuple(shard["sha256"] for shard in manifest["shards"]),
+        damage=tuple(_size_damage(shards, index)),
+        manifest=manifest,
+    )
+
+
+def _size_damage(shards: list[str], index: Index) -> list[tuple[str, str, str]]:
+    damage = []
+    for path, expected in zip(shards, index.shard_sizes.tolist(), strict=True):
+        if remote.is_remote(path):
+            continue
+        size = os.path.getsize(path) if os.path.isfile(path) else -1
+        if size > expected:
+            raise DataError(
+                f"{path} has {size} bytes, its index says {expected}: the index is stale; run: sdtrain pack --reindex"
+            )
+        if size != expected:
+            reason = "missing shard" if size < 0 else f"truncated tar: {expected - size} bytes are missing"
+            damage.append((os.path.basename(path), "", reason))
+    return damage
+
+
+def _open_loose(source: str, shards: list[str], cache: Path, keep_index: bool) -> Dataset:
+    index, damage = _loose_index(shards, cache, keep_index)
+    num_classes = int(index.label.max(initial=-1)) + 1
+    dataset = Dataset(
+        source=source,
+        shards=tuple(shards),
+        index=index,
+        resolution=None,
+        label_names=tuple(str(c) for c in range(num_classes)),
+        hash=_content_hash(index),
+        cache=cache,
+        damage=tuple(damage),
+    )
+    return Dataset(**{**dataset.__dict__, "resolution": _probed_resolution(dataset)})
+
+
+def _loose_index(shards: list[str], cache: Path, keep_index: bool) -> tuple[Index, list[tuple[str, str, str]]]:
+    paths = [remote.fetch(s, cache) if remote.is_remote(s) else Path(s) for s in shards]
+    places = _index_places(paths, cache)
+    for kept in places:
+        if kept.is_file():
+            return load_index(kept), []
+    index, damage = build_index(paths, [os.path.basename(s) for s in shards])
+    if keep_index and not damage:
+        _keep_index(index, places)
+    return index, damage
+
+
+def _index_places(paths: list[Path], cache: Path) -> list[Path]:
+    """Beside the shards, else in the cache. The name changes with any shard, so a stale index is never found."""
+    state = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
+    stamp = hashlib.sha256(repr(state).encode()).hexdigest()[:16]
+    return [paths[0].parent / f".index-{stamp}.npz", cache / f"index-{stamp}.npz"]
+
+
+def _keep_index(index: Index, places: list[Path]) -> None:
+    for path in places:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return index.save(path)
+        except OSError:
+            continue  # a read-only place; the next one, or scanning again at the next start, serves as well
+
+
+def _content_hash(index: Index) -> str:
+    digest = hashlib.sha256()
+    for name in ("key_bytes", "key_ends", "shard", "offset", "size", "label"):
+        digest.update(np.ascontiguousarray(getattr(index, name)).tobytes())
+    return digest.hexdigest()
+
+
+def _probed_resolution(dataset: Dataset) -> int | None:
+    """The side of the first few images when they are square and agree."""
+    sizes = set()
+    for i in range(min(PROBES, dataset.num_samples)):
+        try:
+            sizes.add(decode_image(dataset.read(i))[0].size)
+        except (OSError, EOFError, ImageRejected):
+            continue
+    width, height = sizes.pop() if len(sizes) == 1 else (0, 1)
+    return width if width == height else None
+
+
+def _join(parts: list[Dataset]) -> Dataset:
+    """Several sources behind one another; labels must mean the same."""
+    _agree_on_classes(parts)
+    resolutions = {part.resolution for part in parts}
+    return Dataset(
+        source=", ".join(part.source for part in parts),
+        shards=tuple(shard for part in parts for shard in part.shards),
+        index=_join_indexes([part.index for part in parts]),
+        resolution=resolutions.pop() if len(resolutions) == 1 else None,
+        label_names=next((part.label_names for part in parts if part.manifest), parts[0].label_names),
+        hash=hashlib.sha256("".join(part.hash for part in parts).encode()).hexdigest(),
+        cache=parts[0].cache,
+        sha256=tuple(s for part in parts for s in (part.sha256 or ("",) * len(part.shards))),
+        damage=tuple(d for part in parts for d in part.damage),
+    )
+
+
+def _agree_on_classes(parts: list[Dataset]) -> None:
+    counts = [part.num_classes for part in parts]
+    if len(set(counts)) > 1:
+        raise DataError(f"sources disagree about their classes ({counts} of them); pack them together instead")
+    names = {part.label_names for part in parts if part.manifest}
+    if len(names) > 1:
+        raise DataError(
+            f"sources disagree about the names of their classes ({sorted(names)}); pack them together instead"
+        )
+
+
+def _join_indexes(indexes: list[Index]) -> Index:
+    shard_starts = np.cumsum([0] + [len(i.shards) for i in indexes])
+    byte_starts = np.cumsum([0] + [len(i.key_bytes) for i in indexes])
+    joined = {name: np.concatenate([getattr(i, name) for i in indexes]) for name in Index.__dataclass_fields__}
+    joined["shard"] = np.concatenate(
+        [i.shard + np.int32(start) for i, start in zip(indexes, shard_starts, strict=False)]
+    )
+    joined["key_ends"] = np.concatenate([i.key_ends + start for i, start in zip(indexes, byte_starts, strict=False)])
+    return Index(**joined)

@@ -1,0 +1,142 @@
+"""The list of samples of a data set: which bytes of which shard, and the label. Arrays only, so 100,000 load at once.
+
+index.npz    shards, shard_sizes, keys (one blob and its cuts), shard, offset, size, label, lq_offset, lq_size
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from sdtrain.data.read.tars import Member, scan_tar
+from sdtrain.errors import DataError
+from sdtrain.files import write_bytes
+
+IMAGE_EXTS = ("png", "jpg", "jpeg", "webp", "bmp", "tif", "tiff", "gif", "ppm")
+INDEX_NAME = "index.npz"
+FIELDS = ("shards", "shard_sizes", "key_bytes", "key_ends", "shard", "offset", "size", "label", "lq_offset", "lq_size")
+
+
+@dataclass(frozen=True)
+class Index:
+    """Row i is sample i. `label` is -1 without one; `lq_size` is 0 without a low-quality partner."""
+
+    shards: np.ndarray
+    shard_sizes: np.ndarray
+    key_bytes: np.ndarray
+    key_ends: np.ndarray
+    shard: np.ndarray
+    offset: np.ndarray
+    size: np.ndarray
+    label: np.ndarray
+    lq_offset: np.ndarray
+    lq_size: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.shard)
+
+    def key(self, i: int) -> str:
+        start = int(self.key_ends[i - 1]) if i else 0
+        return self.key_bytes[start : int(self.key_ends[i])].tobytes().decode()
+
+    def save(self, path: Path) -> None:
+        buffer = io.BytesIO()
+        np.savez(buffer, **{name: getattr(self, name) for name in FIELDS})
+        write_bytes(path, buffer.getbuffer())
+
+
+def load_index(path: Path) -> Index:
+    """Raises DataError when the file is damaged or of another kind."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return Index(**{name: arrays[name] for name in FIELDS})
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise DataError(
+            f"{path} is not a usable index ({error}); rebuild it with: sdtrain pack --reindex {path.parent}"
+        ) from None
+
+
+@dataclass
+class Sample:
+    """One sample of a scanned shard."""
+
+    key: str
+    image: Member | None = None
+    lq: Member | None = None
+    cls: Member | None = None
+
+
+def samples_of(members: Sequence[Member], damage: list[tuple[str, str]]) -> list[Sample]:
+    """Group members by key, in order; duplicate keys and samples without an image go to `damage`."""
+    found: dict[str, Sample] = {}
+    for member in members:
+        sample = found.setdefault(member.key, Sample(member.key))
+        role = _role(member.ext)
+        if role and getattr(sample, role) is not None:
+            damage.append((member.name, f"duplicate key {member.key!r}"))
+        elif role:
+            setattr(sample, role, member)
+    damage.extend((s.key, "missing member: no image") for s in found.values() if s.image is None)
+    return [s for s in found.values() if s.image is not None]
+
+
+def _role(ext: str) -> str:
+    if ext == "cls":
+        return "cls"
+    first, _, last = ext.rpartition(".")
+    if last not in IMAGE_EXTS:
+        return ""
+    return {"": "image", "lq": "lq"}.get(first, "")
+
+
+def build_index(paths: Sequence[str | Path], names: Sequence[str]) -> tuple[Index, list[tuple[str, str, str]]]:
+    """Index shards by their headers alone. Returns it with the damage: (shard, member, reason)."""
+    rows: list[tuple[int, ...]] = []
+    keys: list[bytes] = []
+    damage: list[tuple[str, str, str]] = []
+    for number, (path, name) in enumerate(zip(paths, names, strict=True)):
+        scan = scan_tar(path)
+        samples = samples_of(scan.members, scan.damage)
+        with open(path, "rb") as file:
+            rows.extend(_row(number, sample, file.fileno(), scan.damage) for sample in samples)
+        keys.extend(sample.key.encode() for sample in samples)
+        damage.extend((name, member, reason) for member, reason in scan.damage)
+    return _index_of(names, [os.path.getsize(p) for p in paths], keys, rows), damage
+
+
+def _row(number: int, sample: Sample, fd: int, damage: list[tuple[str, str]]) -> tuple[int, ...]:
+    assert sample.image is not None
+    lq = (sample.lq.offset, sample.lq.size) if sample.lq else (0, 0)
+    return (number, sample.image.offset, sample.image.size, _label(sample, fd, damage), *lq)
+
+
+def _label(sample: Sample, fd: int, damage: list[tuple[str, str]]) -> int:
+    if sample.cls is None:
+        return -1
+    text = os.pread(fd, min(sample.cls.size, 32), sample.cls.offset).strip()
+    if text.isdigit() and int(text) < 1 << 31:
+        return int(text)
+    damage.append((sample.cls.name, "label is not a whole number"))
+    return -1
+
+
+def _index_of(names: Sequence[str], sizes: Sequence[int], keys: list[bytes], rows: list[tuple[int, ...]]) -> Index:
+    columns = np.array(rows, np.int64).reshape(-1, 6)
+    return Index(
+        shards=np.array(list(names), dtype=np.str_),
+        shard_sizes=np.array(sizes, np.int64),
+        key_bytes=np.frombuffer(b"".join(keys), np.uint8),
+        key_ends=np.cumsum([len(key) for key in keys], dtype=np.int64),
+        shard=columns[:, 0].astype(np.int32),
+        offset=columns[:, 1].copy(),
+        size=columns[:, 2].copy(),
+        label=columns[:, 3].astype(np.int32),
+        lq_offset=columns[:, 4].copy(),
+        lq_size=columns[:, 5].copy(),
+    )

@@ -1,0 +1,192 @@
+"""Decoding processes behind two calls: `submit` requests to a slot of shared memory, `wait` for their pixels."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import weakref
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from sdtrain.data.read.dataset import Dataset
+from sdtrain.data.read.decoder import NUM_COLUMNS, Decoder
+
+STUCK_SEC = 1800.0
+Bad = list[tuple[int, str]]
+
+
+class WorkerError(RuntimeError):
+    """A decoding process died or is stuck: a fault of the machine, worth a retry, not a mistake in the data."""
+
+
+class Pool:
+    """`num_workers` processes that decode into `num_slots` slots of `slot_bytes`; 0 processes decodes in `wait`."""
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        *,
+        num_workers: int,
+        num_slots: int,
+        slot_bytes: int,
+        pad: bool = False,
+        stuck_sec: float = STUCK_SEC,
+    ) -> None:
+        self.slot_bytes, self._stuck_sec = slot_bytes, stuck_sec
+        self._fd = _anonymous_file(num_slots * slot_bytes)
+        self._memory = mmap.mmap(self._fd, num_slots * slot_bytes)
+        self._buffer = np.frombuffer(self._memory, np.uint8)
+        self._setup = {"fd": self._fd, "num_bytes": num_slots * slot_bytes, "shards": list(dataset.shards)}
+        self._setup |= {"sha256": list(dataset.sha256), "cache": str(dataset.cache), "pad": pad}
+        self.decoder = Decoder(dataset.shards, dataset.sha256, str(dataset.cache), pad)
+        self._answers: queue.Queue[tuple[int, bytes]] = queue.Queue()
+        self._pending: dict[int, int] = {}
+        self._bad: dict[int, Bad] = {}
+        self._here: dict[int, np.ndarray] = {}
+        self.workers: list[subprocess.Popen[bytes]] = []
+        # Python keeps a dropped Popen and its pipe until the child ends, so a dropped pool must end its children.
+        self._ending = weakref.finalize(self, _end, self.workers)
+        for number in range(num_workers):
+            self.workers.append(self._start(number))
+
+    def slot(self, slot: int) -> np.ndarray:
+        """The bytes of a slot, uint8 [slot_bytes]; valid until the slot is submitted again."""
+        return self._buffer[slot * self.slot_bytes : (slot + 1) * self.slot_bytes]
+
+    def submit(self, ticket: int, slot: int, requests: np.ndarray) -> None:
+        """Start decoding requests [n, NUM_COLUMNS] whose `dest` counts from the start of the slot."""
+        requests = requests.copy()
+        requests[:, 0] += slot * self.slot_bytes
+        self._bad[ticket] = []
+        if not self.workers:
+            self._here[ticket] = requests
+            return
+        cuts = np.linspace(0, len(requests), len(self.workers) + 1).astype(int)
+        parts = [(int(a), requests[a:b]) for a, b in zip(cuts, cuts[1:], strict=False)]
+        self._pending[ticket] = sum(len(part) > 0 for _, part in parts)
+        for number, (first, part) in enumerate(parts):
+            if len(part):
+                self._send(number, {"ticket": ticket, "first": first, "num": len(part)}, part)
+
+    def wait(self, ticket: int) -> Bad:
+        """Return when the pixels are there, with (row, reason) of those that are not. Raises WorkerError."""
+        if ticket in self._here:
+            self._bad[ticket] = self.decoder.run(self._here.pop(ticket), self._buffer)
+        while self._pending.get(ticket, 0):
+            self._receive()
+        self._pending.pop(ticket, None)
+        return sorted(self._bad.pop(ticket))
+
+    def close(self) -> None:
+        """End the processes; safe to call twice."""
+        self._ending()
+        self.decoder.close()
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def _start(self, number: int) -> subprocess.Popen[bytes]:
+        root = str(Path(__file__).resolve().parents[2])
+        path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+        process = subprocess.Popen(
+            [sys.executable, "-m", "sdtrain.data.read.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            pass_fds=[self._fd],
+            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+        )
+        threading.Thread(target=_listen, args=(number, process.stdout, self._answers), daemon=True).start()
+        assert process.stdin is not None
+        process.stdin.write(json.dumps(self._setup).encode() + b"\n")
+        process.stdin.flush()
+        return process
+
+    def _send(self, number: int, header: dict[str, Any], rows: np.ndarray) -> None:
+        stdin = self.workers[number].stdin
+        assert stdin is not None
+        try:
+            stdin.write(json.dumps(header).encode() + b"\n")
+            stdin.write(np.ascontiguousarray(rows, np.int64).tobytes())
+            stdin.flush()
+        except BrokenPipeError:
+            self._report_death(number)
+
+    def _receive(self) -> None:
+        try:
+            number, line = self._answers.get(timeout=self._stuck_sec)
+        except queue.Empty:
+            raise WorkerError(
+                f"no decoding process answered for {self._stuck_sec:g} s; is the storage of the shards stuck?"
+            ) from None
+        if not line:
+            self._report_death(number)
+        answer = json.loads(line)
+        self._pending[answer["ticket"]] -= 1
+        self._bad[answer["ticket"]].extend((answer["first"] + row, reason) for row, reason in answer["bad"])
+
+    def _report_death(self, number: int) -> None:
+        code = self.workers[number].wait(timeout=10)
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+        hint = (
+            "the machine may be out of memory; lower data.workers or data.prefetch"
+            if code == -9
+            else "its own message is above"
+        )
+        raise WorkerError(f"decoding worker {number} (pid {self.workers[number].pid}) {how}; {hint}")
+
+
+def _end(workers: list[subprocess.Popen[bytes]]) -> None:
+    for process in workers:
+        if process.stdin:
+            try:
+                process.stdin.close()
+            except BrokenPipeError:
+                pass  # it is gone already, which is what is wanted
+    for process in workers:
+        try:
+            process.wait(timeout=2)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _listen(number: int, stdout: IO[bytes], answers: queue.Queue[tuple[int, bytes]]) -> None:
+    # Holds no reference to the pool: dropping the pool must end its processes.
+    with stdout:
+        for line in stdout:
+            answers.put((number, line))
+    answers.put((number, b""))
+
+
+def _anonymous_file(num_bytes: int) -> int:
+    """Memory to share by descriptor; unlike /dev/shm its size is not limited by a container's mount."""
+    if hasattr(os, "memfd_create"):
+        fd = os.memfd_create("sdtrain-batches")
+    else:
+        with tempfile.TemporaryFile() as file:
+            fd = os.dup(file.fileno())
+    os.ftruncate(fd, max(num_bytes, 1))
+    return fd
+
+
+def requests_of(dataset: Dataset, indices: np.ndarray, side: int, *, lq: bool = False) -> np.ndarray:
+    """Plain requests for whole images [n, NUM_COLUMNS], laid behind one another from byte 0."""
+    index = dataset.index
+    rows = np.zeros((len(indices), NUM_COLUMNS), np.int64)
+    rows[:, 0] = np.arange(len(indices)) * (3 * side * side)
+    rows[:, 1] = index.shard[indices]
+    rows[:, 2] = (index.lq_offset if lq else index.offset)[indices]
+    rows[:, 3] = (index.lq_size if lq else index.size)[indices]
+    rows[:, 4] = side
+    rows[:, 6:8] = -1
+    rows[:, 8] = 1
+    return rows

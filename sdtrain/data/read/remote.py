@@ -1,0 +1,101 @@
+"""Remote shards become local files on first need.
+
+CACHE/<digest of the folder url>/shard-000000.tar    complete, and of the manifest's sha256 where one is known
+CACHE/<digest of the folder url>/.lock-<shard>       held while one process of the machine fetches it
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from sdtrain.errors import DataError
+from sdtrain.files import AtomicFile, sha256_of_file
+
+SCHEMES = ("http://", "https://", "s3://", "gs://", "hf://", "pipe:")
+CHUNK = 1 << 20
+TIMEOUT_SEC = 60
+
+
+def is_remote(source: str) -> bool:
+    return source.startswith(SCHEMES)
+
+
+def cached_path(url: str, cache: Path) -> Path:
+    """Where a remote file lies once fetched; equal names under different addresses do not meet."""
+    if url.startswith("pipe:"):
+        name = hashlib.sha256(url.encode()).hexdigest()[:16] + ".tar"
+        return cache / "pipe" / name
+    folder, _, name = url.partition("?")[0].rpartition("/")
+    return cache / hashlib.sha256(folder.encode()).hexdigest()[:16] / name
+
+
+def fetch(url: str, cache: Path, sha256: str = "") -> Path:
+    """Return the local copy of a remote file, fetching it if absent. Raises DataError when that fails."""
+    path = cached_path(url, cache)
+    if path.exists():
+        return path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path.with_name(f".lock-{path.name}"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not path.exists():
+                _download(url, path, sha256)
+    except OSError as error:
+        raise DataError(
+            f"fetching {url} into {cache} failed ({error}); check the address and the cache folder"
+        ) from None
+    return path
+
+
+def _download(url: str, path: Path, sha256: str) -> None:
+    file = AtomicFile(path)
+    digest = hashlib.sha256()
+    try:
+        for chunk in _chunks(url):
+            file.write(chunk)
+            digest.update(chunk)
+        if sha256 and digest.hexdigest() != sha256:
+            raise DataError(
+                f"{url} has sha256 {digest.hexdigest()[:12]}..., its manifest {sha256[:12]}...; pack or upload it again"
+            )
+        file.commit()
+    except BaseException:
+        file.abandon()
+        raise
+
+
+def _chunks(url: str) -> Iterator[bytes]:
+    """The bytes of an address. Raises OSError when it ends early."""
+    if not url.startswith(("http://", "https://")):
+        yield from _gopen_chunks(url)
+        return
+    from urllib.request import urlopen
+
+    with urlopen(url, timeout=TIMEOUT_SEC) as stream:
+        announced, num_bytes = int(stream.headers.get("Content-Length") or -1), 0
+        while chunk := stream.read(CHUNK):
+            num_bytes += len(chunk)
+            yield chunk
+    if announced not in (-1, num_bytes):
+        raise OSError(f"the connection ended after {num_bytes} of {announced} bytes")
+
+
+def _gopen_chunks(url: str) -> Iterator[bytes]:
+    # Object stores and pipes go through webdataset; http does not, because its import would load torch in every worker.
+    from webdataset import gopen
+
+    with gopen(url, "rb") as stream:
+        while chunk := stream.read(CHUNK):
+            yield chunk
+
+
+def default_cache() -> Path:
+    return Path(os.environ.get("SDTRAIN_CACHE", Path.home() / ".cache" / "sdtrain")) / "shards"
+
+
+def verified(path: Path, sha256: str) -> bool:
+    return path.is_file() and sha256_of_file(path) == sha256

@@ -1,0 +1,186 @@
+"""What cannot work in a configuration of SDAKD, said before torch is imported."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from sdtrain.data.degrade.check import USM_MARGIN, check_options, pool_problem, smallest_side
+from sdtrain.errors import ConfigError, DataError
+from sdtrain.models.width import narrowed
+
+GENERATORS = ("rrdbnet", "srvgg", "gcfsr")
+DISCRIMINATORS = ("unet_sn", "gcfsr")
+FACTORS = (4, 64)
+WIDTHS = ("num_feat", "num_grow_ch")
+
+
+def problems(config: Any) -> list[tuple[str, str]]:
+    """Combinations that cannot work, as (keys, sentence)."""
+    return [*_kinds(config), *_widths(config), *_stages(config), *_inputs(config), *_validation(config)]
+
+
+def _kinds(config: Any) -> Iterator[tuple[str, str]]:
+    G, D = config.model.generator.kind, config.model.discriminator.kind
+    if G not in GENERATORS:
+        yield "model.generator.kind", f"SDAKD distils super-resolution, and {G} does not enlarge: use {_or(GENERATORS)}"
+    if D not in DISCRIMINATORS:
+        yield "model.discriminator.kind", f"there is no narrow {D} for SDAKD: use {_or(DISCRIMINATORS)}"
+    elif (G == "gcfsr") != (D == "gcfsr") and G in GENERATORS:
+        other = "gcfsr" if G == "gcfsr" else "unet_sn"
+        yield "model.discriminator.kind", f"a {D} discriminator does not belong to a {G} generator: use {other}"
+
+
+def _widths(config: Any) -> Iterator[tuple[str, str]]:
+    D_C = config.student.D_C if config.student.D_C is not None else config.student.C
+    fixed = ("num_grow_ch",) if config.student.growth == "fixed" else ()
+    for role, C, key in (("generator", config.student.C, "student.C"), ("discriminator", D_C, "student.D_C")):
+        section = getattr(config.model, role)
+        for name in WIDTHS:
+            if hasattr(section, name) and name not in fixed:
+                try:
+                    narrowed(name, getattr(section, name), C)
+                except ConfigError as error:
+                    yield key, f"{role}: {error}"
+                    break
+
+
+def _stages(config: Any) -> Iterator[tuple[str, str]]:
+    names, files = list(config.stages), config.teacher
+    order = [name for name in ("teacher", "supervised", "adversarial", "naive") if name in names]
+    if not names or names != order or ("naive" in names and len(names) > 1):
+        yield "stages", "stages must be some of teacher, supervised, adversarial in this order, or naive alone"
+    needing = [name for name in ("supervised", "adversarial") if name in names]
+    missing = [name for name in ("generator", "discriminator") if not getattr(files, name)]
+    if needing and missing and "teacher" not in names:
+        yield (
+            "stages, teacher.generator, teacher.discriminator",
+            f"stage {needing[0]} needs a teacher {' and '.join(missing)} that nobody provides: "
+            f"add teacher to stages, or give {' and '.join(f'teacher.{name}' for name in missing)}",
+        )
+    if files.discriminator and not files.generator:
+        yield "teacher.generator", "teacher.discriminator is given without the generator it judged: give both"
+    if config.adversary == "teacher" and names == ["naive"]:
+        yield "adversary", "a naive baseline has no teacher to judge it: set adversary: student"
+
+
+def _inputs(config: Any) -> Iterator[tuple[str, str]]:
+    faces = config.model.generator.kind == "gcfsr"
+    if faces != (config.lq == "down_up"):
+        yield "lq", f"lq {config.lq} does not feed {config.model.generator.kind}: use down_up for gcfsr, and only there"
+    for key, factors in (("factors", config.factors), ("validation.factors", config.validation.factors)):
+        bad = [factor for factor in factors if not FACTORS[0] <= factor <= FACTORS[1]]
+        if faces and (bad or not factors):
+            what = f"factor {bad[0]} is outside [4, 64]" if bad else "the list is empty"
+            yield key, f"{key}: {what}; choose from 4, 8, 16, 32, 64"
+    if config.lq == "second_order":
+        yield from _degradation(config)
+    crop, trains = config.degradation.crop_size, {"teacher", "naive"} & set(config.stages)
+    if not faces and trains and config.recipe.sharpen_target and crop <= USM_MARGIN:
+        yield (
+            "recipe.sharpen_target, degradation.crop_size",
+            f"recipe.sharpen_target needs crops of at least {USM_MARGIN + 1} pixels, not {crop}: enlarge "
+            "degradation.crop_size or set recipe.sharpen_target: false",
+        )
+
+
+def _degradation(config: Any) -> Iterator[tuple[str, str]]:
+    try:
+        check_options(config.degradation)
+    except ConfigError as error:
+        yield "degradation", str(error)
+    size = config.degradation.pool_size
+    problem = pool_problem(size, config.ghost_batch) if size else None
+    if problem:
+        yield "degradation.pool_size, ghost_batch", problem
+
+
+def _validation(config: Any) -> Iterator[tuple[str, str]]:
+    v = config.validation
+    if (config.model.generator.kind == "gcfsr") != (v.lq == "down_up"):
+        right = "down_up" if config.model.generator.kind == "gcfsr" else "second_order or bicubic"
+        yield "validation.lq", f"validation.lq {v.lq} does not feed {config.model.generator.kind}: use {right}"
+    if v.select_by not in v.names:
+        yield "validation.select_by", f"validation.select_by {v.select_by} is not measured: add it to validation.names"
+    if config.eval_img and not config.data.val:
+        yield "data.val", "SDAKD chooses weights by a validation list: give data.val, or set eval_img: 0"
+
+
+def _or(names: tuple[str, ...]) -> str:
+    return f"{', '.join(names[:-1])} or {names[-1]}"
+
+
+def scale_of(config: Any) -> int:
+    """How much the generator enlarges; GCFSR keeps the size."""
+    generator = config.model.generator
+    return getattr(generator, "scale", 0) or getattr(generator, "upscale", 1)
+
+
+def crop_of(config: Any) -> int:
+    """The side a training image must have at least."""
+    if config.lq == "second_order":
+        return smallest_side(config.degradation, scale_of(config))
+    return 1 if config.lq == "down_up" else config.degradation.crop_size
+
+
+def data_problems(config: Any, dataset: Any) -> list[str]:
+    """What the opened training data cannot do for this configuration, and lists that overlap."""
+    found = [
+        f"teacher.{name} {path} does not exist: give a .pth or .safetensors file, or let stage 1 train one"
+        for name in ("generator", "discriminator")
+        if (path := getattr(config.teacher, name)) and set(config.stages) != {"naive"} and not _exists(path)
+    ]
+    crop, side = crop_of(config), dataset.resolution
+    if side and side < crop:
+        found.append(
+            f"{dataset.source} holds images of {side} pixels, smaller than the crop of {crop}: "
+            "lower degradation.crop_size, or pack larger images"
+        )
+    if config.lq == "paired" and not dataset.paired:
+        found.append(f"{dataset.source} lacks low-quality partners (KEY.lq.png): pack pairs, or choose another lq")
+    return found + overlaps(config, dataset)
+
+
+def _exists(path: str) -> bool:
+    return Path(path).expanduser().exists()
+
+
+def overlaps(config: Any, train: Any) -> list[str]:
+    """Images that two of the lists train, val and test share, byte for byte."""
+    from sdtrain.data.read.dataset import open_dataset
+
+    sets = {"train": train}
+    for split in ("val", "test"):
+        source = getattr(config.data, split)
+        if source:
+            sets[split] = open_dataset(source, cache=config.data.cache)
+    found = []
+    names = list(sets)
+    for i, one in enumerate(names):
+        for other in names[i + 1 :]:
+            shared = shared_images(sets[one], sets[other])
+            if shared:
+                found.append(
+                    f"data.{other} shares {len(shared)} images with data.{one} (first {shared[0]}): a list that has "
+                    "seen training or selection measures nothing; pack disjoint lists"
+                )
+    return found
+
+
+def shared_images(large: Any, small: Any) -> list[str]:
+    """Keys of `small` whose stored bytes `large` holds too; only files of equal length are read."""
+    wanted = {int(size) for size in small.index.size}
+    candidates = [i for i, size in enumerate(large.index.size.tolist()) if size in wanted]
+    lengths = {int(large.index.size[i]) for i in candidates}
+    have = {_digest(large, i) for i in candidates}
+    pairs = [i for i, size in enumerate(small.index.size.tolist()) if size in lengths]
+    return [small.index.key(i) for i in pairs if _digest(small, i) in have]
+
+
+def _digest(dataset: Any, i: int) -> bytes:
+    try:
+        return hashlib.sha256(dataset.read(i)).digest()
+    except (OSError, EOFError) as error:
+        raise DataError(f"sample {dataset.index.key(i)} of {dataset.source} cannot be read ({error})") from None

@@ -1,0 +1,141 @@
+"""What a super-resolution network is fed: training pairs made on the device from high-quality images.
+
+`Photos` serves generators that enlarge (RRDBNet, SRVGGNetCompact; images in [0, 1]), `Faces` GCFSR, whose input has the
+output size already and which is told the factor (images in [-1, 1]). Both are called as `inputs(G, chunk, draws)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdtrain.contracts import Chunk
+from sdtrain.data.degrade.chain import Degradation, flip_images
+from sdtrain.data.degrade.exact import exact_math
+from sdtrain.data.degrade.kernels import sharpen
+from sdtrain.data.degrade.noise import eight_bit
+from sdtrain.data.degrade.pair_pool import pool_for
+from sdtrain.data.degrade.resize_matlab import draw_factors, gcfsr_train_input, imresize
+from sdtrain.rng import Draws
+
+
+class Photos:
+    """Pairs (HQ crop, LQ of 1 / scale): the second-order degradation with its pool, plain bicubic, or given pairs."""
+
+    def __init__(self, config: Any, scale: int) -> None:
+        self.lq, self.scale, self.options = config.lq, scale, config.degradation
+        self.degradation, self.sharp_target = Degradation(self.options), config.recipe.sharpen_target
+        self.pool = pool_for(self.options, config.ghost_batch) if self.lq == "second_order" else None
+        side = self.options.source_size if self.lq == "second_order" else self.options.crop_size
+        self.stream_options: dict[str, Any] = {"crop": side, "pad": self.lq == "second_order"}
+        if self.lq == "paired":
+            self.stream_options |= {"paired": True, "scale": scale}
+
+    @staticmethod
+    def to_range(images: Tensor) -> Tensor:
+        """uint8 -> float32 in [0, 1]."""
+        return images.float().div_(255)
+
+    @staticmethod
+    def signed(images: Tensor) -> Tensor:
+        """The images in [-1, 1], which distances and T expect."""
+        return images * 2 - 1
+
+    def prepare(self, x: Chunk) -> Chunk:
+        """The chunk with `real` cropped and `inputs["lq"]` made."""
+        if self.lq == "paired":
+            return x
+        if self.lq == "bicubic":
+            return replace(x, inputs={"lq": eight_bit(imresize(x.real, 1 / self.scale))})
+        pair = self.pair(x)
+        if self.pool is not None:
+            pair = self.pool(pair, x.draws)
+        return replace(x, real=pair["hq"], inputs={"lq": pair["lq"]})
+
+    def pair(self, x: Chunk) -> dict[str, Tensor]:
+        hq = flip_images(x.real, replace(x.draws, device="cpu").sub("degrade"), self.options.flip_prob)
+        return self.degradation.pair(hq, x.draws, self.scale)
+
+    def fixed(self, x: Chunk) -> Chunk:
+        """`prepare` without the pool, which figures must not stir; given pairs are replaced by bicubic ones."""
+        if self.lq == "second_order":
+            pair = self.pair(x)
+            return replace(x, real=pair["hq"], inputs={"lq": pair["lq"]})
+        return replace(x, inputs={"lq": eight_bit(imresize(x.real, 1 / self.scale))})
+
+    def blank(self, x: Chunk) -> Chunk:
+        """The shapes that `prepare` hands on."""
+        side, small = self.options.crop_size, self.options.crop_size // self.scale
+        real, lq = (x.real.new_zeros(len(x.real), 3, size, size) for size in (side, small))
+        return replace(x, real=real, inputs={"lq": lq})
+
+    def target(self, x: Chunk) -> Tensor:
+        """What the original training compares with: the ground truth, unsharp-masked in Real-ESRGAN's recipe."""
+        if not self.sharp_target:
+            return x.real
+        with exact_math(x.real.device):
+            return sharpen(x.real)
+
+    def __call__(self, G: Any, x: Chunk, draws: Draws, layers: Sequence[str] = ()) -> Any:
+        return G(x.inputs["lq"], layers=layers)
+
+    def state(self) -> dict[int, dict[str, Tensor]]:
+        return self.pool.state() if self.pool is not None else {}
+
+    def load_state(self, state: Mapping[int, Mapping[str, Tensor]], device: torch.device | str) -> None:
+        if self.pool is not None:
+            self.pool.load_state(state, device=device)
+
+
+class Faces:
+    """GCFSR's pairs: down by a factor drawn for each image, and up again."""
+
+    scale = 1
+
+    def __init__(self, config: Any) -> None:
+        self.factors = tuple(config.factors)
+        self.stream_options: dict[str, Any] = {}
+
+    @staticmethod
+    def to_range(images: Tensor) -> Tensor:
+        """uint8 -> float32 in [-1, 1]."""
+        return images.float().div_(127.5).sub_(1)
+
+    @staticmethod
+    def signed(images: Tensor) -> Tensor:
+        return images
+
+    def prepare(self, x: Chunk) -> Chunk:
+        factors = draw_factors(x.draws, self.factors)
+        lq = gcfsr_train_input((x.real + 1) / 2, factors) * 2 - 1
+        return replace(x, inputs={"lq": lq, "factor": torch.tensor(factors, dtype=torch.float32, device=lq.device)})
+
+    fixed = prepare
+
+    @staticmethod
+    def blank(x: Chunk) -> Chunk:
+        return replace(x, inputs={"lq": x.real, "factor": x.real.new_ones(len(x.real))})
+
+    @staticmethod
+    def target(x: Chunk) -> Tensor:
+        return x.real
+
+    def __call__(self, G: Any, x: Chunk, draws: Draws, layers: Sequence[str] = ()) -> Any:
+        return G(x.inputs["lq"], x.inputs["factor"], draws.sub("noise"), layers=layers)
+
+    def state(self) -> dict[int, dict[str, Tensor]]:
+        return {}
+
+    def load_state(self, state: Mapping[int, Mapping[str, Tensor]], device: torch.device | str) -> None:
+        pass
+
+
+def make_inputs(config: Any) -> Photos | Faces:
+    generator = config.model.generator
+    if generator.kind == "gcfsr":
+        return Faces(config)
+    return Photos(config, generator.scale if generator.kind == "rrdbnet" else generator.upscale)

@@ -1,0 +1,148 @@
+"""The keys of SDAKD. Free of torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from sdtrain.config.declare import MethodDeclaration
+from sdtrain.config.options import (
+    R1,
+    AdversarialLoss,
+    Count,
+    Fraction,
+    Images,
+    NonNegative,
+    Positive,
+    SelfDistillation,
+    Span,
+)
+from sdtrain.data.degrade.options import DegradationOptions
+from sdtrain.methods.sdakd import checks
+
+
+@dataclass(frozen=True, kw_only=True)
+class Student:
+    """How narrow the students of SDAKD are."""
+
+    C: str | Positive = "1/4"
+    """Share of the teacher's channels, in every convolution; a number or a fraction such as 1/4."""
+    D_C: str | Positive | None = None
+    """The same for the discriminator; null = C, 1 = the naive baseline (C, 1)."""
+    growth: Literal["scaled", "fixed"] = "scaled"
+    """RRDBNet's growth channels; fixed at 32, students open in other tools."""
+    style: Literal["fixed", "scaled"] = "fixed"
+    """GCFSR's style width; the paper speaks of convolutions only."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Teacher:
+    """Trained networks to distil, instead of stage 1."""
+
+    generator: str | None = None
+    """File or run folder; null = stage 1 trains one."""
+    discriminator: str | None = None
+    """File; null = stage 1 trains one, on the given generator if there is one."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the teachers' forward passes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """The original work's own training: stage 1 and the naive baselines. Defaults are Real-ESRGAN's."""
+
+    pixel: NonNegative = 1.0
+    """Weight of L1."""
+    perceptual: NonNegative = 1.0
+    """Weight of the perceptual loss."""
+    adversarial: NonNegative = 0.1
+    """Weight of the adversarial loss of the generator."""
+    pixel_share: Fraction = 0.0
+    """Share of n1 that trains the generator with L1 alone (Real-ESRNet: 5/7)."""
+    sharpen_target: bool = True
+    """The generator's target is the sharpened ground truth; the real image of D never is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Supervision:
+    """L_sup of SDAKD: distance to the teacher's image, with the weights of the original works."""
+
+    pixel: NonNegative = 1.0
+    """Weight of L1."""
+    perceptual: NonNegative = 1.0
+    """Weight of the perceptual loss."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Validation:
+    """What a super-resolution run measures after each epoch. Inputs are made once, stored and hashed."""
+
+    lq: Literal["second_order", "bicubic", "down_up"] = "second_order"
+    """How the low-quality images are made; down_up is GCFSR's. The paper does not say for Real-ESRGAN."""
+    factors: tuple[Count, ...] = (16, 32, 64)
+    """GCFSR: one FID each; their mean chooses."""
+    seed: int = 0
+    """Of the degradation and of layer noise; keep it, so that numbers of runs compare."""
+    names: tuple[Literal["fid", "psnr_y", "ssim_y", "lpips"], ...] = ("fid", "psnr_y", "ssim_y", "lpips")
+    """Which."""
+    select_by: Literal["fid", "psnr_y", "ssim_y", "lpips"] = "fid"
+    """What chooses the best weights of a stage; the paper: lowest FID."""
+    strips: Count = 4
+    """Images shown as LQ | bicubic | student | teacher | HQ."""
+    histogram_images: Count = 100
+    """Training images behind the histograms of D's outputs (Figures 2 and 3 of SDAKD)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    # in this order; the teacher's is left out when both its files are given; naive stands alone
+    stages: tuple[Literal["teacher", "supervised", "adversarial", "naive"], ...] = (
+        "teacher", "supervised", "adversarial"
+    )
+    n1: Span = "30 epochs"  # length of stage 1 and of naive: epochs, steps or images
+    n2: Span = "30 epochs"
+    n3: Span = "30 epochs"
+    total_img: Images | None = None  # null = all stages; less ends the run there
+    student: Student = Student()
+    teacher: Teacher = Teacher()
+    recipe: Recipe = Recipe()
+    supervision: Supervision = Supervision()
+    perceptual: Literal["vgg19", "vgg16"] = "vgg19"  # Real-ESRGAN's and GCFSR's
+    lambda_1: NonNegative = 1.0  # weight of L_MLP; 0 = no map is distilled
+    lambda_2: NonNegative | Literal["auto"] = 0.1  # weight of L_adv_S; auto balances Eq. (3) at the start of stage 3
+    fm_layer: str | None = None  # map that is distilled (silent; null = the backbone's last of sdtrain/models/KIND.py)
+    fm_reduction: Literal["mean", "sum"] = "mean"  # only a mean keeps the terms of Eq. (3) alike with lambda_1 = 1
+    fm_tiles: Count = 1  # strips in which L_MLP is computed: less memory, the same value
+    p_loss: Literal["probability", "logit"] = "probability"  # Eq. (2) speaks of probabilities
+    p_images: Literal["half", "real", "teacher"] = "half"  # what D_S sees in stage 2: ground truth, G_T's, or both
+    start_from: Literal["best", "last"] = "best"  # G_S of stage 3: best validation of stage 2 or its last; D_S: last
+    adversary: Literal["student", "teacher"] = "student"  # who judges in stage 3; teacher = Ablations 1 to 3
+    teacher_d: Literal["train", "frozen"] = "train"  # whether the judging teacher goes on training (not in the paper)
+    noise: Literal["shared", "independent"] = "shared"  # GCFSR's layer noise of teacher and student (silent)
+    adversarial: AdversarialLoss = "logistic"  # L_adv; logistic is BCE with logits as well as the non-saturating loss
+    order: Literal["G first", "D first"] = "G first"  # Real-ESRGAN: D judges the images G's step made; GCFSR: D first
+    r1: R1 = R1()
+    sd: SelfDistillation = SelfDistillation(alpha=0.0)  # SD-GAN's L_SD in stage 3, on top of Eq. (3)
+    lq: Literal["second_order", "bicubic", "down_up", "paired"] = "second_order"  # training inputs; down_up is GCFSR's
+    degradation: DegradationOptions = DegradationOptions()
+    factors: tuple[Count, ...] = (64, 64, 64, 64, 32, 32, 16, 16, 8, 4)  # GCFSR: drawn uniformly from this list
+    eval_epochs: NonNegative = 1.0  # epochs between validations (paper: each); 0 = every eval_img images
+    validation: Validation = Validation()
+
+
+def weights_needed(config: Any) -> dict[str, str]:
+    """Frozen networks in use: file -> key of `weights`."""
+    vgg = config.recipe.perceptual or config.supervision.perceptual
+    used = {config.perceptual: "perceptual"} if vgg else {}
+    used |= {"alex": "alex"} if "lpips" in config.validation.names and config.data.val else {}
+    return used | ({"lpips_vgg": "lpips"} if config.sd.alpha and config.sd.loss == "lpips-vgg" else {})
+
+
+METHOD = MethodDeclaration(
+    options=Options,
+    players=("G_pixel", "G_original", "D_original", "G_sup", "D_sup", "G", "D"),
+    decisive=("data.val", "eval_img"),  # validation chooses what stage 3 starts from
+    problems=checks.problems,
+    data_problems=checks.data_problems,
+    weights_needed=weights_needed,
+)

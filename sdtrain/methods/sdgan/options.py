@@ -1,0 +1,89 @@
+"""The keys of SD-GAN, and what cannot work among them. Free of torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from sdtrain.config.declare import MethodDeclaration
+from sdtrain.config.options import R1, Augment, Init, PathLength, SelfDistillation
+
+POLICIES = {
+    "diffaug": ("color", "translation", "cutout"),
+    "ada": ("blit", "geom", "color", "filter", "noise", "cutout", "bg", "bgc", "bgcf", "bgcfn", "bgcfnc"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    init: Init = Init()  # fine-tuning: what G, G_ema and D start from
+    sd: SelfDistillation = SelfDistillation()
+    adversarial: Literal["hinge", "logistic", "least-squares", "wasserstein"] = "hinge"
+    augment: Augment = Augment()  # what D sees instead of the plain image, in every pass
+    r1: R1 = R1()
+    path_length: PathLength = PathLength()
+    style_mixing: float = 0.0  # probability that a ghost's generator mixes two styles (StyleGAN2)
+    bcr: float = 0.0  # weight of balanced consistency of D under augmentation (StyleNAT)
+    d_passes: Literal["separate", "together"] = "separate"  # real and fake through D in two calls, or one
+
+
+def problems(config: Any) -> list[tuple[str, str]]:
+    """Combinations that cannot work, as (key, sentence)."""
+    found = []
+    styled = {"path_length.weight": config.path_length.weight, "style_mixing": config.style_mixing}
+    for key, value in styled.items() if config.model.generator.kind != "stylegan2" else ():
+        if value:
+            found.append((key, f"{key} {value:g} needs model.generator.kind: stylegan2; set it to 0"))
+    if config.bcr and config.augment.kind != "none":
+        found.append(("bcr", "balanced consistency augments by itself; set augment.kind: none"))
+    policy, known = config.augment.policy, POLICIES.get(config.augment.kind, ())
+    parts = [policy] if config.augment.kind == "ada" else (policy or "").split(",")
+    if policy and known and not set(parts) <= set(known):
+        kind, some = config.augment.kind, "one" if config.augment.kind == "ada" else "some, joined by commas,"
+        take = f"take {some} of {', '.join(known)}"
+        found.append(("augment.policy", f"augment.policy '{policy}' is none of {kind}: {take}"))
+    starts = {role: getattr(config.init, role) or config.init.source for role in ("G", "G_ema", "D")}
+    if starts["G_ema"] not in (None, "fresh") and config.ema.rampup is not None and config.ema.decay is None:
+        found.append(
+            (
+                "ema.rampup",
+                f"ema.rampup {config.ema.rampup:g} makes the first step copy G over the G_ema that init loads; "
+                "set ema.rampup: null, as official resuming does",
+            )
+        )
+    if config.init.ada_p == "keep" and (config.augment.kind != "ada" or not config.init.source):
+        found.append(("init.ada_p", "init.ada_p: keep needs augment.kind: ada and an init.source that has a p"))
+    return found
+
+
+def data_problems(config: Any, dataset: Any) -> list[str]:
+    """What the opened shards cannot do: a generator learns from images of its own size, ADA from many of them."""
+    found = []
+    wanted, there = config.data.resolution, dataset.resolution
+    if wanted is not None and there not in (None, wanted):
+        found.append(
+            f"{dataset.source} holds images of {there} px and data.resolution is {wanted}: leave the key out, "
+            f"or pack them again with --resolution {wanted}"
+        )
+    a, seen = config.augment, config.augment.interval * config.batch_size
+    if a.kind == "ada" and a.target and dataset.num_samples < seen:
+        found.append(
+            f"{dataset.source} has {dataset.num_samples} images, too few to tune ADA: it moves p by the signs of D on "
+            f"{seen} (augment.interval {a.interval} x batch_size {config.batch_size}), which holds some images twice; "
+            "lower one of the two, or set augment.target: null to keep augment.p as it is"
+        )
+    return found
+
+
+def weights_needed(config: Any) -> dict[str, str]:
+    """Frozen networks in use: file -> key of `weights`."""
+    distils = config.sd.alpha or config.sd.log
+    return {"lpips_vgg": "lpips"} if distils and config.sd.loss == "lpips-vgg" else {}
+
+
+METHOD = MethodDeclaration(
+    options=Options,
+    problems=problems,
+    data_problems=data_problems,
+    weights_needed=weights_needed,
+)

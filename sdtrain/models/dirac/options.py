@@ -1,0 +1,20 @@
+"""Options of the Dirac-GAN's players. Free of torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sdtrain.config.declare import ModelDeclaration
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneratorOptions:
+    start: float = 1.0  # theta before the first step
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiscriminatorOptions:
+    start: float = 1.0  # psi before the first step
+
+
+MODEL = ModelDeclaration(generator=GeneratorOptions, discriminator=DiscriminatorOptions)

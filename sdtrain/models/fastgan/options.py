@@ -1,0 +1,18 @@
+"""Options of FastGAN. Free of torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sdtrain.config.declare import ModelDeclaration
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneratorOptions:
+    z_dim: int = 256  # numbers in a latent
+    ngf: int = 128  # width: channels at 128 pixels; every other width is a multiple
+    lite: bool = False  # one convolution a block and no noise instead of two with noise
+    num_embeddings: int = 1000  # rows of the class embedding; official checkpoints have 1000 whatever the data
+
+
+MODEL = ModelDeclaration(generator=GeneratorOptions)

@@ -1,0 +1,52 @@
+"""SRVGGNetCompact, the small generator of realesr-general-x4v3 and animevideov3, at any width; official names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sdtrain.models.rrdbnet.networks import check_layers
+from sdtrain.models.srvgg.options import GeneratorOptions
+
+
+def _activation(kind: str, channels: int) -> nn.Module:
+    if kind == "prelu":
+        return nn.PReLU(channels)
+    return nn.ReLU(inplace=True) if kind == "relu" else nn.LeakyReLU(0.1, inplace=True)
+
+
+class Generator(nn.Module):
+    """[N, 3, H, W] in [0, 1] -> [N, 3, sH, sW]: a plain stack at input size, pixel-shuffle, plus the enlarged input.
+
+    The input is enlarged by nearest neighbour. The layer `trunk` is the last hidden map, after its activation.
+    """
+
+    fm_layer = "trunk"
+    layer_names = ("trunk",)
+
+    def __init__(self, options: GeneratorOptions, *, resolution: int | None = None, num_classes: int = 0):
+        super().__init__()
+        self.options, self.scale = options, options.upscale
+        nf = options.num_feat
+        body: list[nn.Module] = [nn.Conv2d(options.num_in_ch, nf, 3, 1, 1), _activation(options.act_type, nf)]
+        for _ in range(options.num_conv):
+            body += [nn.Conv2d(nf, nf, 3, 1, 1), _activation(options.act_type, nf)]
+        body.append(nn.Conv2d(nf, options.num_out_ch * options.upscale**2, 3, 1, 1))
+        self.body = nn.ModuleList(body)
+
+    def layer_channels(self, layer: str) -> int:
+        """Channels of a returned layer; ConfigError for a name that does not exist."""
+        check_layers((layer,), self.layer_names)
+        return self.options.num_feat
+
+    def forward(self, x: Tensor, layers: Sequence[str] = ()) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        """The image, or (image, {layer: map}) when `layers` are asked for."""
+        check_layers(layers, self.layer_names)
+        trunk = x
+        for layer in self.body[:-1]:
+            trunk = layer(trunk)
+        out = F.pixel_shuffle(self.body[-1](trunk), self.scale)
+        out = out + F.interpolate(x, scale_factor=self.scale, mode="nearest")
+        return (out, {"trunk": trunk}) if layers else out
