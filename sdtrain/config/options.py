@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-IMAGE_UNITS = {"": 1, "ki": 1_000, "Mi": 1_000_000}
+from sdtrain.config.schedule import IMAGE_UNITS, Schedule
 
 
 def parse_images(value: Any) -> Any:
@@ -53,7 +53,7 @@ CountOrZero = Annotated[int, Field(ge=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-AdversarialLoss = Literal["hinge", "logistic", "least-squares", "wasserstein"]
+AdversarialLoss = Literal["hinge", "logistic", "least-squares", "wasserstein", "relativistic"]
 DistanceLoss = Literal["lpips-vgg", "l1", "l2", "ms-ssim"]
 MetricName = Literal["fid", "rfid", "kid", "pr"]
 
@@ -88,34 +88,26 @@ class Data:
 class Optimizer:
     """Adam for one player."""
 
-    lr: NonNegative = 2e-4
-    """Step size."""
-    betas: tuple[Fraction, Fraction] = (0.0, 0.99)
-    """Decay of the running mean and of the running square."""
+    lr: NonNegative | Schedule = 2e-4
+    """Step size; a number or a schedule."""
+    betas: tuple[Fraction | Schedule, Fraction | Schedule] = (0.0, 0.99)
+    """Decay of the running mean and of the running square; numbers or schedules."""
+    rescale: Literal["none", "betas", "all"] = "none"
+    """For a lazy penalty every k steps (StyleGAN2): betas to the power of k / (k + 1), all = lr times that too."""
     eps: Positive = 1e-8
     """Added to the root of the running square."""
     clip_norm: NonNegative = 0.0
     """Largest norm of the gradient of the main loss, over all parameters; 0 = not clipped (StyleNAT's D: 5)."""
     kind: Literal["adam", "sgd"] = "adam"
     """Which; sgd is plain gradient descent (Dirac-GAN)."""
-    warmup_img: Images = 0
-    """Images over which lr rises from zero."""
-    milestones_img: tuple[Images, ...] = ()
-    """Positions at which lr is multiplied by `decay`."""
-    decay: Positive = 0.5
-    """Factor at each milestone."""
-    drop_at: tuple[Fraction, ...] = ()
-    """Shares of the stage after which lr is multiplied by `decay`."""
-    linear_decay_img: tuple[Images, Images] | None = None
-    """lr falls in a straight line to zero between these positions; null = never."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ema:
     """The running average of the generator: what is evaluated, and the teacher of self-distillation."""
 
-    half_life_img: Images = 20_000
-    """Images after which an old weight counts half (beta = 0.5 ** (batch_size / half life))."""
+    half_life_img: Images | Schedule = 20_000
+    """Images after which an old weight counts half (beta = 0.5 ** (batch_size / half life)); may be a schedule."""
     rampup: Positive | None = 0.05
     """Half-life is at most this share of the images seen; null = constant from the start."""
     decay: Fraction | None = None
@@ -182,8 +174,8 @@ class Augment:
     """DiffAugment: which of color,translation,cutout; ADA: one of its presets; null = all three, or bgc."""
     cutout: Fraction = 0.2
     """DiffAugment: side of the blanked square, as a share of the side."""
-    p: Fraction = 0.0
-    """ADA: probability at the start; constant when target is null."""
+    p: Fraction | Schedule = 0.0
+    """ADA: probability at the start; constant, or a schedule, when target is null."""
     target: Fraction | None = 0.6
     """ADA: wanted mean sign of D on real images; null = p stays."""
     interval: Count = 4
@@ -194,12 +186,16 @@ class Augment:
 
 @dataclass(frozen=True, kw_only=True)
 class R1:
-    """Gradient penalty of D on real images, lazy: every so many steps, times the interval."""
+    """Gradient penalty of D, lazy: every so many steps, times the interval."""
 
-    gamma: NonNegative = 0.0
-    """Weight; 0 = off."""
+    gamma: NonNegative | Schedule = 0.0
+    """Weight; a number or a schedule; 0 = off."""
     every: Count = 16
     """Steps between two penalties."""
+    on: Literal["real", "both"] = "real"
+    """Real images (R1), or real and generated ones (R1 + R2 of R3GAN)."""
+    joint: bool = False
+    """In one step with the adversarial loss (GCFSR, R3GAN) instead of a step of its own (StyleGAN2)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from sdtrain.config.declare import MethodDeclaration
-from sdtrain.config.options import R1, Augment, Init, PathLength, SelfDistillation
+from sdtrain.config.options import R1, AdversarialLoss, Augment, Init, PathLength, SelfDistillation
 
 POLICIES = {
     "diffaug": ("color", "translation", "cutout"),
@@ -18,7 +18,8 @@ POLICIES = {
 class Options:
     init: Init = Init()  # fine-tuning: what G, G_ema and D start from
     sd: SelfDistillation = SelfDistillation()
-    adversarial: Literal["hinge", "logistic", "least-squares", "wasserstein"] = "hinge"
+    adversarial: AdversarialLoss = "hinge"
+    order: Literal["G first", "D first"] = "G first"  # who moves first in a step; R3GAN lets D
     augment: Augment = Augment()  # what D sees instead of the plain image, in every pass
     r1: R1 = R1()
     path_length: PathLength = PathLength()

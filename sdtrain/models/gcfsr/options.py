@@ -26,7 +26,10 @@ class DiscriminatorOptions:
 
 
 def scaled(
-    options: GeneratorOptions | DiscriminatorOptions, C: float | str, style: Literal["fixed", "scaled"] = "fixed"
+    options: GeneratorOptions | DiscriminatorOptions,
+    C: float | str,
+    style: Literal["fixed", "scaled"] = "fixed",
+    **others: str,
 ) -> GeneratorOptions | DiscriminatorOptions:
     """A student's options: C of every level's channels and, for a generator with `style` scaled, of the style width."""
     narrow = options.narrow * float(fraction(C))

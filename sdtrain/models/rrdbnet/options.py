@@ -20,7 +20,7 @@ class GeneratorOptions:
 
 
 def scaled(
-    options: GeneratorOptions, C: float | str, growth: Literal["scaled", "fixed"] = "scaled"
+    options: GeneratorOptions, C: float | str, growth: Literal["scaled", "fixed"] = "scaled", **others: str
 ) -> GeneratorOptions:
     """A student's options: C of the trunk's channels and, unless `growth` is fixed, of the growth channels."""
     grow = options.num_grow_ch if growth == "fixed" else narrowed("num_grow_ch", options.num_grow_ch, C)

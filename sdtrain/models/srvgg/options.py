@@ -19,7 +19,7 @@ class GeneratorOptions:
     act_type: Literal["relu", "prelu", "leakyrelu"] = "prelu"  # activation; leakyrelu has slope 0.1
 
 
-def scaled(options: GeneratorOptions, C: float | str) -> GeneratorOptions:
+def scaled(options: GeneratorOptions, C: float | str, **others: str) -> GeneratorOptions:
     """A student's options: C of the hidden channels."""
     return replace(options, num_feat=narrowed("num_feat", options.num_feat, C))
 

@@ -15,7 +15,7 @@ class DiscriminatorOptions:
     skip_connection: bool = True  # add encoder maps to decoder maps of equal size
 
 
-def scaled(options: DiscriminatorOptions, C: float | str) -> DiscriminatorOptions:
+def scaled(options: DiscriminatorOptions, C: float | str, **others: str) -> DiscriminatorOptions:
     """A student's options: C of every layer's channels."""
     return replace(options, num_feat=narrowed("num_feat", options.num_feat, C))
 
