@@ -6,7 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 from sdtrain.config import schema
-from sdtrain.config.load import config_hash, valid_world_sizes
+from sdtrain.config.compare import config_hash
+from sdtrain.config.keys import valid_world_sizes
 from sdtrain.errors import ConfigError, DataError, WeightsError
 
 

@@ -217,3 +217,15 @@ def unknown_key(path: KeyPath, cls: Any) -> str:
         elsewhere = [dotted(key) for key in all_keys(cls) if key[-1] == path[-1] and len(path) == 1]
         hint = f" (did you mean '{elsewhere[0]}'?)" if elsewhere else f" (known here: {', '.join(names)})"
     return f"unknown key '{dotted(path)}'{hint}"
+
+
+def report(texts: list[str]) -> str:
+    """All problems as one text, in the order of the files."""
+    lines = sorted(dict.fromkeys(texts), key=_file_and_line)
+    return lines[0] if len(lines) == 1 else "\n  ".join([f"{len(lines)} problems in the configuration:", *lines])
+
+
+def _file_and_line(text: str) -> tuple[str, int]:
+    place, _, rest = text.partition(":")
+    line = rest.partition(":")[0]
+    return place, int(line) if line.isdigit() else 0

@@ -1,4 +1,4 @@
-"""Read YAML together with the place of every key, and merge the files and `--set` overrides of one configuration.
+"""Read YAML together with the place of every key, and merge texts and `--set` overrides.
 
 Differences from PyYAML's own loader, all towards fewer surprises: `1e-3` is a number, only true and false are booleans
 (`on`, `yes` are text), `010` and dates are text, a key given twice is an error, and tags and aliases are refused.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -77,17 +76,6 @@ class Source:
 
 def dump_tree(tree: Tree) -> str:
     return yaml.dump(tree, Dumper=Dumper, sort_keys=False, default_flow_style=None, allow_unicode=False, width=100)
-
-
-def read_file(path: Path, shown: str | None = None) -> Source:
-    """The tree of one file. Problems that leave the rest readable are collected; ConfigError if nothing can be read."""
-    shown = shown or str(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = "it is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else error.strerror
-        raise ConfigError(f"{shown}: cannot read this configuration: {reason}") from error
-    return read_text(text, shown)
 
 
 def read_text(text: str, shown: str) -> Source:
@@ -175,33 +163,6 @@ def _merge_tree(below: Tree, above: Tree, path: KeyPath, places: dict[KeyPath, s
             for stale in [place for place in places if place[: len(here)] == here]:
                 del places[stale]
     return tree
-
-
-def read_with_bases(path: Path, seen: tuple[Path, ...] = ()) -> Source:
-    """A file laid over the file its `base:` names (relative to it), and so on. Run names are not inherited."""
-    source = read_file(path, _shown(path))
-    base = source.tree.pop("base", None)
-    if base is None:
-        return source
-    seen = (*seen, path.resolve())
-    place = source.place(("base",))
-    if not isinstance(base, str):
-        raise ConfigError(f"{place}: key 'base' must be the name of one YAML file, not {base!r}")
-    below = path.parent / base
-    if below.resolve() in seen:
-        raise ConfigError(f"{place}: base '{base}' leads back to {seen[-1].name}: a configuration cannot extend itself")
-    if not below.is_file():
-        raise ConfigError(f"{place}: base '{base}' does not exist (looked for {_shown(below)})")
-    lower = read_with_bases(below, seen)
-    lower.tree.pop("name", None)
-    return merge(lower, source)
-
-
-def _shown(path: Path) -> str:
-    try:
-        return str(path.resolve().relative_to(Path.cwd()))
-    except ValueError:
-        return str(path)
 
 
 def parse_overrides(overrides: Iterable[str]) -> Iterator[Source]:
