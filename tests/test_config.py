@@ -255,7 +255,6 @@ MISTAKES = [
         "take at least 64, or 0 for never",
     ),
     ("base: 3", ":10: key 'base' must be the name of one YAML file, not 3"),
-    ("base: y.yaml", ":10: base 'y.yaml' does not exist (looked for y.yaml)"),
     ("base: x.yaml", ":10: base 'x.yaml' leads back to x.yaml: a configuration cannot extend itself"),
     (
         "seed: !!python/object/apply:os.system ['touch canary']",
@@ -388,7 +387,7 @@ def test_two_files_cannot_extend_each_other():
 
 
 def test_sections_nested_without_end_are_refused():
-    assert refusal("a: " + "[" * 5000) == "x.yaml: not a configuration: sections are nested too deeply"
+    assert refusal("a: " + "[" * 5000) == "x.yaml:1: not valid YAML: sections are nested more than 30 deep"
 
 
 def test_any_damaged_file_gives_a_sentence_and_never_a_traceback():

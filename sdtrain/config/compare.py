@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdtrain.config import messages
 from sdtrain.config.find import read_with_bases
 from sdtrain.config.keys import HARMLESS, Config
+from sdtrain.config.words import report
 from sdtrain.config.yaml_source import Tree, dump_tree
 from sdtrain.errors import ConfigError
 
@@ -72,5 +72,5 @@ def read_tree(path: Path) -> Tree:
     """The plain tree of a written `config.yaml`, without checking its keys: it may come from another version."""
     source = read_with_bases(path)
     if source.problems:
-        raise ConfigError(messages.report(source.problems))
+        raise ConfigError(report(source.problems))
     return source.tree

@@ -2,35 +2,56 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
-from sdtrain.config import messages
-from sdtrain.config.yaml_source import Source, merge, read_text
+from sdtrain.config.words import clip, nearest
+from sdtrain.config.yaml_source import MAX_BYTES, Source, merge, read_text, too_long
 from sdtrain.errors import ConfigError
 
 CONFIG_FOLDERS = (Path("configs"), Path(__file__).resolve().parents[2] / "configs")
+MAX_CHAIN = 20
 
 
 def find_config(path_or_name: str | Path) -> Path:
-    """A path as given, or a bare name (with or without .yaml) in configs/. ConfigError names the nearest one."""
-    given = Path(path_or_name)
-    folders = [] if given.is_absolute() or len(given.parts) > 1 else CONFIG_FOLDERS
-    candidates = [given, *(folder / f"{given.name.removesuffix('.yaml')}.yaml" for folder in folders)]
-    for candidate in candidates:
-        if candidate.is_file():
-            return candidate
-    names = sorted({file.stem for folder in CONFIG_FOLDERS for file in folder.glob("*.yaml")})
-    hint = (
-        messages.nearest(given.name.removesuffix(".yaml"), names) or f" (in configs/: {', '.join(names) or 'nothing'})"
-    )
-    raise ConfigError(f"configuration '{path_or_name}' does not exist, as a path or in configs/{hint}")
+    """A path as given, or a name in configs/, both with or without .yaml. ConfigError names the nearest one."""
+    found = _first_file(Path(path_or_name), (Path(), *CONFIG_FOLDERS))
+    if found is None:
+        given = str(path_or_name)
+        raise ConfigError(f"configuration '{clip(given)}' does not exist, as a path or in configs/{_hint(given)}")
+    return found
 
 
-def read_file(path: Path, shown: str | None = None) -> Source:
+def _first_file(given: Path, folders: tuple[Path, ...]) -> Path | None:
+    # os.path.isfile says no, where Path.is_file raises, to names that no file can have
+    return next((path for path in _candidates(given, folders) if os.path.isfile(path)), None)
+
+
+def _candidates(given: Path, folders: tuple[Path, ...]) -> Iterator[Path]:
+    for folder in folders:
+        yield folder / given
+        if given.name:
+            yield folder / given.with_name(f"{given.name.removesuffix('.yaml')}.yaml")
+
+
+def _hint(given: str) -> str:
+    """The nearest name in configs/, else those at its top."""
+    files = [(folder, file) for folder in CONFIG_FOLDERS for file in folder.rglob("*.yaml")]
+    names = sorted({file.relative_to(folder).with_suffix("").as_posix() for folder, file in files})
+    top = ", ".join(name for name in names if "/" not in name)
+    return nearest(given.removesuffix(".yaml"), names) or f" (in configs/: {top or 'nothing'})"
+
+
+def read_file(path: Path) -> Source:
     """The tree of one file. Problems that leave the rest readable are collected; ConfigError if nothing can be read."""
-    shown = shown or str(path)
+    shown = _shown(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        with open(path, "rb") as file:
+            data = file.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            raise too_long(shown)
+        text = data.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = "it is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else error.strerror
         raise ConfigError(f"{shown}: cannot read this configuration: {reason}") from error
@@ -38,23 +59,33 @@ def read_file(path: Path, shown: str | None = None) -> Source:
 
 
 def read_with_bases(path: Path, seen: tuple[Path, ...] = ()) -> Source:
-    """A file laid over the file its `base:` names (relative to it), and so on. Run names are not inherited."""
-    source = read_file(path, _shown(path))
+    """A file laid over the file its `base:` names, and so on. Run names are not inherited.
+
+    A base is found as `--cfg` finds one, but first beside the file that names it.
+    """
+    source = read_file(path)
     base = source.tree.pop("base", None)
     if base is None:
         return source
     seen = (*seen, path.resolve())
-    place = source.place(("base",))
-    if not isinstance(base, str):
-        raise ConfigError(f"{place}: key 'base' must be the name of one YAML file, not {base!r}")
-    below = path.parent / base
-    if below.resolve() in seen:
-        raise ConfigError(f"{place}: base '{base}' leads back to {seen[-1].name}: a configuration cannot extend itself")
-    if not below.is_file():
-        raise ConfigError(f"{place}: base '{base}' does not exist (looked for {_shown(below)})")
+    below = _base(base, path.parent, source.place(("base",)), seen)
     lower = read_with_bases(below, seen)
     lower.tree.pop("name", None)
     return merge(lower, source)
+
+
+def _base(base: object, beside: Path, place: str, seen: tuple[Path, ...]) -> Path:
+    """The file that `base` means; ConfigError if there is none, or if it leads in a circle."""
+    if not isinstance(base, str):
+        raise ConfigError(f"{place}: key 'base' must be the name of one YAML file, not {clip(str(base))}")
+    below = _first_file(Path(base), (beside, Path(), *CONFIG_FOLDERS))
+    if below is None:
+        raise ConfigError(f"{place}: base '{clip(base)}' does not exist, as a path or in configs/{_hint(base)}")
+    if below.resolve() in seen:
+        raise ConfigError(f"{place}: base '{base}' leads back to {seen[-1].name}: a configuration cannot extend itself")
+    if len(seen) > MAX_CHAIN:
+        raise ConfigError(f"{place}: more than {MAX_CHAIN} files extend each other: write the last ones together")
+    return below
 
 
 def _shown(path: Path) -> str:

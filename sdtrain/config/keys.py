@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from sdtrain.config.options import Count, CountOrZero, Data, Ema, Images, Metrics, Weights
+from sdtrain.config.words import clip
 
 INTERVALS = ("log_img", "sample_img", "eval_img", "save_img")
+MAX_NAME = 100  # characters; file systems take 255 bytes, and files of a run add to it
 # Keys that may differ between a run folder and the command that resumes it: they change no weight.
 HARMLESS = (
     *("name", "total_img", *INTERVALS, "keep_checkpoints", "ghosts_at_once", "on_nonfinite", "tensorboard", "metrics"),
@@ -88,8 +90,9 @@ def common_problems(config: Config, world: int | None) -> Iterator[tuple[str, st
     yield from _batch_problems(config, world)
     yield from _sum_problems(config)
     yield from _time_problems(config)
-    if not config.name or "/" in config.name or config.name.startswith("."):
-        yield "name", f"name '{config.name}' cannot be a folder name: use letters, digits, - and _"
+    name = config.name
+    if not name or len(name) > MAX_NAME or "/" in name or name.startswith(".") or not name.isprintable():
+        yield "name", f"name '{clip(name)}' cannot be a folder name: use letters, digits, - and _"
     if config.engine != "ddp":
         yield "engine", f"engine '{config.engine}' is not available in this version: use ddp"
     if config.data is not None and config.data.train in ("", []):

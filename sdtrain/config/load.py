@@ -23,6 +23,7 @@ from sdtrain.config.declare import ROLES
 from sdtrain.config.find import find_config, read_with_bases
 from sdtrain.config.keys import Config, common_problems
 from sdtrain.config.schema import Schema
+from sdtrain.config.words import dotted, nearest, report, show
 from sdtrain.config.yaml_source import KeyPath, Source, merge, parse_overrides
 from sdtrain.errors import ConfigError
 
@@ -52,7 +53,7 @@ def resolve(source: Source, world: int | None = None) -> Any:
         problems.update(_broken_rules(config, schema, world, source, broken))
     texts = [*source.problems, *problems.values()]
     if texts:
-        raise ConfigError(messages.report(texts))
+        raise ConfigError(report(texts))
     return config
 
 
@@ -70,13 +71,13 @@ def _choice(source: Source, path: KeyPath, names: list[str], problems: dict[KeyP
     value = messages.value_at(source.tree, path)
     if isinstance(value, str) and value in names:
         return value
-    key, known = messages.dotted(path), f"one of {', '.join(names) or '(none)'}"
+    key, known = dotted(path), f"one of {', '.join(names) or '(none)'}"
     if value is messages.NO_VALUE:
         outer = path[:2] if messages.value_at(source.tree, path[:2]) is messages.NO_VALUE else path
         text = f"key '{key}' is missing: give it {known}"
     else:
         outer = path
-        text = f"key '{key}' must be {known}, not {messages.show(value)}{messages.nearest(str(value), names)}"
+        text = f"key '{key}' must be {known}, not {show(value)}{nearest(str(value), names)}"
     problems[outer] = f"{source.place(path)}: {text}"
     return None
 

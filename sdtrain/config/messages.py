@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import types
 import typing
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Union
 
 from pydantic import ValidationError
 
 from sdtrain.config.declare import field_types
 from sdtrain.config.options import Images
+from sdtrain.config.words import dotted, nearest, show, show_plain
 from sdtrain.config.yaml_source import KeyPath, Source, Tree
 
 PLAIN_TYPES: dict[Any, str] = {
@@ -25,10 +25,7 @@ PLAIN_TYPES: dict[Any, str] = {
 }
 BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 NO_VALUE = object()
-
-
-def dotted(path: Iterable[str]) -> str:
-    return ".".join(path)
+MAX_ERRORS = 100  # a sentence takes a search for the nearest name
 
 
 def describe(annotation: Any) -> str:
@@ -59,21 +56,6 @@ def _bounds(metadata: tuple[Any, ...]) -> str:
         f"{sign} {getattr(limit, name):g}" for limit in limits for name, sign in BOUNDS.items() if hasattr(limit, name)
     ]
     return " " + " and ".join(found) if found else ""
-
-
-def show_plain(value: Any) -> str:
-    return (
-        {True: "true", False: "false", None: "null"}[value] if value is None or isinstance(value, bool) else str(value)
-    )
-
-
-def show(value: Any) -> str:
-    """A value as the message names it."""
-    if isinstance(value, str):
-        return f"the text '{value}'"
-    if isinstance(value, list):
-        return "a list"
-    return "a section" if isinstance(value, dict) else show_plain(value)
 
 
 def _is_union(annotation: Any) -> bool:
@@ -140,17 +122,10 @@ def all_keys(annotation: Any, path: KeyPath = ()) -> Iterator[KeyPath]:
                 yield from all_keys(inner, (*path, name))
 
 
-def nearest(word: str, names: Iterable[str]) -> str:
-    """' (did you mean ...?)' or nothing."""
-    lower = {name.lower(): name for name in names}
-    close = difflib.get_close_matches(word.lower(), lower, n=1, cutoff=0.6)
-    return f" (did you mean '{lower[close[0]]}'?)" if close else ""
-
-
 def type_problems(error: ValidationError, cls: Any, source: Source) -> dict[KeyPath, str]:
     """One sentence for each key at fault."""
     found: dict[KeyPath, str] = {}
-    for item in error.errors(include_url=False):
+    for item in error.errors(include_url=False)[:MAX_ERRORS]:
         path, kind = key_path(item["loc"], item["type"], source.tree), item["type"]
         if path not in found:
             found[path] = f"{source.place(path)}: {_sentence(path, kind, item['msg'], cls, source.tree)}"
@@ -217,15 +192,3 @@ def unknown_key(path: KeyPath, cls: Any) -> str:
         elsewhere = [dotted(key) for key in all_keys(cls) if key[-1] == path[-1] and len(path) == 1]
         hint = f" (did you mean '{elsewhere[0]}'?)" if elsewhere else f" (known here: {', '.join(names)})"
     return f"unknown key '{dotted(path)}'{hint}"
-
-
-def report(texts: list[str]) -> str:
-    """All problems as one text, in the order of the files."""
-    lines = sorted(dict.fromkeys(texts), key=_file_and_line)
-    return lines[0] if len(lines) == 1 else "\n  ".join([f"{len(lines)} problems in the configuration:", *lines])
-
-
-def _file_and_line(text: str) -> tuple[str, int]:
-    place, _, rest = text.partition(":")
-    line = rest.partition(":")[0]
-    return place, int(line) if line.isdigit() else 0
