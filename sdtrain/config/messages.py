@@ -32,7 +32,7 @@ def describe(annotation: Any) -> str:
     """What a value of this type looks like, for a person."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if annotation == Images:
-        return "a number of images such as 4000, 200ki or 1.5Mi"
+        return "a number of images such as 4000, 200k or 1.5M (1k = 1000)"
     if origin is Annotated:
         return describe(arguments[0]) + _bounds(arguments[1:])
     if origin is Literal:

@@ -10,39 +10,45 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-IMAGE_UNITS = {"": 1, "ki": 1_000, "Mi": 1_000_000}
+AMOUNT = r"(\d+(?:\.\d+)?)"
+POWERS = {"k": 1_000, "M": 1_000_000}
+COUNT = re.compile(rf"{AMOUNT}([kM])(?:i|img)?")
 
 
 def parse_images(value: Any) -> Any:
-    """Turn 4000, 4e3, '200ki' or '1.5Mi' into a count of images; hand anything else on, for the type check to refuse.
+    """Turn 4000, 4e3, '200k' or '1.5M' into a count of images; hand anything else on, for the type check to refuse.
 
-    The suffixes are the kimg and Mimg of the GAN papers, so powers of ten: 1ki = 1000 images, 1Mi = 1000 ki.
+    The suffixes mean the kimg and Mimg of the GAN papers, so powers of ten: 1k = 1ki = 1kimg = 1000 images.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)(ki|Mi)", value) if isinstance(value, str) else None
+    match = COUNT.fullmatch(value) if isinstance(value, str) else None
     if match:
-        value = round(float(match[1]) * IMAGE_UNITS[match[2]], 3)
+        value = round(float(match[1]) * POWERS[match[2]], 3)
     is_whole = isinstance(value, float) and value.is_integer()
     return int(value) if is_whole else value
 
 
-SPAN = re.compile(r"(\d+(?:\.\d+)?)(ki|Mi)?(?: (epoch|step|image)s?)?")
+SPAN = re.compile(rf"{AMOUNT}(?:([kM])(i|img)?)?(?: (epoch|step|image)s?)?")
 
 
 def parse_span(value: Any) -> Any:
-    """A stretch of training as text: '30 epochs', '500 steps', '1.4Mi images'; a bare count means images."""
+    """A stretch of training as text: '30 epochs', '500 steps', '1.4M images'; 64ki and 64kimg are images by name."""
     text = str(value).strip() if isinstance(value, (int, float, str)) and not isinstance(value, bool) else ""
     match = SPAN.fullmatch(text)
-    if match is None:
-        raise ValueError("write a number and its unit, such as 30 epochs, 500 steps or 64ki images")
-    return text if match[3] else f"{text} images"
+    if match is None or (match[3] == "img" and match[4] in ("epoch", "step")):
+        raise ValueError("write a number and its unit, such as 30 epochs, 500 steps or 64k images")
+    if match[4]:
+        return text
+    if match[3]:
+        return f"{text} images"
+    raise ValueError(f"the unit is missing: write {text} epochs, {text} steps or {text} images")
 
 
 def span_img(span: str, steps_per_epoch: float, batch_size: int) -> int:
     """Images in a span, whole steps: rounded, and at least one step unless the span is zero."""
     match = SPAN.fullmatch(span)
     assert match is not None  # the type Span lets nothing else through
-    number = float(match[1]) * IMAGE_UNITS[match[2] or ""]
-    steps = number * {"epoch": steps_per_epoch, "step": 1.0}.get(match[3], 1 / batch_size)
+    number = float(match[1]) * POWERS.get(match[2], 1)
+    steps = number * {"epoch": steps_per_epoch, "step": 1.0}.get(match[4], 1 / batch_size)
     return max(round(steps), 1) * batch_size if number else 0
 
 
