@@ -28,28 +28,28 @@ class Config:
     seed: CountOrZero = 0
     """Decides every random number."""
     method: str
-    """File of sdtrain/methods that says what the networks minimise."""
+    """Folder of sdtrain/methods that says what the networks minimise."""
     batch_size: Count
-    """Images an optimizer step, over all ranks."""
+    """[images] Images of an optimizer step, over all ranks."""
     ghost_batch: Count
-    """Images a ghost: the unit of batch statistics and random numbers."""
+    """[images] Images of a ghost: the unit of batch statistics and random numbers."""
     ghosts_at_once: Count | None = None
-    """summation fast: ghosts in one forward pass; null = all of the rank, less saves memory. exact takes one."""
+    """[ghosts] summation fast: ghosts in one forward pass; null = all of the rank. summation exact: one."""
     summation: Literal["exact", "fast"] = "exact"
     """exact: one forward a ghost, sums in float64; the curve is the same, number for number, on any number of ranks.
     fast: several ghosts at once, overlapped with sharing; equal up to rounding, which training amplifies."""
     total_img: Images
     """Images to train on."""
     log_img: Images = 4_000
-    """Images between rows of metrics.jsonl; 0 = never (so for the next three)."""
+    """Images between rows of metrics.jsonl; 0 = never."""
     sample_img: Images = 100_000
-    """Images between sample grids."""
+    """Images between sample grids; 0 = never."""
     eval_img: Images = 200_000
-    """Images between evaluations."""
+    """Images between evaluations; 0 = never."""
     save_img: Images = 200_000
-    """Images between checkpoints; the end of a run is always saved."""
+    """Images between checkpoints; 0 = never; the end of a run is always saved."""
     keep_checkpoints: Count = 2
-    """Newest checkpoints that stay on disk."""
+    """[checkpoints] Newest checkpoints that stay on disk."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the trained networks; weights and averages are fp32 always."""
     engine: Literal["ddp", "fsdp2", "deepspeed"] = "ddp"

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Union
 from pydantic import ValidationError
 
 from sdtrain.config.declare import field_types
-from sdtrain.config.options import Images
+from sdtrain.config.options import Images, Span
 from sdtrain.config.words import dotted, nearest, show, show_plain
 from sdtrain.config.yaml_source import KeyPath, Source, Tree
 
@@ -23,6 +23,7 @@ PLAIN_TYPES: dict[Any, str] = {
     type(None): "null",
     Any: "anything",
 }
+IMAGE_EXAMPLES = " such as 4000, 200k or 1.5M (1k = 1000)"
 BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 NO_VALUE = object()
 MAX_ERRORS = 100  # a sentence takes a search for the nearest name
@@ -32,7 +33,9 @@ def describe(annotation: Any) -> str:
     """What a value of this type looks like, for a person."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if annotation == Images:
-        return "a number of images such as 4000, 200k or 1.5M (1k = 1000)"
+        return f"a number of images{IMAGE_EXAMPLES}"
+    if annotation == Span:
+        return "a number and its unit, such as 30 epochs, 500 steps or 64k images"
     if origin is Annotated:
         return describe(arguments[0]) + _bounds(arguments[1:])
     if origin is Literal:
@@ -71,19 +74,19 @@ def annotation_at(annotation: Any, path: KeyPath) -> Any:
     if not path:
         return annotation
     key, rest = path[0], path[1:]
-    for option in _alternatives(annotation):
+    for option in alternatives(annotation):
         inner = _child(option, key)
         if inner is not None:
             return annotation_at(inner, rest)
     return Any
 
 
-def _alternatives(annotation: Any) -> Iterator[Any]:
+def alternatives(annotation: Any) -> Iterator[Any]:
     if typing.get_origin(annotation) is Annotated:
         annotation = typing.get_args(annotation)[0]
     if _is_union(annotation):
         for argument in typing.get_args(annotation):
-            yield from _alternatives(argument)
+            yield from alternatives(argument)
     else:
         yield annotation
 
@@ -115,7 +118,7 @@ def value_at(tree: Any, path: KeyPath) -> Any:
 
 
 def all_keys(annotation: Any, path: KeyPath = ()) -> Iterator[KeyPath]:
-    for option in _alternatives(annotation):
+    for option in alternatives(annotation):
         if isinstance(option, type) and dataclasses.is_dataclass(option):
             for name, inner in field_types(option).items():
                 yield (*path, name)
@@ -159,7 +162,7 @@ def _hint(value: Any, annotation: Any) -> str:
     """What the writer probably meant."""
     if not isinstance(value, str):
         return ""
-    options = list(_alternatives(annotation))
+    options = list(alternatives(annotation))
     words = [
         str(word) for option in options if typing.get_origin(option) is Literal for word in typing.get_args(option)
     ]
@@ -184,9 +187,7 @@ def _number_hint(value: str) -> str:
 def unknown_key(path: KeyPath, cls: Any) -> str:
     """Name the nearest key of the same section, else, at the top, the same word in a section, else list the keys."""
     section = annotation_at(cls, path[:-1])
-    names = [
-        name for option in _alternatives(section) if dataclasses.is_dataclass(option) for name in key_names(option)
-    ]
+    names = [name for option in alternatives(section) if dataclasses.is_dataclass(option) for name in key_names(option)]
     hint = nearest(path[-1], names)
     if not hint:
         elsewhere = [dotted(key) for key in all_keys(cls) if key[-1] == path[-1] and len(path) == 1]

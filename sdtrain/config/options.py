@@ -1,7 +1,8 @@
-"""Option classes that methods and configurations share: one line of meaning and a unit under each field. Free of torch.
+"""Option classes that methods and configurations share. Free of torch.
 
-Everything public here may be named in the `Options` class of a method file and in the `GeneratorOptions` /
-`DiscriminatorOptions` of a model file; `config_schema.py` evaluates those classes without importing torch.
+Under each field, here and in the options of every method and model, stands what it means. A meaning begins with the
+unit in brackets, `[pixels] Side of ...`, unless the type says it (Images, Span) or there is none (a weight, a share).
+`sdtrain config KEY` and configs/README.md show these lines.
 """
 
 import re
@@ -75,15 +76,15 @@ class Data:
     test: str | list[str] | None = None
     """Shards that are evaluated once, at the end; null = none."""
     resolution: Count | None = None
-    """Side of the training images in pixels; null = that of the dataset manifest."""
+    """[pixels] Side of the training images; null = that of the dataset manifest."""
     labels: bool | None = None
     """Class labels of the shards: true = needed, false = left aside, null = used where they are there."""
     xflip: bool = False
     """Show each image also mirrored (half of the time, by the seed)."""
     workers: CountOrZero = 2
-    """Decoding processes a rank; 0 decodes in the training process."""
+    """[processes] Decoding processes a rank; 0 decodes in the training process."""
     prefetch: Count = 2
-    """Batches each worker keeps ready."""
+    """[batches] Batches each worker keeps ready."""
     cache: str | None = None
     """Folder for copies of remote shards; null = the user's cache folder."""
     max_bad: Fraction = 0.001
@@ -193,7 +194,7 @@ class Augment:
     target: Fraction | None = 0.6
     """ADA: wanted mean sign of D on real images; null = p stays."""
     interval: Count = 4
-    """ADA: steps between two moves of p."""
+    """[steps] ADA: steps between two moves of p."""
     speed_img: Images = 500_000
     """ADA: images in which p can go from 0 to 1."""
 
@@ -205,7 +206,7 @@ class R1:
     gamma: NonNegative = 0.0
     """Weight; 0 = off."""
     every: Count = 16
-    """Steps between two penalties."""
+    """[steps] Steps between two penalties."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,11 +216,11 @@ class PathLength:
     weight: NonNegative = 0.0
     """Weight; 0 = off."""
     every: Count = 4
-    """Steps between two penalties."""
+    """[steps] Steps between two penalties."""
     decay: Fraction = 0.01
     """How fast the running mean length follows."""
     shrink: Count = 2
-    """Only 1/shrink of the samples are used."""
+    """[times] Only 1/shrink of the samples are used."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,17 +230,17 @@ class Metrics:
     names: tuple[MetricName, ...] = ("fid",)
     """Which: Frechet distance, the same in random features, kernel distance, precision and recall."""
     num_fake: Count = 50_000
-    """Generated images."""
+    """[images] Generated images."""
     num_real: Count | None = None
-    """Real images; null = all of them."""
+    """[images] Real images; null = all of them."""
     extractor: Literal["inception", "random-inception"] = "inception"
     """Features of fid, kid and pr."""
     tap: Literal[64, 192, 768, 2048] = 2048
-    """Width of the feature layer."""
+    """[channels] Width of the feature layer."""
     seeds: Count = 5
-    """Random networks averaged by rfid."""
+    """[networks] Random networks averaged by rfid."""
     batch_size: Count = 32
-    """Images through the extractor at once, a rank."""
+    """[images] Images through the extractor at once, a rank."""
     select_by: str = "fid"
     """The value that chooses `best/`, lower is better."""
 
