@@ -11,6 +11,7 @@ from sdtrain.config import reference, schema
 from sdtrain.config.compare import to_tree
 from sdtrain.config.declare import ROLES
 from sdtrain.config.load import load_config
+from sdtrain.config.markdown import page
 from sdtrain.config.messages import NO_VALUE, value_at
 from sdtrain.config.reference import PLAYER, Key, yaml_line
 from sdtrain.config.words import clip, nearest
@@ -28,8 +29,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     if args.markdown:
-        from sdtrain.config.markdown import page
-
         print(page(), end="")
         return EXIT_OK
     config = load_config(args.cfg) if args.cfg else None
