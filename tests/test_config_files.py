@@ -77,6 +77,12 @@ def test_a_base_that_does_not_exist_suggests_the_nearest():
     )
 
 
+def test_a_name_means_the_one_in_configs_and_a_path_the_file_there():
+    write("base: dirac\nseed: 2\n", "parent.yaml")
+    write("base: dirac\nseed: 3\n", "configs/parent.yaml")
+    assert (seed_of("parent"), seed_of("parent.yaml")) == (3, 2)
+
+
 # Chains of bases
 
 
@@ -100,8 +106,8 @@ def test_a_chain_of_bases_without_end_is_refused():
     for i in range(1, 40):
         write(f"base: b{i - 1}\n", f"b{i}.yaml")
     with pytest.raises(ConfigError, match=r"^b\d+\.yaml:1: more than 20 files extend each other: "):
-        load_config("b39")
-    assert load_config("b15").method == "dirac"
+        load_config("b39.yaml")
+    assert load_config("b15.yaml").method == "dirac"
 
 
 @pytest.mark.parametrize("base", ['"a\\0b"', '"a\\nb"', "a" * 300, "a/" * 3000, "/", "..", '""', '"\\uD800"'])

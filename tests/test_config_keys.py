@@ -22,6 +22,7 @@ from sdtrain.config.markdown import page
 from sdtrain.config.meanings import Meaning, meanings
 from sdtrain.config.reference import keys
 from sdtrain.config.words import nearest
+from sdtrain.errors import ConfigError
 
 EXAMPLE = '''
 import dataclasses
@@ -205,3 +206,9 @@ def test_the_readme_of_the_configurations_is_what_the_command_prints(capsys):
 def test_the_readme_tells_how_long_image_counts_may_be_written():
     for written in ("100k", "100ki", "100kimg", "1.5M", "1.5Mi", "1.5Mimg"):
         assert f"`{written}`" in page()
+
+
+@pytest.mark.parametrize("key", ["model.generator.z_dim=0", "model.generator.ngf=-1", "style_mixing=1.5", "bcr=-1"])
+def test_sizes_weights_and_shares_that_cannot_be_are_refused_by_the_type_of_the_key(key: str):
+    with pytest.raises(ConfigError, match=f"^--set {key}: key '{key.partition('=')[0]}' must be a "):
+        load_config("sdgan_projected", [key])

@@ -22,8 +22,9 @@ WIDTH = 118
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("key", nargs="?", metavar="KEY", help="a key or a section, such as sd.alpha or optimizer")
-    parser.add_argument("--method", metavar="NAME", help="only what this method has")
-    parser.add_argument("--cfg", metavar="FILE|NAME", help="only what this configuration has, with its values")
+    choice = parser.add_mutually_exclusive_group()
+    choice.add_argument("--method", metavar="NAME", help="only what this method has")
+    choice.add_argument("--cfg", metavar="FILE|NAME", help="only what this configuration has, with its values")
     parser.add_argument("--markdown", action="store_true", help="print all keys as configs/README.md holds them")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 from sdtrain.config.words import clip, nearest
@@ -15,24 +16,25 @@ MAX_CHAIN = 20
 
 
 def find_config(path_or_name: str | Path) -> Path:
-    """A path as given, or a name in configs/, both with or without .yaml. ConfigError names the nearest one."""
-    found = _first_file(Path(path_or_name), (Path(), *CONFIG_FOLDERS))
+    """A path as given, or a name in configs/, with or without .yaml. ConfigError names the nearest one."""
+    found = _first_file(Path(path_or_name))
     if found is None:
         given = str(path_or_name)
         raise ConfigError(f"configuration '{clip(given)}' does not exist, as a path or in configs/{_hint(given)}")
     return found
 
 
-def _first_file(given: Path, folders: tuple[Path, ...]) -> Path | None:
+def _first_file(given: Path, beside: Path | None = None) -> Path | None:
+    near = _in(beside, given) if beside else ()
+    places = chain(near, [given], *(_in(folder, given) for folder in CONFIG_FOLDERS))
     # os.path.isfile says no, where Path.is_file raises, to names that no file can have
-    return next((path for path in _candidates(given, folders) if os.path.isfile(path)), None)
+    return next((path for path in places if os.path.isfile(path)), None)
 
 
-def _candidates(given: Path, folders: tuple[Path, ...]) -> Iterator[Path]:
-    for folder in folders:
-        yield folder / given
-        if given.name:
-            yield folder / given.with_name(f"{given.name.removesuffix('.yaml')}.yaml")
+def _in(folder: Path, given: Path) -> Iterator[Path]:
+    yield folder / given
+    if given.name:
+        yield folder / given.with_name(f"{given.name.removesuffix('.yaml')}.yaml")
 
 
 def _hint(given: str) -> str:
@@ -78,7 +80,7 @@ def _base(base: object, beside: Path, place: str, seen: tuple[Path, ...]) -> Pat
     """The file that `base` means; ConfigError if there is none, or if it leads in a circle."""
     if not isinstance(base, str):
         raise ConfigError(f"{place}: key 'base' must be the name of one YAML file, not {clip(str(base))}")
-    below = _first_file(Path(base), (beside, Path(), *CONFIG_FOLDERS))
+    below = _first_file(Path(base), beside)
     if below is None:
         raise ConfigError(f"{place}: base '{clip(base)}' does not exist, as a path or in configs/{_hint(base)}")
     if below.resolve() in seen:

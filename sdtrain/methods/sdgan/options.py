@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from sdtrain.config.declare import MethodDeclaration
-from sdtrain.config.options import R1, Augment, Init, PathLength, SelfDistillation
+from sdtrain.config.options import R1, Augment, Fraction, Init, NonNegative, PathLength, SelfDistillation
 
 POLICIES = {
     "diffaug": ("color", "translation", "cutout"),
@@ -28,9 +28,9 @@ class Options:
     """Gradient penalty of D."""
     path_length: PathLength = PathLength()
     """Path-length regularisation (StyleGAN2 only)."""
-    style_mixing: float = 0.0
+    style_mixing: Fraction = 0.0
     """Probability that a ghost's generator mixes two styles (StyleGAN2 only)."""
-    bcr: float = 0.0
+    bcr: NonNegative = 0.0
     """Weight of balanced consistency of D under augmentation (StyleNAT); 0 = off."""
     d_passes: Literal["separate", "together"] = "separate"
     """Real and fake through D in two calls, or in one."""

@@ -6,33 +6,34 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sdtrain.config.declare import ModelDeclaration
+from sdtrain.config.options import Count, CountOrZero, Fraction, NonNegative, Positive
 
 
 @dataclass(frozen=True, kw_only=True)
 class GeneratorOptions:
     """StyleGAN2 generator; defaults are those of the official presets at full width."""
 
-    z_dim: int = 512
+    z_dim: Count = 512
     """[numbers] Length of the latent."""
-    w_dim: int = 512
+    w_dim: Count = 512
     """[numbers] Length of the intermediate latent."""
-    mapping_layers: int = 8
+    mapping_layers: Count = 8
     """[layers] Fully connected layers of the mapping network."""
-    mapping_lr_mul: float = 0.01
+    mapping_lr_mul: NonNegative = 0.01
     """Learning-rate factor of the mapping network."""
-    w_avg_beta: float = 0.995
+    w_avg_beta: Fraction = 0.995
     """Decay of the running mean of w, a pass."""
-    channel_base: int = 32768
+    channel_base: Count = 32768
     """[channels] Width at resolution r is channel_base / r, but at most channel_max."""
-    channel_max: int = 512
+    channel_max: Count = 512
     """[channels] Widest level."""
-    num_low_precision_res: int = 0
+    num_low_precision_res: CountOrZero = 0
     """[levels] This many highest resolutions run in low_precision."""
     low_precision: Literal["bf16", "fp16"] = "bf16"
     """Number format of those levels."""
-    conv_clamp: float | None = None
+    conv_clamp: Positive | None = None
     """Largest absolute output of a convolution (official presets: 256); null = not clamped."""
-    img_channels: int = 3
+    img_channels: Count = 3
     """[channels] Channels of the image."""
 
 
@@ -42,27 +43,27 @@ class DiscriminatorOptions:
 
     architecture: Literal["orig", "skip", "resnet"] = "resnet"
     """How a block joins its input and its output."""
-    channel_base: int = 32768
+    channel_base: Count = 32768
     """[channels] Width at resolution r is channel_base / r, but at most channel_max."""
-    channel_max: int = 512
+    channel_max: Count = 512
     """[channels] Widest level."""
-    mbstd_group: int | None = 4
+    mbstd_group: Count | None = 4
     """[samples] Samples that share one minibatch standard deviation; null = the whole ghost."""
-    mbstd_channels: int = 1
+    mbstd_channels: CountOrZero = 1
     """[channels] Feature maps of that statistic."""
-    cmap_dim: int | None = None
+    cmap_dim: Count | None = None
     """[numbers] Width of the label mapping; null = channels at 4x4."""
-    mapping_layers: int = 8
+    mapping_layers: Count = 8
     """[layers] Fully connected layers of the label mapping."""
-    freeze_layers: int = 0
+    freeze_layers: CountOrZero = 0
     """[layers] First layers, counted from the input, that are not trained (Freeze-D)."""
-    num_low_precision_res: int = 0
+    num_low_precision_res: CountOrZero = 0
     """[levels] This many highest resolutions run in low_precision."""
     low_precision: Literal["bf16", "fp16"] = "bf16"
     """Number format of those levels."""
-    conv_clamp: float | None = None
+    conv_clamp: Positive | None = None
     """Largest absolute output of a convolution (official presets: 256); null = not clamped."""
-    img_channels: int = 3
+    img_channels: Count = 3
     """[channels] Channels of the image."""
 
 
