@@ -72,9 +72,10 @@ def test_a_base_is_looked_for_as_a_path_and_then_in_the_configs_of_the_working_f
 
 
 def test_a_base_that_does_not_exist_suggests_the_nearest():
-    assert refusal("seed: 1\nbase: dirak\n") == (
-        "x.yaml:2: base 'dirak' does not exist, as a path or in configs/ (did you mean 'dirac'?)"
-    )
+    for base in ("dirak", "../there/dirak.yaml"):
+        assert refusal(f"seed: 1\nbase: {base}\n") == (
+            f"x.yaml:2: base '{base}' does not exist, as a path or in configs/ (did you mean 'dirac'?)"
+        )
 
 
 def test_a_name_means_the_one_in_configs_and_a_path_the_file_there():

@@ -42,7 +42,8 @@ def _hint(given: str) -> str:
     files = [(folder, file) for folder in CONFIG_FOLDERS for file in folder.rglob("*.yaml")]
     names = sorted({file.relative_to(folder).with_suffix("").as_posix() for folder, file in files})
     top = ", ".join(name for name in names if "/" not in name)
-    return nearest(given.removesuffix(".yaml"), names) or f" (in configs/: {top or 'nothing'})"
+    close = nearest(given.removesuffix(".yaml"), names) or nearest(Path(given).stem, names)
+    return close or f" (in configs/: {top or 'nothing'})"
 
 
 def read_file(path: Path) -> Source:

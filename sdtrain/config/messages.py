@@ -82,6 +82,7 @@ def annotation_at(annotation: Any, path: KeyPath) -> Any:
 
 
 def alternatives(annotation: Any) -> Iterator[Any]:
+    """The members of a union, or the type itself, without bounds."""
     if typing.get_origin(annotation) is Annotated:
         annotation = typing.get_args(annotation)[0]
     if _is_union(annotation):
@@ -118,6 +119,7 @@ def value_at(tree: Any, path: KeyPath) -> Any:
 
 
 def all_keys(annotation: Any, path: KeyPath = ()) -> Iterator[KeyPath]:
+    """Sections and the keys in them, from the top."""
     for option in alternatives(annotation):
         if isinstance(option, type) and dataclasses.is_dataclass(option):
             for name, inner in field_types(option).items():
