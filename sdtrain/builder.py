@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sdtrain.config import schema
 from sdtrain.config.declare import Role
-from sdtrain.config.load import Config
+from sdtrain.config.keys import Config
 from sdtrain.config.options import Augment, SelfDistillation
 from sdtrain.contracts import Engine, Method, Net
 from sdtrain.engine.ema import freeze

@@ -99,7 +99,7 @@ def has_checkpoints(out: Path) -> bool:
 
 def check_folder(config: Any, out: Path, allow: list[str]) -> None:
     """Raises `ConfigError` when the folder holds a run whose configuration differs in what decides weights."""
-    from sdtrain.config.load import differences, read_tree, to_tree
+    from sdtrain.config.compare import differences, read_tree, to_tree
     from sdtrain.config.schema import method
     from sdtrain.errors import ConfigError
 
@@ -118,7 +118,7 @@ def check_folder(config: Any, out: Path, allow: list[str]) -> None:
 
 
 def write_down(run: Run, plan: dict[str, Any] | None, used: dict[str, Any]) -> None:
-    from sdtrain.config.load import dump
+    from sdtrain.config.compare import dump
     from sdtrain.engine.checkpoint import write_atomically
     from sdtrain.engine.ranks import is_main
 

@@ -6,11 +6,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from sdtrain.config import schema
-from sdtrain.config.load import config_hash, valid_world_sizes
+from sdtrain.config.compare import config_hash
+from sdtrain.config.keys import valid_world_sizes
 from sdtrain.errors import ConfigError, DataError, WeightsError
 
 if TYPE_CHECKING:
-    from sdtrain.config.load import Config
+    from sdtrain.config.keys import Config
     from sdtrain.contracts import Method
     from sdtrain.data.read.dataset import Dataset
     from sdtrain.finetune import Initial

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from sdtrain.config.load import Config
+from sdtrain.config.keys import Config
 from sdtrain.contracts import Stage, State, Task
 from sdtrain.data.read.dataset import Dataset
 from sdtrain.data.read.stream import Batch, Stream

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 import torch
 
 from sdtrain.builder import Builder
-from sdtrain.config.load import Config
+from sdtrain.config.keys import Config
 from sdtrain.contracts import Chunk, Net, Phase, Stage, Tensors, Terms, spans
 from sdtrain.data.read.stream import Batch
 from sdtrain.engine.ema import beta_of

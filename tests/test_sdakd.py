@@ -264,7 +264,8 @@ def test_frozen_teachers_cost_no_optimizer_state_and_the_plan_says_what_each_sta
 
 
 @pytest.mark.parametrize(
-    "text, images", [("2 epochs", 48), ("3 steps", 12), ("64 images", 64), (64, 64), ("1ki", 1000), ("0 steps", 0)]
+    "text, images",
+    [("2 epochs", 48), ("3 steps", 12), ("64 images", 64), ("1kimg", 1000), ("1ki", 1000), ("0 steps", 0)],
 )
 def test_lengths_are_epochs_steps_or_images(text, images):
     assert span_img(parse_span(text), 6.0, 4) == images

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import torch
 
     from sdtrain.commands.variants import Variant
-    from sdtrain.config.load import Config
+    from sdtrain.config.keys import Config
     from sdtrain.contracts import Feed
     from sdtrain.data.read.dataset import Dataset
     from sdtrain.data.read.stream import Batch

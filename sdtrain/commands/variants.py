@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from sdtrain.activations import saved_storages, total_bytes
-from sdtrain.config.load import Config
+from sdtrain.config.keys import Config
 from sdtrain.contracts import Chunk, Feed, Method
 from sdtrain.data.read.stream import Batch
 from sdtrain.methods.sdgan.method import SDGAN

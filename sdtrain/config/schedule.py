@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator
 
-IMAGE_UNITS = {"": 1, "ki": 1_000, "Mi": 1_000_000}
-POSITION = re.compile(r"(\d+(?:\.\d+)?)(ki|Mi|%)?")
+POWERS = {"": 1, "k": 1_000, "M": 1_000_000}
+POSITION = re.compile(r"(\d+(?:\.\d+)?)(%|(?:([kM])(?:i|img)?))?")
 
 
 def parse_position(value: Any) -> Any:
@@ -30,7 +30,7 @@ class Schedule:
     """A number that changes with the clock."""
 
     points: tuple[tuple[Position, float], ...]
-    """[position, value] in order; a position is images (20Mi) or a share of the stage (70%)."""
+    """Pairs of position and value in order; a position is images (20Mi) or a share of the stage (70%)."""
     curve: Literal["linear", "cosine", "steps"] = "linear"
     """Between two points: a straight line, half a cosine, or the earlier value. Outside of them: the nearest value."""
 
@@ -61,7 +61,7 @@ def position_img(place: str, stage_img: tuple[int, int]) -> float:
     assert match is not None  # the type Position lets nothing else through
     if match[2] == "%":
         return stage_img[0] + float(match[1]) / 100 * (stage_img[1] - stage_img[0])
-    return float(match[1]) * IMAGE_UNITS[match[2] or ""]
+    return float(match[1]) * POWERS[match[3] or ""]
 
 
 def out_of_order(value: Scheduled) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from sdtrain.config.load import Config
+from sdtrain.config.keys import Config
 from sdtrain.engine.ddp import Ddp
 from sdtrain.engine.phases import PhaseEngine
 

@@ -119,7 +119,7 @@ def describe(config: Any) -> str:
 
 
 def write(config: Any, out: Path, found: list[dict[str, Any]]) -> None:
-    from sdtrain.config.load import dump
+    from sdtrain.config.compare import dump
     from sdtrain.engine.checkpoint import write_atomically
 
     out.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,7 @@ from sdtrain.methods.sdgan.options import Options
 
 if TYPE_CHECKING:
     from sdtrain.builder import Builder
-    from sdtrain.config.load import Config
+    from sdtrain.config.keys import Config
 
 
 def build(config: Config, builder: Builder) -> Dirac:

@@ -26,7 +26,7 @@ from sdtrain.rng import seed_of
 
 if TYPE_CHECKING:
     from sdtrain.builder import Builder
-    from sdtrain.config.load import Config
+    from sdtrain.config.keys import Config
 
 Modules = dict[str, nn.Module]
 
