@@ -10,7 +10,7 @@ from sdtrain.config.options import R1, Augment, Init, PathLength, SelfDistillati
 
 POLICIES = {
     "diffaug": ("color", "translation", "cutout"),
-    "ada": ("blit", "geom", "color", "filter", "noise", "cutout", "bg", "bgc", "bgcf", "bgcfn", "bgcfnc"),
+    "ada": ("blit", "geom", "color", "filter", "noise", "cutout", "bg", "bgc", "bgcf", "bgcfn", "bgcfnc", "r3gan"),
 }
 
 
