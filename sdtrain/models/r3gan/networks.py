@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sdtrain.errors import ConfigError
+from sdtrain.models.r3gan.grouped import grouped_conv2d, grouped_spread2d
 from sdtrain.models.r3gan.options import DiscriminatorOptions, GeneratorOptions, StageOptions
-from sdtrain.models.stylegan2.ops import downsample2d, fir_filter, full_precision, upsample2d
+from sdtrain.models.stylegan2.ops import fir_filter, full_precision
 from sdtrain.rng import Draws
 
 SLOPE = 0.2  # of every leaky ReLU
@@ -91,7 +92,10 @@ class Conv(nn.Module):
         self.weight = _normal(c_out, c_in // groups, size, size, gain=gain)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, self.weight.to(x.dtype), padding=self.padding, groups=self.groups)
+        w = self.weight.to(x.dtype)
+        if self.groups == 1:
+            return F.conv2d(x, w, padding=self.padding)
+        return grouped_conv2d(x, w, padding=self.padding, groups=self.groups)
 
 
 def convolution(c_in: int, c_out: int, size: int = 1, groups: int = 1, gain: float = 1.0) -> nn.Module:
@@ -139,11 +143,14 @@ class Resampler(nn.Module):
 
     def __init__(self, up: bool):
         super().__init__()
-        self.resample = upsample2d if up else downsample2d
+        self.up = up
         self.register_buffer("Kernel", fir_filter(FIR_TAPS))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.resample(x, self.Kernel)
+        channels = x.shape[1]
+        kernel = self.Kernel.to(x.dtype).expand(channels, 1, -1, -1).contiguous()
+        resample, gain = (grouped_spread2d, 4.0) if self.up else (grouped_conv2d, 1.0)
+        return resample(x, kernel * gain, stride=2, padding=1, groups=channels)
 
 
 class UpTransition(nn.Module):
