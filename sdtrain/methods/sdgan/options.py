@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 POLICIES = {
     "diffaug": ("color", "translation", "cutout"),
-    "ada": ("blit", "geom", "color", "filter", "noise", "cutout", "bg", "bgc", "bgcf", "bgcfn", "bgcfnc"),
+    "ada": ("blit", "geom", "color", "filter", "noise", "cutout", "bg", "bgc", "bgcf", "bgcfn", "bgcfnc", "r3gan"),
 }
 
 
