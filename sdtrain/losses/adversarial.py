@@ -53,13 +53,31 @@ def wasserstein_g(fake_logits: Tensor, real_logits: Tensor | None = None) -> Ten
     return -fake_logits.mean()
 
 
+def relativistic_d(real_logits: Tensor, fake_logits: Tensor) -> tuple[Tensor]:
+    """mean over samples of softplus(-(D(real_i) - D(fake_i))); Jolicoeur-Martineau 2019, R3GAN (Huang et al. 2024).
+
+        for i in range(N): total += log(1 + exp(fake_logits[i] - real_logits[i]))
+
+    Real i meets fake i alone, so they must share their label and the order of both batches matters.
+    """
+    return (F.softplus(fake_logits - real_logits).mean(),)
+
+
+def relativistic_g(fake_logits: Tensor, real_logits: Tensor | None) -> Tensor:
+    """mean over samples of softplus(-(D(fake_i) - D(real_i))): the mirror of `relativistic_d`."""
+    assert real_logits is not None
+    return F.softplus(real_logits - fake_logits).mean()
+
+
 class Adversarial(NamedTuple):
     """One game. Both sides may see real and fake logits of the same number of samples."""
 
-    d: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-    """(real_logits, fake_logits) -> (loss on real, loss on fake), whose sum D minimises."""
+    d: Callable[[Tensor, Tensor], tuple[Tensor, ...]]
+    """(real_logits, fake_logits) -> terms whose sum D minimises."""
     g: Callable[[Tensor, Tensor | None], Tensor]
     """(fake_logits, real_logits) -> what G minimises."""
+    parts: tuple[str, ...] = ("real", "fake")
+    """What D's terms are about, for the log."""
     relativistic: bool = False
     """G's side looks at real logits; elsewhere they are not computed and None is given."""
 
@@ -69,7 +87,13 @@ ADVERSARIAL: dict[str, Adversarial] = {
     "logistic": Adversarial(logistic_d, logistic_g),
     "least-squares": Adversarial(least_squares_d, least_squares_g),
     "wasserstein": Adversarial(wasserstein_d, wasserstein_g),
+    "relativistic": Adversarial(relativistic_d, relativistic_g, parts=("pair",), relativistic=True),
 }
+
+
+def d_terms(game: Adversarial, real_logits: Tensor, fake_logits: Tensor) -> dict[str, Tensor]:
+    """The terms of D's side by their names in the log: D/real, D/fake."""
+    return {f"D/{part}": term for part, term in zip(game.parts, game.d(real_logits, fake_logits), strict=True)}
 
 
 def gradient_penalty(images: Tensor, logits: Tensor) -> Tensor:

@@ -133,7 +133,7 @@ def generator(case) -> Iterator[tuple]:
 
 
 def discriminator(case) -> Iterator[tuple]:
-    from sdtrain.losses.adversarial import r1_penalty
+    from sdtrain.losses.adversarial import gradient_penalty
 
     t, c = case.tensors, case.tensors.get("in.c")
     D = build(case.entry["config"], "Discriminator", case.group("sd."))
@@ -146,7 +146,7 @@ def discriminator(case) -> Iterator[tuple]:
     (slope,) = torch.autograd.grad(logits.sum(), images, retain_graph=True)
     yield "out.r1_grad_n0", slope[0]
     yield "out.r1_penalty", squared_norms(logits, images)
-    r1_penalty(images, logits).backward()
+    gradient_penalty(images, logits).backward()
     yield from gradient_sums(case, D, case.entry["mean_penalty_grad_stats_norm_sum"], "penalty_grad")
     D.zero_grad()
     F.softplus(-D(t["in.img"], c)).mean().backward()
@@ -161,27 +161,26 @@ def squared_norms(logits: Tensor, images: Tensor) -> Tensor:
 
 def loss_D(nets: Mapping[str, Any], x: Mapping[str, Any], gamma: float, augment: Augment) -> tuple[Tensor, dict]:
     """The loss of one D phase and its parts; x holds z, real, c."""
-    from sdtrain.losses.adversarial import r1_penalty
-    from sdtrain.losses.relativistic import relativistic_d
+    from sdtrain.losses.adversarial import gradient_penalty, relativistic_d
 
     real = x["real"].clone().requires_grad_()
     fake = nets["G"](x["z"], x["c"]).detach().requires_grad_()
     real_logits, fake_logits = nets["D"](augment(real), x["c"]), nets["D"](augment(fake), x["c"])
     parts = {
-        "adv": torch.stack([relativistic_d(*pair) for pair in zip(real_logits[:, None], fake_logits[:, None])]),
+        "adv": torch.stack([relativistic_d(*pair)[0] for pair in zip(real_logits[:, None], fake_logits[:, None])]),
         "relativistic_logits": real_logits - fake_logits,
         "r1": squared_norms(real_logits, real),
         "r2": squared_norms(fake_logits, fake),
     }
-    loss = relativistic_d(real_logits, fake_logits)
+    (loss,) = relativistic_d(real_logits, fake_logits)
     if gamma:
-        loss = loss + gamma / 2 * (r1_penalty(real, real_logits) + r1_penalty(fake, fake_logits))
+        loss = loss + gamma / 2 * (gradient_penalty(real, real_logits) + gradient_penalty(fake, fake_logits))
     return loss, parts
 
 
 def loss_G(nets: Mapping[str, Any], x: Mapping[str, Any], augment: Augment) -> tuple[Tensor, dict]:
     """The loss of one G phase and its parts."""
-    from sdtrain.losses.relativistic import relativistic_g
+    from sdtrain.losses.adversarial import relativistic_g
 
     fake_logits = nets["D"](augment(nets["G"](x["z"], x["c"])), x["c"])
     real_logits = nets["D"](augment(x["real"]), x["c"])

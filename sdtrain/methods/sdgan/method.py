@@ -18,7 +18,7 @@ from torch import Tensor
 from sdtrain.augment.ada import update_p
 from sdtrain.config.schedule import Schedule, value_at
 from sdtrain.contracts import Chunk, Loss, Method, Net, Phase, Stage, State, Terms
-from sdtrain.losses.adversarial import ADVERSARIAL, gradient_penalty
+from sdtrain.losses.adversarial import ADVERSARIAL, d_terms, gradient_penalty
 from sdtrain.losses.consistency import balanced_consistency
 from sdtrain.losses.regularizers import path_length_penalty, path_lengths
 from sdtrain.losses.self_distillation import self_distillation
@@ -137,11 +137,10 @@ class SDGAN(Method):
         draws = x.draws.sub("D")
         real_seen, fake_seen = self.augment(real, draws.sub("real"), x), self.augment(fake, draws.sub("fake"), x)
         fake_logits, real_logits = self.judge(fake_seen, real_seen, x.labels)
-        on_real, on_fake = self.L_adv.d(real_logits, fake_logits)
-        terms = {"D/real": on_real, "D/fake": on_fake}
+        terms = d_terms(self.L_adv, real_logits, fake_logits)
+        loss = torch.stack(list(terms.values())).sum()
         terms |= {"D/real_logit": real_logits.mean(), "D/fake_logit": fake_logits.mean()}
         terms["D/real_sign"] = real_logits.detach().sign().mean()
-        loss = on_real + on_fake
         if self.o.bcr:
             terms["D/bcr"] = self.consistency(x, fake_seen, real_logits, fake_logits, draws.sub("bcr"))
             loss = loss + self.o.bcr * terms["D/bcr"]
