@@ -13,6 +13,7 @@ from torch import Tensor
 GOLDEN = Path(__file__).resolve().parent / "golden"
 sys.path.insert(0, str(GOLDEN))
 import check  # noqa: E402
+import held_out  # noqa: E402
 import rules  # noqa: E402
 
 SDGAN = GOLDEN / "sdgan"
@@ -52,7 +53,11 @@ def test_a_stored_or_listed_output_that_no_adapter_computes_is_short(tmp_path: P
     entry["tensors"]["out.lost"] = [[], "float32"]
     entry["expected"] = {"margin": {"real": 1.0}, "note": "words are no numbers"}
     tensors = load_file(SDGAN / LOSS)
-    folder(tmp_path, {LOSS: entry}, pg_loss={**tensors, "out.new": tensors["out.G"].clone(), "odd": tensors["out.G"]})
+    folder(
+        tmp_path,
+        {LOSS: entry},
+        pg_loss={**tensors, "out.new": tensors["out.G"].clone(), "odd": tensors["out.D_real"].clone()},
+    )
     short = [line.output for line in check.run(tmp_path) if line.verdict == check.SHORT]
     assert short == ["margin.real", "odd", "out.lost", "out.new"]
 
@@ -61,6 +66,32 @@ def test_a_check_that_compares_nothing_does_not_pass(tmp_path: Path) -> None:
     folder(tmp_path, {})
     assert check.main([str(tmp_path)]) == 1
     assert check.main([str(SDGAN), "no_such_file*"]) == 1
+
+
+@pytest.fixture(scope="module")
+def other_numbers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of the same format with seeds, sizes, options and names of its own."""
+    path = tmp_path_factory.mktemp("held_out")
+    held_out.write(path)
+    return path
+
+
+def test_a_folder_with_other_seeds_sizes_and_options_is_ok_throughout(other_numbers: Path) -> None:
+    lines = check.run(other_numbers)
+    assert [str(line) for line in lines if line.verdict != check.OK] == []
+    assert {line.file.removesuffix(".safetensors") for line in lines} == held_out.FILES.keys()
+
+
+@pytest.mark.parametrize("name", sorted(held_out.FILES))
+def test_every_disturbed_output_of_that_folder_is_found(other_numbers: Path, tmp_path: Path, name: str) -> None:
+    tensors = load_file(other_numbers / f"{name}.safetensors")
+    outputs = sorted(key for key in tensors if key.startswith(check.OUTPUT_PREFIXES))
+    for key in outputs:
+        tensors[key] = tensors[key] + 0.05 * tensors[key].abs().max() + 0.001
+    save_file(tensors, tmp_path / f"{name}.safetensors")
+    (tmp_path / "manifest.json").write_text((other_numbers / "manifest.json").read_text())
+    lines = check.run(tmp_path, [f"{name}.safetensors"])
+    assert sorted(line.output for line in lines if line.verdict == check.FAILED and line.output in outputs) == outputs
 
 
 @pytest.mark.parametrize(

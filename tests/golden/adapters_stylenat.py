@@ -58,7 +58,9 @@ def _attention(case: Case) -> Iterator[tuple]:
         q, k, v = (case.tensors[f"in.{name}.{part}"].permute(0, 2, 3, 1, 4).flatten(3) for part in "qkv")
         out = neighborhood_attention(q, k, v, rpb, call["dilation"]).unflatten(3, (len(rpb), -1))
         yield f"out.{name}.av", out.permute(0, 3, 1, 2, 4)
-        yield f"out.{name}.qk_n0h0", _window_scores(q, k, rpb, call)
+        for output, item, head in case.names(rf"out\.{name}\.qk_n(\d+)h(\d+)"):
+            one = slice(int(head) * q.shape[3] // len(rpb), (int(head) + 1) * q.shape[3] // len(rpb))
+            yield output, _window_scores(q[int(item), :, :, one], k[int(item), :, :, one], rpb[int(head)], call)
     state = {key.replace("rpb", "rpb."): value for key, value in case.group("sd.legacy.").items()}
     kernels, dilations = (
         tuple(map(int, re.search(rf"{word} (\d+)/(\d+)", other["legacy"]).groups())) for word in ("kernel", "dilation")
@@ -74,10 +76,10 @@ def _attention(case: Case) -> Iterator[tuple]:
 
 
 def _window_scores(q: Tensor, k: Tensor, rpb: Tensor, call: dict) -> Tensor:
-    """Scores with bias of image 0, head 0 for the keys of each window [H, W, kernel^2], by loops."""
+    """q, k [H, W, C] of one image and head, bias [2k - 1, 2k - 1] -> scores of each window [H, W, k^2], by loops."""
     from sdtrain.models.stylenat.attention import window_start
 
-    size, kernel, d, dim = call["size"], call["kernel"], call["dilation"], q.shape[3] // len(rpb)
+    size, kernel, d = call["size"], call["kernel"], call["dilation"]
     scores = torch.empty(size, size, kernel, kernel)
 
     def keys(i: int) -> list[tuple[int, int]]:
@@ -88,7 +90,7 @@ def _window_scores(q: Tensor, k: Tensor, rpb: Tensor, call: dict) -> Tensor:
         for x in range(size):
             for a, (ky, by) in enumerate(keys(y)):
                 for b, (kx, bx) in enumerate(keys(x)):
-                    scores[y, x, a, b] = q[0, y, x, :dim] @ k[0, ky, kx, :dim] + rpb[0, by, bx]
+                    scores[y, x, a, b] = q[y, x] @ k[ky, kx] + rpb[by, bx]
     return scores.flatten(2)
 
 
