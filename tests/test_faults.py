@@ -121,6 +121,7 @@ def test_a_full_disk_ends_the_run_with_one_sentence_and_leaves_the_older_checkpo
 @pytest.fixture(scope="module")
 def poisoned(place: Path) -> list[dict[str, Any]]:
     """On two ranks: a NaN on rank 1 in phase D of the second step, and in the very first; stop, then skip."""
+
     def job(out: str, policy: str, step: int) -> dict[str, Any]:
         more = ["--set", f"on_nonfinite={policy}", "--set", "total_img=16", "--set", "keep_checkpoints=9"]
         return {"args": args(place, out, *more), "nan": {"phase": "D", "rank": 1, "step": step}}

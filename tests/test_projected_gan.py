@@ -4,7 +4,6 @@ frozen feature network might train or drift, and augmentation might depend on ho
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from pathlib import Path
 
@@ -43,9 +42,7 @@ def names_of_trained(net: nn.Module) -> set[str]:
 
 def test_small_networks_blocks_augmentation_and_losses_equal_the_official_numbers() -> None:
     lines = check.run(GOLDEN / "sdgan", ["pg_fastgan*", "pg_units*", "pg_single*", "pg_loss*", "diffaug*", "keys_pg*"])
-    assert [str(line) for line in lines if line.verdict == check.SHORT] == []
-    unmet = [line for line in lines if line.verdict == check.ABSENT]
-    assert [line.output for line in unmet if not line.detail.startswith("not comparable")] == []
+    assert check.bad(lines) == []
     assert sum(line.verdict == check.OK for line in lines) >= 90
 
 
@@ -53,24 +50,6 @@ def test_full_size_networks_equal_the_official_numbers() -> None:
     lines = check.run(GOLDEN / "sdgan", ["pg_big*"])
     assert [str(line) for line in lines if line.verdict != check.OK] == []
     assert len(lines) == 23
-
-
-def test_a_changed_golden_number_is_reported_short_and_fails_the_command(tmp_path: Path, capsys) -> None:
-    from safetensors.torch import load_file, save_file
-
-    manifest = json.loads((GOLDEN / "sdgan" / "manifest.json").read_text())
-    entry = manifest["files"]["pg_loss.safetensors"]
-    manifest["files"] = {"pg_loss.safetensors": entry, "unknown.safetensors": {}, "gone.safetensors": {}}
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    tensors = load_file(GOLDEN / "sdgan" / "pg_loss.safetensors")
-    tensors["out.G"] *= 1 + 2 * entry["tol"]["max_abs_diff_over_max_abs_ref"]
-    save_file(tensors, tmp_path / "pg_loss.safetensors")
-    shutil.copy(GOLDEN / "sdgan" / "pg_loss.safetensors", tmp_path / "unknown.safetensors")
-    assert check.main([str(tmp_path)]) == 1
-    printed = capsys.readouterr().out.splitlines()
-    assert printed[-1] == "2 ok, 1 short, 2 not here yet"
-    assert [line.split()[1] for line in printed if line.endswith("short")] == ["out.G"]
-    assert "model not here yet" in printed[3] and "file not in this folder" in printed[4]
 
 
 def test_the_trained_parameters_of_the_full_discriminator_are_the_official_ones() -> None:

@@ -121,9 +121,7 @@ def test_plan_prints_what_the_run_needs_and_writes_nothing(place: Path, tmp_path
     make_shards(tmp_path / "shards")
     write_config(tmp_path / "plan.yaml", tiny_config(tmp_path / "shards", sd__loss="lpips-vgg"))
     before = snapshot(tmp_path)
-    done = run_python(
-        "sdtrain/main.py", "--cfg", str(tmp_path / "plan.yaml"), "--out", str(tmp_path / "run"), "--plan"
-    )
+    done = run_python("sdtrain/main.py", "--cfg", str(tmp_path / "plan.yaml"), "--out", str(tmp_path / "run"), "--plan")
     assert done.returncode == 0, done.stderr
     for words in (
         "48 samples in 3 shards",

@@ -24,6 +24,11 @@ def nothing_ran() -> bool:
     return not any(mark in os.environ for mark in MARKS)
 
 
+def _snapshot_of(case: Case) -> str:
+    """NAME.pkl, whose outputs NAME_expected.safetensors holds."""
+    return case.name.removesuffix("_expected.safetensors") + ".pkl"
+
+
 def _states(case: Case, snapshot: str) -> Iterator[tuple]:
     """Every tensor of every module, after the import and after an export and a second import."""
     from sdtrain.interop.pickle_machine import Record
@@ -57,9 +62,9 @@ def _round_trip(case: Case, snapshot: str) -> Iterator[tuple]:
 def stylegan2_expected(case: Case) -> Iterator[tuple]:
     from sdtrain.interop.official import read_official
 
-    yield from _states(case, "sg2_snapshot.pkl")
-    yield from _round_trip(case, "sg2_snapshot.pkl")
-    found = read_official(case.folder / "sg2_snapshot.pkl")
+    yield from _states(case, _snapshot_of(case))
+    yield from _round_trip(case, _snapshot_of(case))
+    found = read_official(case.folder / _snapshot_of(case))
     yield "augment_p", found.extras["ada_p"], case.entry["augment_p"], 0.0
     facts = found.extras["training_set_kwargs"] == case.entry["training_set_kwargs"]
     yield "training_set_kwargs", facts, True, 0.0
@@ -73,14 +78,15 @@ def stylegan2_expected(case: Case) -> Iterator[tuple]:
 def projected_expected(case: Case) -> Iterator[tuple]:
     from sdtrain.interop.official import read_official
 
-    yield from _states(case, "pg_snapshot.pkl")
-    yield from _round_trip(case, "pg_snapshot.pkl")
-    found = read_official(case.folder / "pg_snapshot.pkl")
+    yield from _states(case, _snapshot_of(case))
+    yield from _round_trip(case, _snapshot_of(case))
+    found = read_official(case.folder / _snapshot_of(case))
     for name, value in case.entry["progress"].items():
         yield f"progress.{name}", found.extras["progress"][name], value, 0.0
     with torch.no_grad():
         images = found.networks["G_ema"].build()(case.tensors["in.z"])
-    yield "out.G_ema_img_strided4", images[:, :, ::4, ::4]
+    for name, stride in case.names(r"out\.G_ema_img_strided(\d+)"):
+        yield name, images[:, :, :: int(stride), :: int(stride)]
 
 
 def snapshot(case: Case) -> Iterator[tuple]:
@@ -124,9 +130,9 @@ def hostile(case: Case) -> Iterator[tuple]:
 
 
 ADAPTERS = {
-    "sg2_snapshot_expected.safetensors": stylegan2_expected,
-    "pg_snapshot_expected.safetensors": projected_expected,
-    "*_snapshot.pkl": snapshot,
+    "sg2_snapshot*_expected.safetensors": stylegan2_expected,
+    "pg_snapshot*_expected.safetensors": projected_expected,
+    "*_snapshot*.pkl": snapshot,
     "snat_container_*.pt": container,
     "evil_*.pkl": hostile,
 }

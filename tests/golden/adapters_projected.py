@@ -80,12 +80,11 @@ def _up_block_and_skip(case: Any) -> Iterator[tuple]:
 def _down_blocks(case: Any) -> Iterator[tuple]:
     from sdtrain.models.projected.networks import DownBlock
 
-    for separable in (False, True):
-        name = f"downblock_sep{int(separable)}"
+    for output, name, separable in case.names(r"out\.(downblock_sep([01]))"):
         state = case.group(f"sd.{name}.")
-        block = DownBlock(case.tensors["in.db.x"].shape[1], state["main.1.weight"].shape[0], separable).eval()
+        block = DownBlock(case.tensors["in.db.x"].shape[1], len(state["main.1.weight"]), separable == "1").eval()
         block.load_state_dict(state)
-        yield f"out.{name}", block(case.tensors["in.db.x"])
+        yield output, block(case.tensors["in.db.x"])
 
 
 def _spectral_conv(case: Any) -> Iterator[tuple]:
@@ -100,8 +99,8 @@ def _spectral_conv(case: Any) -> Iterator[tuple]:
     conv.load_state_dict(_before_power_iteration(state) if overwritten else state)
     yield "out.snconv.eval", Skip(OVERWRITTEN) if overwritten else conv.eval()(x)
     yield "out.snconv.train", conv.train()(x)
-    yield "after.snconv.weight_u", conv.weight_u
-    yield "after.snconv.weight_v", conv.weight_v
+    for name in case.group("after.snconv."):
+        yield f"after.snconv.{name}", conv.state_dict()[name]
 
 
 def _before_power_iteration(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -181,21 +180,23 @@ def big(case: Any) -> Iterator[tuple]:
     from sdtrain.models.fastgan.networks import Generator, GeneratorOptions
     from sdtrain.models.projected.networks import Discriminator, DiscriminatorOptions
 
-    inputs = case.rnd_in_text(case.entry["inputs"])
-    size = inputs["pg.full.x"].shape[-1]
-    options = {sep: DiscriminatorOptions(separable=sep, interpolate_to=None) for sep in (False, True)}
+    said = case.entry["inputs"]
+    inputs = case.rnd_in_text(said)
+    size, enlarged = inputs["pg.full.x"].shape[-1], None if "interp224=False" in said else 224
+    options = {sep: DiscriminatorOptions(separable=sep, interpolate_to=enlarged) for sep in (False, True)}
     net = Discriminator(options[False], resolution=size).eval()
     yield from _features(case, net, inputs["pg.proj.x"])
     with torch.no_grad():
         projections = case.fill(net.feature_network, "pg")(inputs["pg.proj.x"])
-        for sep in (False, True):
+        for name, sep in case.names(r"out\.multiscale\.sep([01])\.logits"):
             with torch.device("meta"):
-                heads = Discriminator(options[sep], resolution=size).discriminator
+                heads = Discriminator(options[sep == "1"], resolution=size).discriminator
             heads = case.fill(heads.to_empty(device="cpu"), "pg").eval()
-            yield f"out.multiscale.sep{int(sep)}.logits", heads(projections)
+            yield name, heads(projections)
     yield from _full(case, case.fill(net, "pg"), inputs["pg.full.x"])
     z = inputs["pg.bigG.z"]
     with torch.device("meta"):
+        # neither the width nor the resolution of this generator is in the files: full width, size of the full D
         generator = Generator(GeneratorOptions(z_dim=z.shape[1]), resolution=size)
     generator = case.fill(generator.to_empty(device="cpu"), "pg").eval()
     with torch.no_grad():
@@ -243,13 +244,15 @@ def diffaug(case: Any) -> Iterator[tuple]:
         "translation": ("tx", "ty"),
         "cutout": ("ox", "oy"),
     }
-    draws = [has[f"draw.policy.{i}"] for i in range(sum(map(len, arguments.values())))]
-    whole = x
-    for name, parts in arguments.items():
-        transform = getattr(d, name)
-        yield f"out.{name}", transform(x, *(has[f"draw.{name}.{part}"] for part in parts))
-        whole = transform(whole, *(draws.pop(0) for _ in parts))
-    yield "out.policy_seeded", whole
+    for name, transform in case.names(r"out\.([a-z]+)"):
+        yield name, getattr(d, transform)(x, *(has[f"draw.{transform}.{part}"] for part in arguments[transform]))
+    policy = re.search(r"policy '([a-z,]+)'", case.said("out.policy_seeded"))[1].split(",")
+    parts = {"color": ("brightness", "saturation", "contrast")}
+    steps = [step for name in policy for step in parts.get(name, (name,))]
+    draws = [has[f"draw.policy.{i}"] for i in range(sum(len(arguments[step]) for step in steps))]
+    for step in steps:
+        x = getattr(d, step)(x, *(draws.pop(0) for _ in arguments[step]))
+    yield "out.policy_seeded", x
 
 
 def hinge(case: Any) -> Iterator[tuple]:
@@ -266,36 +269,44 @@ def keys(case: Any) -> Iterator[tuple]:
     """Names and shapes of a full-size network; the deviation is the number of entries that differ."""
     shape = {name: tuple(size) for name, size, *_ in case.json}
     with torch.device("meta"):
-        net = _network_of_keys(case.name, shape)
+        net = _network_of_keys(shape)
     own = {name: tuple(value.shape) for name, value in net.state_dict().items()}
     yield "keys", len(set(own.items()) ^ set(shape.items())), 0, 0.0
 
 
-def _network_of_keys(name: str, shape: dict[str, tuple[int, ...]]) -> nn.Module:
-    from sdtrain.models.fastgan.networks import Generator, GeneratorOptions
+def _network_of_keys(shape: dict[str, tuple[int, ...]]) -> nn.Module:
+    """Kind, widths and options read off the keys; heads are the same for all data of 128 pixels and more."""
     from sdtrain.models.projected.networks import Discriminator, DiscriminatorOptions
 
-    if name.startswith("keys_pg_G"):
-        z_dim, width = shape["synthesis.init.init.0.weight_orig"][:2]
-        levels = [int(m[1]) for key in shape if (m := re.match(r"synthesis\.feat_(\d+)\.", key))]
-        top = shape["synthesis.to_big.weight_orig"][1]
-        ngf = width // 32
-        lite = "synthesis.feat_8.5.weight_orig" not in shape
-        official_128 = max(levels) == 256 and top == ngf
-        return Generator(
-            GeneratorOptions(z_dim=z_dim, ngf=ngf, lite=lite), resolution=128 if official_128 else max(levels)
-        )
-    separable = any(".depthwise." in key and "mini_discs" in key for key in shape)
-    net = Discriminator(DiscriminatorOptions(separable=separable), resolution=256)
-    return net.discriminator if "multiscale" in name else net
+    if "synthesis.to_big.weight_orig" in shape:
+        return _generator_of_keys(shape)
+    options: dict[str, Any] = {"separable": any(".depthwise." in key and "mini_discs" in key for key in shape)}
+    embeddings = [size for key, size in shape.items() if key.endswith("embed.weight")]
+    if embeddings:
+        options |= {"num_embeddings": embeddings[0][0], "embedding_dim": embeddings[0][1]}
+    net = Discriminator(DiscriminatorOptions(**options), resolution=256, num_classes=int(bool(embeddings)))
+    return net if any(key.startswith("feature_network.") for key in shape) else net.discriminator
+
+
+def _generator_of_keys(shape: dict[str, tuple[int, ...]]) -> nn.Module:
+    from sdtrain.models.fastgan.networks import Generator, GeneratorOptions
+
+    z_dim, width = shape["synthesis.init.init.0.weight_orig"][:2]
+    levels = [int(m[1]) for key in shape if (m := re.match(r"synthesis\.feat_(\d+)\.", key))]
+    ngf, top = width // 32, shape["synthesis.to_big.weight_orig"][1]
+    classes = shape.get("synthesis.embed.weight", (1,))[0]
+    lite = not {"synthesis.feat_8.5.weight_orig", "synthesis.feat_8.conv2.weight_orig"} & shape.keys()
+    resolution = 128 if max(levels) == 256 and top == ngf else max(levels)
+    options = GeneratorOptions(z_dim=z_dim, ngf=ngf, lite=lite, num_embeddings=classes)
+    return Generator(options, resolution=resolution, num_classes=classes if "synthesis.embed.weight" in shape else 0)
 
 
 ADAPTERS = {
     "pg_fastgan*.safetensors": fastgan,
-    "pg_units.safetensors": units,
-    "pg_singledisc.safetensors": single_heads,
-    "pg_big.safetensors": big,
-    "pg_loss.safetensors": hinge,
-    "diffaug.safetensors": diffaug,
+    "pg_units*.safetensors": units,
+    "pg_singledisc*.safetensors": single_heads,
+    "pg_big*.safetensors": big,
+    "pg_loss*.safetensors": hinge,
+    "diffaug*.safetensors": diffaug,
     "keys_pg_*.json": keys,
 }

@@ -1,18 +1,16 @@
-"""Super-resolution: networks, checkpoints, losses, metrics and three training steps against the golden numbers."""
+"""Super-resolution: networks, checkpoints and training steps against the golden numbers."""
 
 from __future__ import annotations
 
 import copy
 import math
+import re
 from collections.abc import Iterator
 from typing import Any
 
-import rules
 import torch
+from rules import number
 from torch import Tensor, nn
-
-FACTOR_MAX = 64
-START_SEED = 123423  # train_step_esrnet stores the state after its steps; it started from upstream's fresh weights
 
 
 def _options(cls: type, config: dict[str, Any]) -> Any:
@@ -28,13 +26,13 @@ def _rrdbnet(config: dict[str, Any]) -> nn.Module:
 def rrdbnet(case: Any) -> Iterator[tuple]:
     net, x = _rrdbnet(case.entry["config"]), case.tensors["in.x"].requires_grad_()
     net.load_state_dict(case.group("sd."))
-    last = net.layer_names[-4]
-    y, maps = net(x, ("conv_first", last, "conv_body", "trunk"))
+    blocks = [name for name in net.layer_names if name.startswith("body.")]
+    layers = {output: blocks[-1] if layer == "body" else layer for output, layer in case.names(r"out\.feat_(\w+)")}
+    y, maps = net(x, tuple(layers.values()))
     yield "out.y", y
     yield "out.grad_x_of_mean_y2", torch.autograd.grad(y.square().mean(), x)[0]
-    yield "out.feat_body", maps[last]
-    for layer in ("conv_first", "conv_body", "trunk"):
-        yield f"out.feat_{layer}", maps[layer]
+    for output, layer in layers.items():
+        yield output, maps[layer]
 
 
 def rrdbnet_full(case: Any) -> Iterator[tuple]:
@@ -47,7 +45,7 @@ def rrdbnet_full(case: Any) -> Iterator[tuple]:
 def rrdbnet_init(case: Any) -> Iterator[tuple]:
     """Mean and standard deviation of fresh weights: four standard errors of either draw."""
     torch.manual_seed(0)
-    state = _rrdbnet({}).state_dict()
+    state = _rrdbnet({"num_feat": int(number(case.name, "nf"))}).state_dict()
     for name, (mean, std) in case.entry["values"].items():
         value = state[name].double()
         error = 4 * math.sqrt(2) * max(std, float(value.std())) / math.sqrt(value.numel())
@@ -69,17 +67,18 @@ def unet_sn(case: Any) -> Iterator[tuple]:
     net, x = Discriminator(_options(DiscriminatorOptions, case.entry["config"])), case.tensors["in.x"]
     net.load_state_dict(case.group("sd."))
     y = net.eval().logit_map(x)
-    if "out.y_eval" in case.tensors:
-        yield "out.y_eval", y
-        return
-    yield "out.y_eval_fresh", y
-    for calls in (1, 3):
-        for _ in range(calls if calls == 1 else 2):
+    for name, _ in case.names(r"out\.y_eval(_fresh)?"):
+        yield name, y
+    done = 0
+    for calls in sorted({int(calls) for _, calls in case.names(r"out\.(?:y_train_call|y_eval_after|after)(\d+).*")}):
+        for _ in range(calls - done):
             y = net.train().logit_map(x)
+        done = calls
         yield f"out.y_train_call{calls}", y
         for name in case.group(f"out.after{calls}."):
             yield f"out.after{calls}.{name}", net.state_dict()[name]
-    yield "out.y_eval_after3", net.eval().logit_map(x)
+        for (name,) in case.names(rf"out\.y_eval_after{calls}"):
+            yield name, net.eval().logit_map(x)
 
 
 def _gcfsr(config: dict[str, Any]) -> nn.Module:
@@ -93,34 +92,38 @@ def _noise(case: Any) -> list[Tensor]:
     return [maps[str(i)] for i in range(len(maps))]
 
 
+def _factors(case: Any) -> Tensor:
+    """The stored in_size is a factor over a number that the text names; 64 in a file whose text does not."""
+    said = case.entry["call"]
+    return case.tensors["in.in_size"] * (number(said, "downscale factor /") if "downscale factor" in said else 64)
+
+
 def gcfsr(case: Any) -> Iterator[tuple]:
     net, t = _gcfsr(case.entry["config"]), case.tensors
-    unused = {name: value for name, value in net.state_dict().items() if name.startswith("noises.")}
-    net.load_state_dict({**unused, **case.group("sd.")})
-    layers = ("codes", "enc.16", "final_conv", "last_style_conv")
+    if "weights" in case.entry:
+        case.procedural(net)
+    else:
+        unused = {name: value for name, value in net.state_dict().items() if name.startswith("noises.")}
+        net.load_state_dict({**unused, **case.group("sd.")})
+    names = {"style_conv1": "style_conv.16"}
+    wanted = case.names(r"out\.feat_(\w+?)(?:_item(\d+))?")
+    layers = {output: names.get(layer, layer.replace("enc_", "enc.")) for output, layer, _ in wanted}
     with torch.no_grad():
-        y, maps = net(t["in.x"], t["in.in_size"] * FACTOR_MAX, noise=_noise(case), layers=layers)
+        y, maps = net(t["in.x"], _factors(case), noise=_noise(case), layers=("codes", *layers.values()))
         yield "out.y", y
         yield "out.latent", maps["codes"]
-        yield "out.feat_enc_16", maps["enc.16"]
-        yield "out.feat_final_conv", maps["final_conv"]
-        yield "out.feat_last_style_conv_item0", maps["last_style_conv"][:1]
-        yield "out.y_zero_noise_item0", net(t["in.x"][:1], t["in.in_size"][:1] * FACTOR_MAX)
-
-
-def gcfsr_full(case: Any) -> Iterator[tuple]:
-    net, t = case.procedural(_gcfsr(case.entry["config"])), case.tensors
-    with torch.no_grad():
-        y, maps = net(t["in.x"], t["in.in_size"] * FACTOR_MAX, noise=_noise(case), layers=("codes",))
-    yield "out.y", y
-    yield "out.latent", maps["codes"]
+        for output, _, item in wanted:
+            value = maps[layers[output]]
+            yield output, value[int(item)][None] if item else value
+        for name, item in case.names(r"out\.y_zero_noise_item(\d+)"):
+            yield name, net(t["in.x"][int(item)][None], _factors(case)[int(item)][None])
 
 
 def gcfsr_discriminator(case: Any) -> Iterator[tuple]:
     from sdtrain.models.gcfsr.networks import Discriminator, DiscriminatorOptions
 
     config = case.entry["config"]
-    options = DiscriminatorOptions(narrow=config["narrow"], stddev_group=config.get("stddev_group", 0))
+    options = _options(DiscriminatorOptions, config)
     net, x = Discriminator(options, resolution=config["out_size"]), case.tensors["in.x"].requires_grad_()
     net.load_state_dict(case.group("sd."))
     logit = net(x)
@@ -129,7 +132,8 @@ def gcfsr_discriminator(case: Any) -> Iterator[tuple]:
     yield "out.logit", logit
     yield "out.grad_x_of_sum_logit", grad
     yield "out.r1", r1
-    (10 / 2 * 16 * r1).backward()
+    weight, half, interval = re.search(r"d\(([\d.]+)/(\d+) \* r1 \* (\d+)\)", case.entry["call"]).groups()
+    (float(weight) / int(half) * int(interval) * r1).backward()
     parameters = dict(net.named_parameters())
     for name in case.group("out.r1grad."):
         yield f"out.r1grad.{name}", parameters[name].grad
@@ -138,192 +142,58 @@ def gcfsr_discriminator(case: Any) -> Iterator[tuple]:
 def gcfsr_parts(case: Any) -> Iterator[tuple]:
     from sdtrain.models.gcfsr.networks import EqualLinear, ModulatedConv2d, fir, unit_scales
 
-    t, x = case.tensors, case.tensors["in.x"]
+    t, x, config = case.tensors, case.tensors["in.x"], case.entry["config"]
     yield "out.upsample", fir(x, (2, 1), up=True)
     yield "out.downsample", fir(x, (1, 1))[:, :, ::2, ::2]
-    yield "out.smooth_after_transposed3", fir(4 * x, (1, 1))
-    yield "out.smooth_before_down3", fir(x, (2, 2))
-    yield "out.smooth_before_down1", fir(x, (1, 1))
-    for sample in (None, "up", "down"):
-        for demodulate in (True, False):
-            name = f"modconv_{sample or 'none'}{'sample' if sample else ''}_{'' if demodulate else 'no'}demod"
-            conv = ModulatedConv2d(4, 6, 3, 5, demodulate=demodulate, sample=sample)
-            conv.load_state_dict(case.group(f"sd.{name}."))
-            yield f"out.{name}", conv(x, t["in.style"])
-    linear = EqualLinear(5, 4, lr_mul=0.5, activate=True)
-    linear.load_state_dict(case.group("sd.equal_linear_lr0.5_lrelu."))
-    yield "out.equal_linear_lr0.5_lrelu", linear(t["in.style"])
-    a, b = unit_scales(t["in.scale1"], t["in.scale2"])
-    yield "out.norm_scale1", a
-    yield "out.norm_scale2", b
+    for name, where, kernel in case.names(r"out\.smooth_(after_transposed|before_down)(\d)"):
+        extra = int(kernel) - 1 if where == "before_down" else 1 - int(kernel)  # official padding rules, four taps
+        first, second = (2 + extra + 1) // 2, (2 + extra) // 2
+        pad = (first, second) if where == "before_down" else (first + 1, second + 1)
+        yield name, fir(x if where == "before_down" else 4 * x, pad)
+    sizes = (config[name] for name in ("in_channels", "out_channels", "kernel_size", "num_style_feat"))
+    sizes = tuple(sizes)
+    for output, name, sample, off in case.names(r"out\.(modconv_(none|upsample|downsample)_(no)?demod)"):
+        way = None if sample == "none" else sample.removesuffix("sample")
+        conv = ModulatedConv2d(*sizes, demodulate=not off, sample=way)
+        conv.load_state_dict(case.group(f"sd.{name}."))
+        yield output, conv(x, t["in.style"])
+    for output, name, lr_mul, activate in case.names(r"out\.(equal_linear_lr([\d.]+)(_lrelu)?)"):
+        state = case.group(f"sd.{name}.")
+        linear = EqualLinear(*state["weight"].shape[::-1], lr_mul=float(lr_mul), activate=bool(activate))
+        linear.load_state_dict(state)
+        yield output, linear(t["in.style"])
+    yield from zip(("out.norm_scale1", "out.norm_scale2"), unit_scales(t["in.scale1"], t["in.scale2"]), strict=True)
 
 
-def losses(case: Any) -> Iterator[tuple]:
-    yield from _pixel_losses(case)
-    yield from _adversarial_losses(case)
-    yield from _distillation_losses(case)
-
-
-def _pixel_losses(case: Any) -> Iterator[tuple]:
-    from sdtrain.losses import omgd_dcd
-    from sdtrain.losses.distance import l1
-    from sdtrain.losses.feature import charbonnier
-
-    a, b = case.tensors["in.a"], case.tensors["in.b"]
-    yield "out.l1", l1(a, b).mean()
-    yield "out.charbonnier", charbonnier(a, b)
-    yield "out.wtv", omgd_dcd.mean_total_variation(a)
-    yield "out.omgd_ssim", omgd_dcd.ssim_zero_padded(a * 2 - 1, b * 2 - 1)
-    yield "out.omgd_tv_sum", omgd_dcd.total_variation(a * 2 - 1)
-
-
-def _adversarial_losses(case: Any) -> Iterator[tuple]:
-    from sdtrain.losses import adversarial
-
-    games = {"vanilla": "logistic", "wgan_softplus": "logistic", "lsgan": "least-squares", "hinge": "hinge"}
-    logit = case.tensors["in.logit"]
-    for name, ours in {**games, "wgan": "wasserstein"}.items():
-        real, fake = getattr(adversarial, f"{ours}_d")(logit, logit)
-        yield f"out.{name}_d_real", real
-        yield f"out.{name}_d_fake", fake
-        yield f"out.{name}_g_real", case.entry["config"]["gan_loss_weight"] * getattr(adversarial, f"{ours}_g")(logit)
-
-
-def _distillation_losses(case: Any) -> Iterator[tuple]:
-    from sdtrain.losses import feature, omgd_dcd
-
-    t = case.tensors
-    yield "out.gram_f1", feature.gram(t["in.f1"])
-    yield "out.style_l1", (feature.gram(t["in.f1"]) - feature.gram(t["in.f2"])).abs().mean()
-    yield "out.omgd_cd", omgd_dcd.channel_distillation(t["in.f1"], t["in.f2"])
-    connector = omgd_dcd.Connector(8, 12)
-    connector.load_state_dict(case.group("sd.connector."))
-    yield "out.connector_train", connector(t["in.f1"])
-    mlp = feature.FeatureMLP(8, 16)
-    mlp.load_state_dict(case.group("sd.mlp."))
-    yield "out.mlp", mlp(t["in.fs"])
-    yield "out.mlp_mse_mean", feature.mlp_loss(mlp, t["in.fs"], t["in.ft"], tiles=3)
-    yield "out.mlp_mse_sum_div_batch", feature.mlp_loss(mlp, t["in.fs"], t["in.ft"], "sum")
-    yield "out.stage2_D_sigmoid_mse", feature.probability_loss(t["in.ps"], t["in.pt"])
-    yield "out.stage2_D_logit_mse", feature.probability_loss(t["in.ps"], t["in.pt"], of="logit")
-
-
-def _vgg_state(case: Any, net: str) -> dict[str, Tensor]:
-    """Procedural weights of the features; the classifier only counts among the sorted keys."""
-    from sdtrain.losses.feature import VGGFeatures
-
-    state = VGGFeatures([f"conv5_{4 if net == 'vgg19' else 3}"], net=net).state_dict()
-    for position in (0, 3, 6):
-        state |= {f"classifier.{position}.{leaf}": torch.zeros(1) for leaf in ("weight", "bias")}
-    return rules.procedural(state, case.entry["weights"].split(";")[0])
-
-
-def perceptual_vgg19(case: Any) -> Iterator[tuple]:
-    from sdtrain.losses.feature import PerceptualLoss
-
-    x, y = case.tensors["in.x"].requires_grad_(), case.tensors["in.y"]
-    loss = PerceptualLoss.for_real_esrgan(_vgg_state(case, "vgg19"))
-    value = loss(x, y)
-    yield "out.percep", value
-    yield "out.percep_w0.5", 0.5 * value
-    yield "out.grad_x", torch.autograd.grad(value, x)[0]
-    yield "out.style_w2", 2 * loss.style(x, y)
-    maps, aims = loss.maps(x), loss.maps(y)
-    for name, value in maps.items():
-        yield f"out.feat_mean_{name}", value.mean((2, 3))
-        yield f"out.l1_{name}", (value - aims[name]).abs().mean()
-
-
-def perceptual_vgg16(case: Any) -> Iterator[tuple]:
-    from sdtrain.losses.feature import PerceptualLoss
-
-    t = case.tensors
-    loss = PerceptualLoss.for_gcfsr(_vgg_state(case, "vgg16"))
-    yield "out.percep", case.entry["config"]["perceptual_weight"] * loss(t["in.x"], t["in.y"])
-    yield "out.feat_mean_conv4_3", loss.maps(t["in.x"])["conv4_3"].mean((2, 3))
-
-
-def omgd(case: Any) -> Iterator[tuple]:
-    from sdtrain.losses import omgd_dcd
-
-    t = case.tensors
-    vgg = omgd_dcd.response_network(_vgg_state(case, "vgg16"))
-    terms = omgd_dcd.omgd_terms(vgg, t["in.student"], t["in.teacher"])
-    yield "out.ssim_term_unweighted", terms["ssim"]
-    yield "out.style_unweighted", terms["style"]
-    yield "out.feature_unweighted", terms["feature"]
-    yield "out.tv_sum_unweighted", terms["tv"]
-    yield "out.total_one_teacher", omgd_dcd.weighted(terms, omgd_dcd.OMGD_WEIGHTS)
-    response = {name: terms[name] for name in omgd_dcd.DCD_WEIGHTS}
-    yield "out.total_dcd_published_weights", omgd_dcd.weighted(response, omgd_dcd.DCD_WEIGHTS)
-
-
-def _patch_hidden(state: dict[str, Tensor]) -> nn.Module:
-    """The hidden part of the reference's PatchGAN, up to its last leaky ReLU."""
-    layers: list[nn.Module] = []
-    for position, stride in ((0, 2), (2, 2), (5, 2), (8, 1)):
-        weight = state[f"{position}.weight"]
-        conv = nn.Conv2d(weight.shape[1], weight.shape[0], 4, stride, 1)
-        conv.load_state_dict({"weight": weight, "bias": state[f"{position}.bias"]})
-        norm = [nn.InstanceNorm2d(weight.shape[0])] if position else []
-        layers += [conv, *norm, nn.LeakyReLU(0.2)]
-    return nn.Sequential(*layers)
-
-
-def dcd(case: Any) -> Iterator[tuple]:
-    from sdtrain.losses.omgd_dcd import Connector, discriminator_distance
-
-    maps, hidden = {}, _patch_hidden(case.group("sd.netD."))
-    for side in "TS":
-        f = case.tensors[f"in.f{side}"]
-        connector = Connector(f.shape[1], 3)
-        connector.load_state_dict({**connector.state_dict(), **case.group(f"sd.net{side}.")})
-        maps[side] = connector(f)
-        yield f"out.{side}", maps[side]
-        yield f"out.d{side}", hidden(maps[side])
-    yield "out.loss", discriminator_distance(hidden, maps["S"], maps["T"])
-
-
-def metrics(case: Any) -> Iterator[tuple]:
-    from sdtrain.metrics import sr_metrics
-
-    if "in.a_bgr_hwc_u8" not in case.tensors:
-        return
-    a, b = (case.tensors[name].flip(-1).permute(2, 0, 1)[None] for name in ("in.a_bgr_hwc_u8", "in.b_bgr_hwc_u8"))
-    for name, value in case.entry["expected"].items():
-        if name.startswith("y_of_bgr_pixel_"):
-            bgr = [float(part) for part in name.split("_")[-3:]]
-            got = sr_metrics.luminance(torch.tensor(bgr).flip(0).view(1, 3, 1, 1))
-        else:
-            kind, *_ = name.split("_")
-            border, luma = int(name.split("crop")[1][0]), name.endswith("_y")
-            unit = "_pt_" in name
-            measure = getattr(sr_metrics, f"{kind}_of_unit" if unit else kind)
-            pair = (a / 255, b / 255) if unit else (a, b)
-            got = measure(*pair, crop_border=border, luma=luma)
-        yield name, got.squeeze(), value, case.limit(value)
-
-
-def pth_x4(case: Any) -> Iterator[tuple]:
-    """The .pth files of the x4 network, and the file that holds what they must give."""
+def pth_expected(case: Any) -> Iterator[tuple]:
+    """The .pth files that must give this output are named in the entry."""
     from sdtrain.interop.pth import open_network
 
-    expected = case.other("pth_expected.safetensors")
-    name = "RRDBNet_x4_nf8_params_ema.pth" if case.path.suffix == ".safetensors" else case.name
-    net, _ = open_network(case.folder / name)
-    reference = expected.tensors["out.y"]
-    yield "out.y", net(expected.tensors["in.x"]), reference, expected.limit(reference)
+    for name in re.findall(r"\S+\.pth", case.entry["module"]):
+        net, _ = open_network(case.folder / name)
+        yield "out.y", net(case.tensors["in.x"])
 
 
-def pth_x2(case: Any) -> Iterator[tuple]:
+def pth_generator(case: Any) -> Iterator[tuple]:
+    """Recognised with the sizes that the manifest states; averaged weights are the stated share of the raw ones."""
     from sdtrain.interop.pth import load_pth, open_network
 
-    raw, average = load_pth(case.path, "params"), load_pth(case.path)
-    worst = max(float((average[name] - 0.99 * raw[name]).abs().max()) for name in raw)
-    yield "ema is 0.99 params", worst, 0.0, 1e-6
+    said = case.entry["what"]
     net, found = open_network(case.path)
-    yield "scale", found.options.scale, 2, 0.0
-    yield "side", net(torch.zeros(1, 3, 4, 6)).shape[-1], 12, 0.0
+    for name, ours in {"nf": "num_feat", "gc": "num_grow_ch", "nb": "num_block", "x": "scale"}.items():
+        if re.search(rf"\b{name} ?\d", said):
+            yield ours, getattr(found.options, ours), number(said, name), 0.0
+    yield "side", net(torch.zeros(1, 3, 4, 6)).shape[-1], 6 * found.options.scale, 0.0
+    if "*params" in said:
+        raw, average = load_pth(case.path, "params"), load_pth(case.path)
+        share = number(said, "ema =")
+        worst = max(float((average[name] - share * raw[name]).abs().max()) for name in raw)
+        yield f"ema is {share} params", worst, 0.0, 1e-6
+    for name in case.manifest["files"]:
+        if case.name in case.manifest["files"][name].get("module", ""):
+            expected = case.other(name)
+            reference = expected.tensors["out.y"]
+            yield f"out.y of {name}", net(expected.tensors["in.x"]), reference, expected.limit(reference)
 
 
 def pth_other(case: Any) -> Iterator[tuple]:
@@ -346,13 +216,14 @@ def train_step(case: Any) -> Iterator[tuple]:
     from sdtrain.losses.distance import l1
 
     config, t = case.entry["config"], case.tensors
-    torch.manual_seed(START_SEED)
+    torch.manual_seed(case.entry["seed"])  # the stored state is that after the steps; they started from fresh weights
     net = _rrdbnet(config).train()
     average = copy.deepcopy(net)
-    adam = torch.optim.Adam(net.parameters(), config["adam"]["lr"], tuple(config["adam"]["betas"]))
-    for step in range(3):
+    options = {**config["adam"], "betas": tuple(config["adam"]["betas"])}
+    adam = torch.optim.Adam(net.parameters(), **options)
+    for output, _ in sorted(case.names(r"out\.loss(\d+)"), key=lambda name: int(name[1])):
         loss = l1(net(t["in.x"]), t["in.y"]).mean()
-        yield f"out.loss{step}", loss
+        yield output, loss
         adam.zero_grad()
         loss.backward()
         adam.step()
@@ -364,27 +235,19 @@ def train_step(case: Any) -> Iterator[tuple]:
 
 
 ADAPTERS = {
-    "rrdbnet_x[124].safetensors": rrdbnet,
-    "rrdbnet_x4_full_procedural.safetensors": rrdbnet_full,
-    "init_statistics_RRDBNet_nf64": rrdbnet_init,
-    "srvgg.safetensors": srvgg,
+    "rrdbnet_x*.safetensors": rrdbnet,
+    "rrdbnet_x*_full_procedural.safetensors": rrdbnet_full,
+    "init_statistics_RRDBNet_*": rrdbnet_init,
+    "srvgg*.safetensors": srvgg,
     "unet_disc_sn*.safetensors": unet_sn,
-    "gcfsr_g[36][24].safetensors": gcfsr,
-    "gcfsr_g32_full_procedural.safetensors": gcfsr_full,
-    "gcfsr_d_nostd.safetensors": gcfsr_discriminator,
-    "stylegan2_d_std.safetensors": gcfsr_discriminator,
-    "gcfsr_parts.safetensors": gcfsr_parts,
-    "losses.safetensors": losses,
-    "perceptual_vgg19_procedural.safetensors": perceptual_vgg19,
-    "perceptual_vgg16_gcfsr_procedural.safetensors": perceptual_vgg16,
-    "omgd_student_loss.safetensors": omgd,
-    "dcd_fm_loss.safetensors": dcd,
-    "metric[s].safetensors": metrics,  # a pattern: another folder has a file of this name
-    "pth_expected.safetensors": pth_x4,
-    "RRDBNet_x4_nf8_params_ema.pth": pth_x4,
-    "ESRGAN_oldarch_x4_nf8.pth": pth_x4,
-    "RRDBNet_x2_nf8_params_and_ema.pth": pth_x2,
-    "UNetD_nf4_params.pth": pth_other,
-    "GCFSR_32_narrow32_params_and_ema.pth": pth_other,
-    "train_step_esrnet.safetensors": train_step,
+    "gcfsr_g*.safetensors": gcfsr,
+    "gcfsr_d*.safetensors": gcfsr_discriminator,
+    "stylegan2_d*.safetensors": gcfsr_discriminator,
+    "gcfsr_parts*.safetensors": gcfsr_parts,
+    "pth_expected*.safetensors": pth_expected,
+    "RRDBNet_x*.pth": pth_generator,
+    "ESRGAN_oldarch_x*.pth": pth_generator,
+    "UNetD_*.pth": pth_other,
+    "GCFSR_*.pth": pth_other,
+    "train_step_esrnet*.safetensors": train_step,
 }

@@ -2,15 +2,21 @@
 
     python tests/golden/check.py DIR [FILE_PATTERN ...]
 
-DIR holds `manifest.json` and the files it lists. Everything is driven by the manifest: configurations, seeds, strides
-and tolerances are read from its entries, so any folder of this format can be checked. One line is printed per file and
-output (deviation, what is allowed, ok or short), then 'N ok, N short, N not here yet'. The exit status is 1 if any is
-short.
+DIR holds `manifest.json` and the files it lists. Everything is driven by these files: seeds, sizes, options, strides,
+output names and tolerances are read from manifest entries, tensor names and shapes, so any folder of this format can be
+checked. One line is printed per file and output, then 'N ok, N short, N not comparable, N failed':
+
+    ok              deviates by no more than is allowed
+    short           was not compared: the file or its adapter is missing, or no adapter looked at this output
+    not comparable  the adapter gives the reason why the folder does not hold what the output depends on
+    failed          deviates by more, or the adapter raised
+
+The exit status is 1 if anything is short or failed.
 
 Adapters. A module `adapters_NAME.py` beside this file knows how to compute the outputs of some files:
 
     def generator(case):                       # case: check.Case, see its docstring
-        from sdtrain.models.fastgan.networks import Generator  # import inside: a missing module reads 'not here yet'
+        from sdtrain.models.fastgan.networks import Generator  # import inside: a missing module reads 'short'
         net = Generator(...case.entry["config"]...)
         net.load_state_dict(case.group("sd."))
         yield "out.img", net(case.tensors["in.z"])                     # reference and tolerance from the file
@@ -19,10 +25,12 @@ Adapters. A module `adapters_NAME.py` beside this file knows how to compute the 
     ADAPTERS = {"pg_fastgan*.safetensors": generator}       # exact file names win over patterns, longer over shorter
 
 Values may be tensors, numbers or bools. Expectations that the manifest itself holds (calls, expected, sums) and
-refusals use the form with a reference: `yield "refused", True, True, 0.0`. Stored outputs (`out.`, `mid.`, `after*`,
-`grad.`) that no adapter yields are listed as 'not compared' and counted as not here yet; `yield name, Skip(reason)`
-(`from check import Skip`) says why an output cannot be compared. An adapter that raises is short; one whose import of a
-sdtrain module fails for want of that module is not here yet. `rules.py` has the seeded inputs and weights.
+refusals use the form with a reference: `yield "refused", True, True, 0.0`. What the manifest says in words is read with
+`case.said(output)` and `rules.number(text, name)`. `yield name, Skip(reason)` (`from check import Skip`) says why an
+output cannot be compared. Short are: stored outputs (`out.`, `mid.`, `after*`, `grad.`) that no adapter yields, other
+stored tensors but inputs that none reads, numbers under `expected` that none yields by their dotted name, and tensors
+that the manifest lists and the file does not hold.
+`rules.py` has the seeded inputs and weights.
 """
 
 from __future__ import annotations
@@ -30,6 +38,7 @@ from __future__ import annotations
 import fnmatch
 import importlib
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -47,7 +56,20 @@ import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 OUTPUT_PREFIXES = ("out.", "mid.", "after", "grad.")
-OK, SHORT, ABSENT = "ok", "short", "not here yet"
+INPUT_PREFIXES = ("in.", "sd.", "aux.", "draw.", "param.", "filter.")
+OK, SHORT, SKIPPED, FAILED = "ok", "short", "not comparable", "failed"
+
+
+class Tensors(dict[str, Tensor]):
+    """The tensors of a file by name, and which of them were looked at."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        super().__init__(tensors)
+        self.seen: set[str] = set()
+
+    def __getitem__(self, name: str) -> Tensor:
+        self.seen.add(name)
+        return super().__getitem__(name)
 
 
 @dataclass(frozen=True)
@@ -71,10 +93,10 @@ class Case:
         return self.folder / self.name
 
     @cached_property
-    def tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> Tensors:
         from safetensors.torch import load_file
 
-        return load_file(self.path) if self.path.suffix == ".safetensors" else {}
+        return Tensors(load_file(self.path) if self.path.suffix == ".safetensors" else {})
 
     @cached_property
     def json(self) -> Any:
@@ -82,7 +104,19 @@ class Case:
 
     def group(self, prefix: str) -> dict[str, Tensor]:
         """The tensors whose name starts with `prefix`, without it ('sd.' gives the state dict)."""
-        return {name[len(prefix) :]: value for name, value in self.tensors.items() if name.startswith(prefix)}
+        return {name[len(prefix) :]: self.tensors[name] for name in self.tensors if name.startswith(prefix)}
+
+    def names(self, pattern: str) -> list[tuple[str, ...]]:
+        """(name, *groups) of every tensor whose whole name fits a regular expression; no group reads ''."""
+        found = [re.fullmatch(pattern, name) for name in self.tensors]
+        return [(hit[0], *(part or "" for part in hit.groups())) for hit in found if hit]
+
+    def said(self, output: str) -> str:
+        """What the manifest's `calls` say about an output, the most special first; keys may hold {name} and *."""
+        said = dict(self.entry.get("calls", {}))
+        patterns = {key: re.sub(r"\{[^}]*\}", "*", key) for key in said}
+        fitting = [k for k, p in patterns.items() if any(fnmatch.fnmatch(output, p + end) for end in ("", ".*"))]
+        return "; ".join(str(said[key]) for key in sorted(fitting, key=lambda key: (key != output, -len(key))))
 
     def other(self, name: str) -> Case:
         """Another file of the same folder."""
@@ -96,9 +130,9 @@ class Case:
         """The manifest's rnd_rule; `seed` defaults to its base seed."""
         return rules.rnd(key, *shape, scale=scale, seed=self.base_seed if seed is None else seed)
 
-    def rnd_in_text(self, text: str) -> dict[str, Tensor]:
-        """Inputs that a manifest text spells as rnd('key',1,3,8,8)."""
-        return rules.rnd_in_text(text, self.base_seed)
+    def rnd_in_text(self, text: str, **sizes: int) -> dict[str, Tensor]:
+        """Inputs that a manifest text spells as rnd('key',1,3,8,res); `sizes` are the words in it."""
+        return rules.rnd_in_text(text, self.base_seed, sizes)
 
     def fill(self, net: nn.Module, family: str, seed: int | None = None) -> nn.Module:
         """Load `net` with the weights of the fill rule; `seed` defaults to the entry's."""
@@ -131,7 +165,7 @@ Adapter = Callable[[Case], Iterator[tuple]]
 
 @dataclass(frozen=True)
 class Line:
-    """One result: verdict is ok, short or not here yet."""
+    """One result; verdict is one of OK, SHORT, SKIPPED and FAILED."""
 
     file: str
     output: str
@@ -182,35 +216,54 @@ def run(folder: Path | str, patterns: Sequence[str] = ()) -> list[Line]:
 
 def _check_file(case: Case, adapter: Adapter | None) -> list[Line]:
     if not case.path.is_file() and "." in case.name:
-        return [Line(case.name, "-", ABSENT, "file not in this folder")]
+        return [Line(case.name, "-", SHORT, "file not in this folder")]
     if adapter is None:
-        return [Line(case.name, "-", ABSENT, "model not here yet")]
+        return [Line(case.name, "-", SHORT, "no adapter for it")]
     lines: list[Line] = []
     try:
         lines.extend(_compare(case, *yielded) for yielded in adapter(case))
     except ModuleNotFoundError as error:
         if not (error.name or "").startswith("sdtrain"):
             raise
-        return [*lines, Line(case.name, "-", ABSENT, f"model not here yet ({error.name})")]
+        return [*lines, Line(case.name, "-", SHORT, f"model not here yet ({error.name})")]
     except Exception as error:  # one broken adapter must not hide the other files
-        lines.append(Line(case.name, "-", SHORT, f"raised {type(error).__name__}: {error}"))
-    seen = {line.output for line in lines}
-    missing = [name for name in case.tensors if name.startswith(OUTPUT_PREFIXES) and name not in seen]
-    return lines + [Line(case.name, name, ABSENT, "not compared") for name in sorted(missing)]
+        lines.append(Line(case.name, "-", FAILED, f"raised {type(error).__name__}: {error}"))
+    if not lines:
+        lines.append(Line(case.name, "-", SHORT, "its adapter compared nothing"))
+    return lines + [Line(case.name, name, SHORT, "not compared") for name in _missed(case, lines)]
+
+
+def _missed(case: Case, lines: Sequence[Line]) -> list[str]:
+    """Outputs and expected numbers without a line, other tensors that nobody looked at or that are not stored."""
+    compared = {line.output for line in lines}
+    outputs = {name for name in case.tensors if name.startswith(OUTPUT_PREFIXES)}
+    others = {name for name in case.tensors if not name.startswith(OUTPUT_PREFIXES + INPUT_PREFIXES)}
+    expected = set(_leaves(case.entry.get("expected", {})))
+    listed = set(case.entry.get("tensors", {})) - case.tensors.keys()
+    return sorted((outputs | (others - case.tensors.seen) | expected | listed) - compared)
+
+
+def _leaves(value: Any, name: str = "") -> Iterator[str]:
+    """Dotted names of the numbers and lists of numbers in nested dicts."""
+    if isinstance(value, dict):
+        for key, part in value.items():
+            yield from _leaves(part, f"{name}.{key}" if name else str(key))
+    elif not isinstance(value, str) and not (isinstance(value, list) and value and isinstance(value[0], list)):
+        yield name
 
 
 def _compare(case: Case, output: str, got: Any, reference: Any = None, allowed: float | None = None) -> Line:
     if isinstance(got, Skip):
-        return Line(case.name, output, ABSENT, f"not comparable: {got.reason}")
+        return Line(case.name, output, SKIPPED, got.reason)
     got = _tensor(got)
     if reference is None:
         reference = case.tensors[output]
     reference = _tensor(reference)
     allowed = rules.limit(case.entry, reference) if allowed is None else allowed
     if got.shape != reference.shape:
-        return Line(case.name, output, SHORT, f"shape {tuple(got.shape)}, expected {tuple(reference.shape)}")
+        return Line(case.name, output, FAILED, f"shape {tuple(got.shape)}, expected {tuple(reference.shape)}")
     worst = float((got - reference).abs().max()) if got.numel() else 0.0
-    return Line(case.name, output, OK if worst <= allowed else SHORT, f"deviation {worst:.3e} allowed {allowed:.3e}")
+    return Line(case.name, output, OK if worst <= allowed else FAILED, f"deviation {worst:.3e} allowed {allowed:.3e}")
 
 
 def _tensor(value: Any) -> Tensor:
@@ -218,8 +271,14 @@ def _tensor(value: Any) -> Tensor:
     return torch.as_tensor(value).detach().cpu().double()
 
 
+def bad(lines: Sequence[Line]) -> list[str]:
+    """The lines that are short or failed."""
+    return [str(line) for line in lines if line.verdict in (SHORT, FAILED)]
+
+
 def summary(lines: Sequence[Line]) -> str:
-    return ", ".join(f"{sum(line.verdict == kind for line in lines)} {kind}" for kind in (OK, SHORT, ABSENT))
+    kinds = (OK, SHORT, SKIPPED, FAILED)
+    return ", ".join(f"{sum(line.verdict == kind for line in lines)} {kind}" for kind in kinds)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -233,7 +292,7 @@ def main(arguments: Sequence[str]) -> int:
     for line in lines:
         print(line)
     print(summary(lines))
-    return int(any(line.verdict == SHORT for line in lines))
+    return int(bool(bad(lines)) or not lines)
 
 
 if __name__ == "__main__":

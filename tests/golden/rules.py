@@ -47,12 +47,23 @@ def base_seed(manifest: Mapping) -> int:
     return int(found.group(1))
 
 
-def rnd_in_text(text: str, seed: int) -> dict[str, Tensor]:
-    """Every `0.5*rnd('key',1,3,8,8)` written in a manifest text, by key."""
+def number(text: str, name: str) -> float:
+    """The number that a manifest text gives to a name: `alpha=.3`, `seed(3)`, `group 4` or `up2`.
+
+    `name` is a regular expression. Raises ValueError where the text has none.
+    """
+    found = re.search(rf"(?<![A-Za-z]){name}\s*[=(]?\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)", text)
+    if not found:
+        raise ValueError(f"{text!r} gives no number to {name!r}")
+    return float(found.group(1))
+
+
+def rnd_in_text(text: str, seed: int, sizes: Mapping[str, int] | None = None) -> dict[str, Tensor]:
+    """Every `0.5*rnd('key',1,3,8,res)` written in a manifest text, by key; `sizes` are the words among the sizes."""
     found = {}
     for scale, key, rest in re.findall(r"(?:([\d.]+)\s*\*\s*)?rnd\(\s*['\"]([^'\"]+)['\"]\s*((?:,[^()]*)?)\)", text):
         parts = [part.strip() for part in rest.split(",") if part.strip()]
-        shape = [int(part) for part in parts if "=" not in part]
+        shape = [(sizes or {}).get(part) or int(part) for part in parts if "=" not in part]
         named = dict(part.split("=", 1) for part in parts if "=" in part)
         own_seed = _integer(named["seed"]) if "seed" in named else seed
         factor = float(scale or 1.0) * float(named.get("scale", 1.0))
