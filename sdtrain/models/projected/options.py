@@ -19,7 +19,7 @@ class DiscriminatorOptions:
     num_embeddings: int = 1000  # rows of the class embedding of conditional heads; official checkpoints have 1000
     embedding_dim: int = 128  # columns of the class embedding
     cmap_dim: int = 64  # numbers compared between image and class at each place
-    projection_seed: int = 0  # seed of the random projections, and of random features when no weights are given
+    projection_seed: int | None = None  # seed of the random projections; none: the run's
 
 
 MODEL = ModelDeclaration(discriminator=DiscriminatorOptions, feature_weights="efficientnet_lite0")
