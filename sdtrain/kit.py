@@ -101,12 +101,7 @@ class Kit:
         return lambda x, draws, p: pipe(x, p, draws)
 
     def consistency_augmentation(self) -> Any:
-        """What balanced consistency compares an image with: mirror, shift, colour, large cutout (StyleNAT)."""
-        from sdtrain.augment.diffaug import diff_augment
+        """What balanced consistency compares an image with: a function (images, draws) -> images."""
+        from sdtrain.augment.consistent import consistent_augment
 
-        def augment(x: torch.Tensor, draws: Any) -> torch.Tensor:
-            mirrored = draws.uniform("flip") < 0.5
-            x = torch.where(mirrored.view(-1, 1, 1, 1), x.flip(3), x)
-            return diff_augment(x, draws, policy="translation,color,cutout", cutout_ratio=0.5)
-
-        return augment
+        return consistent_augment
