@@ -231,7 +231,7 @@ class SDAKD:
         hand_over(self, stage, best)
 
     def prepare(self, x: Chunk, stage: str) -> Chunk:
-        return self.inputs.prepare(x)
+        return self.inputs.prepare(x, stage)
 
     def no_grad(self, G: Any, x: Chunk, purpose: str) -> Tensor:
         with torch.no_grad():
