@@ -59,7 +59,7 @@ def _count(trainer: Trainer, x: Chunk) -> dict[str, int]:
 
 def _blank_chunk(trainer: Trainer) -> Chunk:
     builder, draws = trainer.builder, trainer.draws(tuple(range(trainer.ghosts_at_once)))
-    side, classes = builder.resolution, builder.num_classes
+    side, classes = builder.resolution, len(builder.class_counts)
     real = torch.zeros(draws.num_samples, 3, side, side)
     labels = torch.zeros(draws.num_samples, classes) if classes else None
     return trainer.method.blank(Chunk(step=0, seen_img=0, real=real, labels=labels, draws=draws))

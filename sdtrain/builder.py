@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +38,8 @@ class Builder:
     engine: Engine
     resolution: int
     """Side of the training images in pixels."""
-    num_classes: int = 0
+    class_counts: Sequence[int] = ()
+    """Samples of each class in the training set; () = no classes."""
     steps_per_epoch: float = 0.0
     random_weights: bool = False
     """A plan builds networks without reading weights files."""
@@ -62,7 +63,7 @@ class Builder:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_of(self.config.seed, "init", name))
             made = getattr(networks, PLAYER_CLASS[role])(
-                section, resolution=self.resolution, num_classes=self.num_classes, **more
+                section, resolution=self.resolution, num_classes=len(self.class_counts), **more
             )
         assert isinstance(made, nn.Module)
         set_ghost_batch(made, self.config.ghost_batch)
@@ -123,12 +124,7 @@ class Builder:
         return lambda x, draws, p: pipe(x, p, draws)
 
     def consistency_augmentation(self) -> Callable[[Tensor, Draws], Tensor]:
-        """What balanced consistency compares an image with: mirror, shift, colour, large cutout (StyleNAT)."""
-        from sdtrain.augment.diffaug import diff_augment
+        """What balanced consistency compares an image with."""
+        from sdtrain.augment.consistent import consistent_augment
 
-        def augment(x: Tensor, draws: Draws) -> Tensor:
-            mirrored = draws.uniform("flip") < 0.5
-            x = torch.where(mirrored.view(-1, 1, 1, 1), x.flip(3), x)
-            return diff_augment(x, draws, policy="translation,color,cutout", cutout_ratio=0.5)
-
-        return augment
+        return consistent_augment

@@ -223,7 +223,7 @@ class Method:
         """uint8 [N, 3, H, W] -> float32 in [-1, 1], or the range the networks want."""
         return images.float().div_(127.5).sub_(1.0)
 
-    def prepare(self, x: Chunk) -> Chunk:
+    def prepare(self, x: Chunk, stage: Stage) -> Chunk:
         """What all phases of a step share, made of the images: low-quality inputs, crops."""
         return x
 

@@ -175,7 +175,7 @@ def _build(config: Config, dataset: Dataset) -> Trainer:
 
     side, cpu = config.data.resolution or dataset.resolution, torch.device("cpu")
     assert side is not None  # `check_data` came first
-    trainer = Trainer(config, cpu, side, dataset.num_classes, num_samples=dataset.num_samples, random_weights=True)
+    trainer = Trainer(config, cpu, side, dataset.class_counts, num_samples=dataset.num_samples, random_weights=True)
     if config.summation == "fast":  # on as many ranks as the run can have
         trainer.ghosts_at_once = config.ghosts_at_once or config.num_ghosts // max(valid_world_sizes(config))
     return trainer

@@ -28,7 +28,7 @@ class Run(Trainer):
     def __init__(self, config: Config, out: Path, device: torch.device, dataset: Dataset) -> None:
         resolution = config.data.resolution or dataset.resolution
         assert resolution is not None  # `check_data` came first
-        super().__init__(config, device, resolution, dataset.num_classes, num_samples=dataset.num_samples)
+        super().__init__(config, device, resolution, dataset.class_counts, num_samples=dataset.num_samples)
         self.dataset, self.resolution = dataset, resolution
         self.folder = RunFolder(out, config.tensorboard)
         self.skipped = self.last_tick_img = 0

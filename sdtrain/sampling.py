@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,11 +23,15 @@ def draws_for(indices: Sequence[int], seed: int, device: torch.device | str, pur
 
 
 def labels_for(draws: Draws, class_counts: Sequence[int]) -> Tensor | None:
-    """One-hot labels [N, num_classes] in the proportions of the training set; None without classes."""
+    """One-hot labels [N, num_classes] in the proportions of the training set; None without classes.
+
+    `class_counts`: samples of each class. Labels belong to the draws, so a student and its teacher get the same ones.
+    """
     if not class_counts:
         return None
     shares = torch.tensor(class_counts, dtype=torch.float64).cumsum(0)
-    picked = torch.searchsorted(shares / shares[-1], draws.uniform("label").double().cpu(), right=True)
+    chance = replace(draws, device="cpu").uniform("label").double()
+    picked = torch.searchsorted(shares / shares[-1], chance, right=True)
     picked = picked.clamp(max=len(class_counts) - 1)
     return torch.nn.functional.one_hot(picked, len(class_counts)).float().to(draws.device)
 

@@ -5,7 +5,7 @@ A run, `bench`, the memory count of `--plan` and the simulation of the Dirac-GAN
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -30,16 +30,16 @@ class Trainer:
         config: Config,
         device: torch.device,
         resolution: int,
-        num_classes: int = 0,
+        class_counts: Sequence[int] = (),
         *,
         num_samples: int = 0,
         random_weights: bool = False,
     ) -> None:
-        """`resolution`, `num_classes` and `num_samples` are those of the training images."""
+        """`resolution`, `class_counts` and `num_samples` are those of the training images."""
         self.config, self.device = config, device
         self.engine = make_engine(config, device)
         epoch = num_samples / config.batch_size
-        self.builder = Builder(config, self.engine, resolution, num_classes, epoch, random_weights)
+        self.builder = Builder(config, self.engine, resolution, class_counts, epoch, random_weights)
         self.method = self.builder.method()
         self.nets: Mapping[str, Net] = self.method.nets
         self.stage = self.method.stages[-1]  # until one is entered: a finished run has none left
@@ -95,7 +95,7 @@ class Trainer:
                 draws=self.draws(self.ghosts[first : first + at_once]),
                 inputs={} if lq is None else {"lq": self.method.to_range(lq[part])},
             )
-            made.append(self.method.prepare(chunk))
+            made.append(self.method.prepare(chunk, self.stage))
         return made
 
     def draws(self, ghosts: tuple[int, ...]) -> Draws:

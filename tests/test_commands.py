@@ -324,7 +324,7 @@ def test_bench_amortises_what_is_done_every_few_steps(config):
     from sdtrain.config.load import load_config
 
     lazy = load_config(config, ["r1.gamma=1", "path_length.weight=2", "r1.every=16", "path_length.every=4"])
-    variant = Variant("lazy", lazy, torch.device("cpu"), 16, 2)
+    variant = Variant("lazy", lazy, torch.device("cpu"), 16, (1, 1))
     assert variant.shares() == {"ema": 1, "G": 1, "G_pl": 1 / 4, "D": 1, "D_r1": 1 / 16}
     assert variant.step_seconds({"G": 1.0, "G_pl": 4.0, "D": 1.0, "D_r1": 16.0, "ema": 0.0}) == 4.0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from tiny import picture, run_jobs, tiny_config, write_config
 
 from sdtrain.data.read.dataset import open_dataset
+from sdtrain.rng import Draws
 from sdtrain.sampling import draws_for, labels_for
 
 SAMPLES, CLASSES = 48, 3
@@ -42,6 +44,17 @@ def test_labels_are_drawn_in_the_proportions_of_the_training_set(shards: Path):
     drawn = labels_for(draws_for(range(4000), seed=0, device="cpu"), counts)
     assert drawn is not None and drawn.shape == (4000, CLASSES)
     torch.testing.assert_close(drawn.mean(0), torch.tensor([0.5, 0.25, 0.25]), atol=0.03, rtol=0.0)
+
+
+def test_labels_of_a_chunk_belong_to_its_ghosts_and_a_class_without_samples_is_never_drawn():
+    whole = Draws(seed=0, step=3, ghosts=range(50), ghost_batch=4)
+    drawn = labels_for(whole.sub("G"), [5, 0, 5])
+    assert drawn is not None and drawn.shape == (200, 3) and drawn[:, 1].sum() == 0 and drawn.sum() == 200
+    parts = [labels_for(replace(whole, ghosts=range(a, a + 25)).sub("G"), [5, 0, 5]) for a in (0, 25)]
+    assert torch.equal(torch.cat(parts), drawn)
+    assert not torch.equal(labels_for(whole.sub("D"), [5, 0, 5]), drawn)  # fresh ones for each phase
+    planned = labels_for(replace(whole, device="meta"), [5, 0, 5])
+    assert planned.device.type == "meta" and planned.shape == (200, 3)
 
 
 def test_a_conditional_run_trains_and_is_measured_and_labels_can_be_left_aside(shards: Path):

@@ -165,10 +165,11 @@ def test_pairs_show_the_same_window() -> None:
     assert any(not torch.equal(windows[0], window) for window in windows[1:])
 
 
-def test_kept_images_are_raw_or_sharpened_as_asked() -> None:
-    hq, whole = smooth_images(2, 96), replace(SMALL, crop_size=96)
+@pytest.mark.parametrize("sharpens", [True, False])
+def test_kept_images_are_raw_or_sharpened_as_asked(sharpens: bool) -> None:
+    hq, whole = smooth_images(2, 96), replace(SMALL, crop_size=96, sharpen=sharpens)
     assert torch.equal(Degradation(whole).pair(hq, draws(0))["hq"], hq)
-    assert torch.equal(Degradation(replace(whole, keep_sharpened=True)).pair(hq, draws(0))["hq"], sharpen(hq))
+    assert torch.equal(Degradation(whole).pair(hq, draws(0), sharpened=True)["sharp"], sharpen(hq))
 
 
 def test_sharpening_off_degrades_the_raw_image() -> None:
@@ -314,16 +315,15 @@ def test_bytes_are_refused_for_images_between_the_levels() -> None:
 
 def test_the_pool_follows_the_options() -> None:
     assert pool_for(replace(SMALL, pool_size=0), 2) is None
-    assert pool_for(replace(SMALL, keep_sharpened=True), 2).eight_bit == {"lq"}
     assert pool_for(DegradationOptions(), 12).size == 180
 
 
-@pytest.mark.parametrize("keep_sharpened", [False, True])
-def test_the_planned_pool_memory_is_what_the_pool_takes(keep_sharpened: bool) -> None:
-    options = replace(SMALL, keep_sharpened=keep_sharpened)
-    pool = pool_for(options, 2)
-    pool(Degradation(options).pair(smooth_images(2), draws(0)), draws(0))
-    assert sum(pool.state()[0][name].nbytes for name in ("lq", "hq")) == pool_bytes(options, 4)
+@pytest.mark.parametrize("sharpened", [False, True])
+def test_the_planned_pool_memory_is_what_the_pool_takes(sharpened: bool) -> None:
+    pool = pool_for(SMALL, 2)
+    pair = Degradation(SMALL).pair(smooth_images(2), draws(0), sharpened=sharpened)
+    pool(pair, draws(0))
+    assert sum(pool.state()[0][name].nbytes for name in pair) == pool_bytes(SMALL, 4, sharpened)
 
 
 @pytest.mark.parametrize(("size", "text"), [(181, "use 180 or 192"), (5, "use 12"), (-3, "not a multiple")])

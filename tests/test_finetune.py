@@ -141,6 +141,51 @@ def test_an_official_snapshot_starts_a_run(tmp_path: Path) -> None:
             read_initial(config, held["G_ema"].resolution, 0)
 
 
+def test_a_projected_discriminator_keeps_its_random_projections_from_run_to_run(shards: Path, tmp_path: Path) -> None:
+    def trained_D(name: str, **changes: Any) -> dict[str, torch.Tensor]:
+        short = {"batch_size": 8, "total_img": 8, "save_img": 8, "log_img": 8}
+        path = write_config(tmp_path / f"{name}.yaml", tiny_config(shards, **short, **changes))
+        assert main(["--cfg", str(path), "--out", str(tmp_path / name)]) == 0
+        return tensors(tmp_path / name, "D")
+
+    first = trained_D("first")
+    other_seed: dict[str, Any] = {"seed": 5, "ema": {"rampup": None}}
+    tuned = trained_D("tuned", init={"source": str(tmp_path / "first")}, **other_seed)
+    fresh = trained_D("fresh", **other_seed)
+    projections = {name for name in first if ".scratch." in name}
+    assert len(projections) == 16 and not any(".pretrained." in name for name in first)
+    assert all(torch.equal(first[name], tuned[name]) for name in projections)
+    assert not any(torch.equal(first[name], fresh[name]) for name in projections)
+
+
+def test_the_projections_of_an_official_snapshot_are_carried_and_its_feature_network_is_not(tmp_path: Path) -> None:
+    from types import SimpleNamespace
+
+    from sdtrain.finetune import Initial, apply_initial
+    from sdtrain.interop.network import Network
+    from sdtrain.models.projected.networks import Discriminator, DiscriminatorOptions
+
+    options = {"num_discs": 2, "interpolate_to": None, "projection_width": 8, "head_width": 8}
+    torch.manual_seed(1)
+    official = Discriminator(DiscriminatorOptions(**options), resolution=32)  # whole: official files hold everything
+    state = {n: v + 1 if ".pretrained." in n and v.is_floating_point() else v for n, v in official.state_dict().items()}
+    network = Network(kind="projected", player="Discriminator", role="D", state=state, options=options, resolution=32)
+    assert network.misfits() == []
+    torch.manual_seed(2)
+    ours = Discriminator(DiscriminatorOptions(**options), resolution=32)
+    own = {n: v.clone() for n, v in ours.state_dict().items() if ".pretrained." in n}
+    apply_initial(Initial({"D": state}, {}), {"D": SimpleNamespace(module=ours)}, None)
+    loaded = ours.state_dict()
+    assert all(torch.equal(loaded[n], state[n]) for n in state if n not in own)
+    assert all(torch.equal(loaded[n], value) for n, value in own.items())
+    x = torch.randn(2, 3, 32, 32)
+    official.feature_network.pretrained.load_state_dict(ours.feature_network.pretrained.state_dict())
+    assert torch.equal(official.eval()(x), ours.eval()(x))  # the same features: the same verdict
+    without = {n: v for n, v in state.items() if ".scratch." not in n and ".pretrained." not in n}
+    lacking = Network(**{**vars(network), "state": without}).misfits()
+    assert any("lacks feature_network.scratch" in text for text in lacking)
+
+
 def test_weights_of_another_resolution_or_with_labels_are_told_apart(
     shards: Path, trained: Path, tmp_path: Path
 ) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -158,12 +160,55 @@ def test_nothing_can_train_the_feature_network() -> None:
     torch.testing.assert_close(dict(net.feature_network.state_dict()), before, rtol=0, atol=0)
 
 
-def test_frozen_tensors_come_back_from_the_options() -> None:
-    first, second = (Discriminator(SMALL_D, resolution=32) for _ in range(2))
+def seeded(seed: int, **options: Any) -> Discriminator:
+    """A discriminator built as a run of this seed builds it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Discriminator(replace(SMALL_D, **options), resolution=32)
+
+
+def test_a_checkpoint_leaves_out_the_pretrained_features_alone_and_they_come_back() -> None:
+    first, second = seeded(1), seeded(2)
     frozen = [n for n in first.state_dict() if n.startswith(Discriminator.frozen_prefixes)]
-    assert all(torch.equal(first.state_dict()[n], second.state_dict()[n]) for n in frozen)
-    rest = set(first.state_dict()) - set(frozen)
-    assert rest and all(name.startswith("discriminator.") for name in rest)
+    assert frozen and all(torch.equal(first.state_dict()[n], second.state_dict()[n]) for n in frozen)
+    kept = set(first.state_dict()) - set(frozen)
+    assert {name for name in kept if not name.startswith("discriminator.")} == {
+        f"feature_network.scratch.layer{i}_{part}.{kind}"
+        for i in range(4)
+        for part in ("ccm", "csm.out_conv")
+        for kind in ("weight", "bias")
+    }
+
+
+def test_projections_follow_the_runs_seed_unless_a_key_fixes_them() -> None:
+    def projections(*where: Any, **options: Any) -> dict[str, Tensor]:
+        return {n: v for n, v in seeded(*where, **options).state_dict().items() if ".scratch." in n}
+
+    one, again, other = projections(1), projections(1), projections(2)
+    assert all(torch.equal(one[n], again[n]) and not torch.equal(one[n], other[n]) for n in one)
+    fixed = projections(1, projection_seed=7)
+    assert all(torch.equal(fixed[n], value) for n, value in projections(2, projection_seed=7).items())
+    assert not any(torch.equal(fixed[n], value) for n, value in projections(1, projection_seed=8).items())
+    for name, value in {**one, **fixed}.items():  # torch's default: U(-1, 1) / sqrt(fan_in), weights and biases
+        bound = next(v for n, v in one.items() if n == name.replace("bias", "weight")).shape[1] ** -0.5
+        assert value.abs().max() <= bound and (value.numel() < 200 or value.std() > 0.5 * bound)
+
+
+def test_patch_heads_all_start_at_16_and_have_one_down_block() -> None:
+    with torch.device("meta"):
+        net = Discriminator(DiscriminatorOptions(patch=True), resolution=256)
+        logits = net(torch.empty(1, 3, 256, 256))
+    state = net.state_dict()
+    widths = []
+    for i, c_in in enumerate(net.feature_network.channels):
+        head = f"discriminator.mini_discs.{i}.main"
+        assert state[f"{head}.0.main.0.main.0.weight_orig"].shape == (512, c_in, 4, 4)  # one block, 16 -> 8
+        widths.append(state[f"{head}.1.weight_orig"].shape)
+    assert widths == [(1, 512, 4, 4)] * 4
+    assert logits.shape[1] == sum((side // 2 - 3) ** 2 for side in (128, 64, 32, 16))
+    with torch.device("meta"):  # small siblings: only the smallest map has no room for a block
+        small = Discriminator(DiscriminatorOptions(patch=True, interpolate_to=None), resolution=64)
+    assert [len(head.main) for head in small.discriminator.mini_discs.values()] == [2, 2, 1, 1]
 
 
 def test_random_features_are_alive_at_every_stage() -> None:

@@ -28,6 +28,8 @@ from torch.nn import functional as F
 from sdtrain.config.load import load_config
 from sdtrain.config.options import parse_span, span_img
 from sdtrain.contracts import Chunk, Stage
+from sdtrain.data.degrade.chain import apply_chain, decide, flip_images
+from sdtrain.data.degrade.kernels import sharpen
 from sdtrain.errors import ConfigError, DataError, WeightsError
 from sdtrain.interop.pth import save_pth
 from sdtrain.main import main
@@ -148,7 +150,7 @@ def chunk(method: Any, config: Any, step: int = 0) -> Chunk:
     draws = Draws(seed=0, step=step, ghosts=(0, 1), ghost_batch=config.ghost_batch)
     images = torch.stack([torch.from_numpy(np.array(picture(i, SIDE))).permute(2, 0, 1) for i in range(4)])
     x = Chunk(step=step, seen_img=0, real=method.to_range(images), labels=None, draws=draws)
-    return method.prepare(x)
+    return method.inputs.prepare(x, "supervised")
 
 
 @pytest.fixture
@@ -220,6 +222,71 @@ def test_eq_4_is_the_adversarial_loss_on_ground_truth_and_on_the_images_of_the_g
     bce = F.binary_cross_entropy_with_logits
     real, judged = method.nets["D"](x.real), method.nets["D"](fake)
     torch.testing.assert_close(loss, bce(real, torch.ones_like(real)) + bce(judged, torch.zeros_like(judged)))
+
+
+def wide_chunk(method: Any, config: Any, stage: str, step: int = 0) -> tuple[torch.Tensor, Chunk, Chunk]:
+    """(mirrored sources in [0, 1], the chunk as it came, the prepared chunk) of a degradation that crops 64 to 32."""
+    draws = Draws(seed=0, step=step, ghosts=(0, 1), ghost_batch=config.ghost_batch)
+    images = torch.stack([torch.from_numpy(np.array(picture(i, 64))).permute(2, 0, 1) for i in range(4)])
+    x = Chunk(step=step, seen_img=0, real=method.to_range(images), labels=None, draws=draws)
+    mirrored = flip_images(x.real, draws.sub("degrade"), config.degradation.flip_prob)
+    return mirrored, x, method.inputs.prepare(x, stage)
+
+
+def official_pair(gt: torch.Tensor, config: Any, x: Chunk) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(raw crops, sharpened crops, LQ crops) as published: sharpen the whole, degrade that, then cut all alike."""
+    cut: list[list[torch.Tensor]] = [[], [], []]
+    for row, ghost in enumerate(x.draws.ghosts):
+        one = x.draws.select([ghost])
+        raw = gt[row * 2 : row * 2 + 2]
+        sharp = sharpen(raw)
+        lq = apply_chain(sharp, decide(config.degradation, one), 4)
+        top, left = (int(v * (16 - 8 + 1)) for v in one.uniform_per_ghost("degrade/crop", 2)[0].tolist())
+        for found, image, k in zip(cut, (raw, sharp, lq), (4, 4, 1)):
+            found.append(image[..., top * k : top * k + 8 * k, left * k : left * k + 8 * k])
+    raw, sharp, lq = (torch.cat(part) for part in cut)
+    return raw, sharp, lq
+
+
+WIDE = {"degradation__source_size": 64, "data__resolution": 64}
+
+
+@pytest.mark.parametrize("stage", ["teacher_pixel", "naive_pixel"])
+def test_the_stage_of_L1_alone_compares_with_crops_of_the_sharpened_source_that_was_degraded(lists, tmp_path, stage):
+    config = load(tmp_path, settings(lists, **WIDE))
+    method = build(config).method
+    gt, x, made = wide_chunk(method, config, stage)
+    raw, sharp, lq = official_pair(gt, config, x)
+    assert torch.equal(made.inputs["lq"], lq)
+    assert torch.equal(method.inputs.target(made), sharp)
+    assert (sharpen(raw) - sharp).abs().max() > 0.005  # what sharpening after the crop would give
+    loss, _ = method.loss_pixel(method.nets["G_T_raw"], made)
+    torch.testing.assert_close(loss, (method.nets["G_T_raw"](lq) - sharp).abs().mean())
+
+
+def test_the_adversarial_recipe_judges_raw_crops_and_sharpens_its_target_after_the_pool(lists, tmp_path):
+    config = load(tmp_path, settings(lists, **WIDE))
+    method = build(config).method
+    gt, x, made = wide_chunk(method, config, "teacher")
+    raw, _, lq = official_pair(gt, config, x)
+    assert torch.equal(made.real, raw) and torch.equal(made.inputs["lq"], lq)
+    assert torch.equal(method.inputs.target(made), sharpen(raw))
+
+
+def test_no_sharpened_image_of_the_L1_stage_is_left_in_the_pool_of_the_next(lists, tmp_path):
+    config = load(tmp_path, settings(lists, **WIDE))
+    method = build(config).method
+    for step in range(3):  # a pool of 4 pairs a ghost is full after two steps
+        wide_chunk(method, config, "teacher_pixel", step)
+    assert {len(pool["_order"]) for pool in method.ghost_state().values()} == {4}
+    resumed = build(config).method
+    resumed.load_ghost_state(copy.deepcopy(method.ghost_state()), torch.device("cpu"))
+    for step in range(3, 7):
+        (gt, x, made), (_, _, again) = (wide_chunk(m, config, "teacher", step) for m in (method, resumed))
+        assert torch.equal(made.real, (made.real * 255).round() / 255)  # levels of 8 bits: never sharpened
+        assert torch.equal(made.real, again.real) and torch.equal(made.inputs["lq"], again.inputs["lq"])
+        if step < 5:  # the pool fills again
+            assert torch.equal(made.real, official_pair(gt, config, x)[0])
 
 
 def test_self_distillation_adds_the_distance_to_the_students_own_average(lists, tmp_path):

@@ -234,7 +234,8 @@ def test_generator_regulariser_reaches_the_mapping_network_and_r1_the_discrimina
 
 
 @pytest.mark.parametrize("low", ["bf16", "fp16"])
-def test_low_precision_blocks_stay_near_float32_and_images_stay_float32(low: str):
+def test_low_precision_blocks_stay_near_float32_and_images_stay_float32(low: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(stylegan2, "format_on", lambda low, device_type: low)  # float16 as on a GPU
     z, x = random(2, 16), random(2, 3, 16, 16)
     same = {"num_low_precision_res": 2, "low_precision": low, "conv_clamp": 256.0}
     G, G_low = small_generator().eval(), small_generator(**same).eval()
@@ -246,6 +247,21 @@ def test_low_precision_blocks_stay_near_float32_and_images_stay_float32(low: str
     torch.testing.assert_close(image, G(z), rtol=0.05, atol=0.05 * float(G(z).detach().abs().max()))
     torch.testing.assert_close(logits, D(x), rtol=0.1, atol=0.05)
     (image.sum() + logits.sum()).backward()
+
+
+def test_float16_blocks_compute_in_float32_on_a_cpu_and_say_so_once(caplog: pytest.LogCaptureFixture):
+    ops.format_on.cache_clear()
+    same = {"num_low_precision_res": 2, "low_precision": "fp16"}
+    z, x = random(2, 16), random(2, 3, 16, 16)
+    with caplog.at_level("INFO", logger="sdtrain"):
+        for _ in range(2):
+            assert torch.equal(small_generator(**same).eval()(z), small_generator().eval()(z))
+            assert torch.equal(small_discriminator(**same)(x), small_discriminator()(x))
+    assert [r.message for r in caplog.records] == [
+        "blocks in float16 compute in float32 on the CPU, where float16 is tens of times slower"
+    ]
+    kept = [(torch.float16, "cuda"), (torch.float16, "meta"), (torch.bfloat16, "cpu"), (None, "cpu")]
+    assert [ops.format_on(low, device) for low, device in kept] == [low for low, _ in kept]
 
 
 def test_under_autocast_mapping_and_outputs_stay_float32():

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from itertools import repeat
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     clock = Clock(device)
     first = next(iter(configs.values()))
     source = Source(first, args.resolution, device)
-    variants = [Variant(n, c, device, source.resolution, source.num_classes) for n, c in configs.items()]
+    variants = [Variant(n, c, device, source.resolution, source.class_counts) for n, c in configs.items()]
     with source.feeding(variants[0].method.feed):
         compare(variants, source.stream, args.steps, clock)
     found = figures(variants)
@@ -109,7 +109,7 @@ class Source:
 
         self.config, self.device = config, device
         self.dataset: Dataset | None = None
-        self.num_classes = 0
+        self.class_counts: Sequence[int] = ()
         self.note = "noise instead of images: waiting for data is not measured"
         try:
             dataset = open_dataset(config.data.train, cache=config.data.cache)
@@ -120,7 +120,7 @@ class Source:
             raise ConfigError(f"{config.data.train} cannot be read and says no size; add --resolution PIXELS")
         self.resolution = int(wanted)
         if dataset is not None and dataset.resolution in (wanted, None) and dataset.num_samples >= config.batch_size:
-            self.dataset, self.num_classes = dataset, dataset.num_classes
+            self.dataset, self.class_counts = dataset, dataset.class_counts
             self.note = f"images of {dataset.source}, {config.data.workers} workers"
 
     @contextmanager
@@ -150,7 +150,7 @@ class Source:
     def noise(self) -> Batch:
         from sdtrain.commands.variants import synthetic
 
-        return synthetic(self.config, self.feed, self.resolution, self.num_classes)
+        return synthetic(self.config, self.feed, self.resolution, len(self.class_counts))
 
 
 def figures(variants: list[Variant]) -> dict[str, Any]:

@@ -125,7 +125,7 @@ def discriminator(checkpoint: Path, teacher: Source) -> Any:
     """D of a checkpoint in eval mode, with its frozen features. Its own augmentation is left out."""
     config = config_of(checkpoint)
     engine = make_engine(config, teacher.device)
-    builder = Builder(config, engine, teacher.net.resolution, len(teacher.class_counts))
+    builder = Builder(config, engine, teacher.net.resolution, teacher.class_counts)
     module = builder.discriminator(config.model.discriminator)
     load_strictly(module, load_tensors(checkpoint / "D.safetensors"), f"{checkpoint.name}/D")
     set_ghost_batch(module, D_BATCH)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -48,13 +48,15 @@ class Clock:
 class Variant:
     """One configuration, built, with what was measured of it."""
 
-    def __init__(self, name: str, config: Config, device: torch.device, resolution: int, num_classes: int = 0) -> None:
+    def __init__(
+        self, name: str, config: Config, device: torch.device, resolution: int, class_counts: Sequence[int] = ()
+    ) -> None:
         self.name, self.config, self.device = name, config, device
         self.seconds: dict[str, list[float]] = {}  # phase -> seconds a round
         self.waited: list[float] = []  # share of the wall time of a step spent waiting for data
         self.memory = 0.0  # bytes
         before = self._allocated()
-        self.trainer = Trainer(config, device, resolution, num_classes, num_samples=config.batch_size)
+        self.trainer = Trainer(config, device, resolution, class_counts, num_samples=config.batch_size)
         self.method = self.trainer.method
         self.stage = self.method.stages[-1]
         self.trainer.enter(self.stage)

@@ -13,6 +13,7 @@ from torch import nn
 from sdtrain.config.options import Optimizer
 from sdtrain.contracts import Chunk, Loss, Net, Phase, Stage, Terms
 from sdtrain.engine.meter import Meter
+from sdtrain.engine.nonfinite import clamp_nonfinite
 from sdtrain.engine.player import BasePlayer, Span, only_training
 from sdtrain.engine.ranks import agree_max, gather_objects, rank, sum_over_ranks
 from sdtrain.models.ghost import close_phase, next_chunk, open_phase
@@ -68,7 +69,9 @@ class PhaseEngine(ABC):
             self._prepass(phase, chunks)
             open_phase(*self.layers)
             terms = self._backward(phase, player, chunks)
-            finite = self._agree_finite(player, terms)
+            if self.clamp:
+                terms[f"{phase.name}/clamped"] = clamp_nonfinite(player.gradients())
+            finite = self.clamp or self._agree_finite(player, terms)
             close_phase(*self.layers, sum_over_ranks=sum_over_ranks, apply=finite)
             if not finite:
                 raise NonFinite(self._explain(phase, terms, chunks[0].step))

@@ -236,6 +236,12 @@ def aligned_crop(hq: Tensor, lq: Tensor, size: int, scale: int, u: Tensor) -> tu
     return hq[..., top * scale : top * scale + size, left * scale : left * scale + size], lq
 
 
+def usm(x: Tensor) -> Tensor:
+    """Unsharp-masked images [N, 3, H, W] in [0, 1], in float32 whatever the training around computes in."""
+    with exact_math(x.device):
+        return sharpen(x)
+
+
 class Degradation:
     """Makes low-quality training images. Raises ConfigError for settings or image sizes that cannot work."""
 
@@ -259,29 +265,30 @@ class Degradation:
         check_image(self.options, hq, draws, scale)
         return torch.cat([self._degrade(self._source(hq[rows]), unit, scale) for rows, unit in self.units(draws)])
 
-    def pair(self, hq: Tensor, draws: Draws, scale: int = 4) -> dict[str, Tensor]:
+    def pair(self, hq: Tensor, draws: Draws, scale: int = 4, sharpened: bool = False) -> dict[str, Tensor]:
         """Degrade and crop: {"lq": [N, 3, crop / scale, ...], "hq": [N, 3, crop, crop]}, ready for the pool.
 
-        `hq` of the result is raw or sharpened as `keep_sharpened` says; sharpen it after the pool for the GAN stage.
+        With `sharpened` (the L1-only stage) the crop is one of the sharpened source, under the name "sharp" instead of
+        "hq". The GAN stage takes raw crops and sharpens them after the pool, because D judges the raw ones.
         """
         check_image(self.options, hq, draws, scale, cropped=True)
-        pairs = [self._pair(hq[rows], unit, scale) for rows, unit in self.units(draws)]
-        return {name: torch.cat([pair[i] for pair in pairs]) for i, name in enumerate(("hq", "lq"))}
+        pairs = [self._pair(hq[rows], unit, scale, sharpened) for rows, unit in self.units(draws)]
+        names = ("sharp" if sharpened else "hq", "lq")
+        return {name: torch.cat([pair[i] for pair in pairs]) for i, name in enumerate(names)}
 
-    def _pair(self, hq: Tensor, unit: Draws, scale: int) -> tuple[Tensor, Tensor]:
+    def _pair(self, hq: Tensor, unit: Draws, scale: int, sharpened: bool) -> tuple[Tensor, Tensor]:
         source = self._source(hq)
         lq = self._degrade(source, unit, scale)
+        if sharpened:
+            hq = source if self.options.sharpen else usm(hq)
         u = replace(unit, device="cpu").uniform_per_ghost("degrade/crop", 2)[0]
-        return aligned_crop(source if self.options.keep_sharpened else hq, lq, self.options.crop_size, scale, u)
+        return aligned_crop(hq, lq, self.options.crop_size, scale, u)
 
     def _degrade(self, source: Tensor, unit: Draws, scale: int) -> Tensor:
         return apply_chain(source, decide(self.options, unit), scale)
 
     def _source(self, hq: Tensor) -> Tensor:
-        if not self.options.sharpen:
-            return hq
-        with exact_math(hq.device):
-            return sharpen(hq)
+        return usm(hq) if self.options.sharpen else hq
 
 
 def fixed_lq(

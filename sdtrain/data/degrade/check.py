@@ -79,10 +79,10 @@ def pool_problem(size: int, ghost_batch: int) -> str | None:
     return f"pool_size = {size} is not a multiple of ghost_batch = {ghost_batch}: use {near}, or 0 for no pool"
 
 
-def pool_bytes(o: DegradationOptions, scale: int) -> int:
-    """Memory and checkpoint size of one ghost's pool of pairs."""
+def pool_bytes(o: DegradationOptions, scale: int, sharpened: bool = False) -> int:
+    """Memory and checkpoint size of one ghost's pool of pairs; sharpened images are kept as float32."""
     hq, lq = 3 * o.crop_size**2, 3 * (o.crop_size // scale) ** 2
-    return o.pool_size * (hq * (4 if o.keep_sharpened else 1) + lq)
+    return o.pool_size * (hq * (4 if sharpened else 1) + lq)
 
 
 def smallest_side(o: DegradationOptions, scale: int) -> int:

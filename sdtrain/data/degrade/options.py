@@ -12,8 +12,6 @@ class DegradationOptions:
     """Who shares resize, noise kind, order and crop: a whole ghost (published) or nobody (varied without a pool)."""
     sharpen: bool = True
     """Degrade the unsharp-masked image instead of the raw one."""
-    keep_sharpened: bool = False
-    """The high-quality half of a pair is the sharpened image (the L1-only stage) instead of the raw one."""
     source_size: int = 400
     """[pixels] Side that is degraded; smaller images are reflected up to it."""
     crop_size: int = 256

@@ -20,7 +20,7 @@ from sdtrain.rng import Draws
 State = dict[int, dict[str, Tensor]]
 ORDER = "_order"  # [pool_size] int64: which slot stands at each place of the queue
 FILLED = "_filled"  # [] int64: pairs kept so far
-RESERVED = (ORDER, FILLED)
+RESERVED = {ORDER, FILLED}
 
 
 def encode(x: Tensor) -> Tensor:
@@ -42,14 +42,15 @@ def pool_for(options: DegradationOptions, ghost_batch: int) -> PairPool | None:
     """
     if options.pool_size == 0:
         return None
-    return PairPool(options.pool_size, ghost_batch, ("lq",) if options.keep_sharpened else ("lq", "hq"))
+    return PairPool(options.pool_size, ghost_batch)
 
 
 class PairPool:
     """Pools of `size` pairs, one a ghost.
 
     Fields named in `eight_bit` are kept as bytes, a quarter of the memory, and come back bit-equal (checked at every
-    step); all others keep their type. Permuting moves an index, not the images.
+    step); all others keep their type. Permuting moves an index, not the images. A batch of other fields than those kept
+    begins an empty pool.
     """
 
     def __init__(self, size: int, ghost_batch: int, eight_bit: Collection[str] = ("lq", "hq")):
@@ -72,7 +73,9 @@ class PairPool:
         return {name: torch.cat([part[name] for part in parts]) for name in batch}
 
     def _exchange(self, ghost: int, batch: dict[str, Tensor], draws: Draws) -> dict[str, Tensor]:
-        pool = self._ghosts.setdefault(ghost, {}) or self._empty(ghost, batch)
+        pool = self._ghosts.get(ghost, {})
+        if pool.keys() - RESERVED != batch.keys():  # none yet, or a stage of other pairs begins: sharpened are not raw
+            pool = self._ghosts[ghost] = self._empty(batch)
         filled = int(pool[FILLED])
         if filled < self.size:
             self._put(pool, pool[ORDER][filled : filled + self.ghost_batch], batch)
@@ -85,8 +88,8 @@ class PairPool:
         self._put(pool, slots, batch)
         return out
 
-    def _empty(self, ghost: int, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        pool = self._ghosts[ghost]
+    def _empty(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        pool = {}
         for name, field in batch.items():
             dtype = torch.uint8 if name in self.eight_bit else field.dtype
             pool[name] = torch.zeros(self.size, *field.shape[1:], dtype=dtype, device=field.device)

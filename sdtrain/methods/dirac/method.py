@@ -112,5 +112,5 @@ class Dirac(SDGAN):
             return self.made.pop(ghosts)
         fake = super().generate(G, x, draws, teacher)
         if self.simultaneous and not teacher:
-            self.made[ghosts] = fake.detach()
+            self.made[ghosts] = fake.detach().clone()  # it is theta itself, which is about to move
         return fake

@@ -14,9 +14,7 @@ import torch
 from torch import Tensor
 
 from sdtrain.contracts import Chunk, Feed
-from sdtrain.data.degrade.chain import Degradation, flip_images
-from sdtrain.data.degrade.exact import exact_math
-from sdtrain.data.degrade.kernels import sharpen
+from sdtrain.data.degrade.chain import Degradation, flip_images, usm
 from sdtrain.data.degrade.noise import eight_bit
 from sdtrain.data.degrade.pair_pool import pool_for
 from sdtrain.data.degrade.resize_matlab import draw_factors, gcfsr_train_input, imresize
@@ -43,20 +41,26 @@ class Photos:
         """The images in [-1, 1], which distances and T expect."""
         return images * 2 - 1
 
-    def prepare(self, x: Chunk) -> Chunk:
-        """The chunk with `real` cropped and `inputs["lq"]` made."""
+    def prepare(self, x: Chunk, stage: str = "") -> Chunk:
+        """The chunk with `real` cropped and `inputs["lq"]` made.
+
+        Real-ESRGAN degrades the sharpened source in every stage. The stage of L1 alone (Real-ESRNet) compares with the
+        crop of that very source; the others keep the raw crop, which D judges, and sharpen it in `target`.
+        """
         if self.lq == "paired":
             return x
         if self.lq == "bicubic":
             return replace(x, inputs={"lq": eight_bit(imresize(x.real, 1 / self.scale))})
-        pair = self.pair(x)
+        pair = self.pair(x, sharpened=self.sharp_target and stage.endswith("_pixel"))
         if self.pool is not None:
             pair = self.pool(pair, x.draws)
+        if "sharp" in pair:
+            return replace(x, real=pair["sharp"], inputs={"lq": pair["lq"], "target": pair["sharp"]})
         return replace(x, real=pair["hq"], inputs={"lq": pair["lq"]})
 
-    def pair(self, x: Chunk) -> dict[str, Tensor]:
+    def pair(self, x: Chunk, sharpened: bool = False) -> dict[str, Tensor]:
         hq = flip_images(x.real, replace(x.draws, device="cpu").sub("degrade"), self.options.flip_prob)
-        return self.degradation.pair(hq, x.draws, self.scale)
+        return self.degradation.pair(hq, x.draws, self.scale, sharpened)
 
     def fixed(self, x: Chunk) -> Chunk:
         """`prepare` without the pool, which figures must not stir; given pairs are replaced by bicubic ones."""
@@ -73,10 +77,9 @@ class Photos:
 
     def target(self, x: Chunk) -> Tensor:
         """What the original training compares with: the ground truth, unsharp-masked in Real-ESRGAN's recipe."""
-        if not self.sharp_target:
-            return x.real
-        with exact_math(x.real.device):
-            return sharpen(x.real)
+        if "target" in x.inputs:
+            return x.inputs["target"]
+        return usm(x.real) if self.sharp_target else x.real
 
     def __call__(self, G: Any, x: Chunk, draws: Draws, layers: Sequence[str] = ()) -> Any:
         return G(x.inputs["lq"], layers=layers)
@@ -107,7 +110,7 @@ class Faces:
     def signed(images: Tensor) -> Tensor:
         return images
 
-    def prepare(self, x: Chunk) -> Chunk:
+    def prepare(self, x: Chunk, stage: str = "") -> Chunk:
         factors = draw_factors(x.draws, self.factors)
         lq = gcfsr_train_input((x.real + 1) / 2, factors) * 2 - 1
         return replace(x, inputs={"lq": lq, "factor": torch.tensor(factors, dtype=torch.float32, device=lq.device)})

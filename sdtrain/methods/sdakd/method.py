@@ -61,8 +61,8 @@ class SDAKD(Restoration):
     def to_range(self, images: Tensor) -> Tensor:
         return self.inputs.to_range(images)
 
-    def prepare(self, x: Chunk) -> Chunk:
-        return self.inputs.prepare(x)
+    def prepare(self, x: Chunk, stage: Stage) -> Chunk:
+        return self.inputs.prepare(x, stage.name)
 
     def blank(self, x: Chunk) -> Chunk:
         return self.inputs.blank(x)

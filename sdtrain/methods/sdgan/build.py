@@ -26,4 +26,5 @@ def build(config: Loaded, builder: Builder) -> SDGAN:
         T=builder.paired_augment(config.sd) if distils else None,
         augment=builder.augmentation(config.augment),
         consistent=builder.consistency_augmentation() if config.bcr else None,
+        class_counts=builder.class_counts if config.fake_labels == "drawn" else (),
     )

@@ -24,6 +24,7 @@ from sdtrain.losses.regularizers import path_length_penalty, path_lengths
 from sdtrain.losses.self_distillation import self_distillation
 from sdtrain.methods.sdgan.options import Options
 from sdtrain.rng import Draws
+from sdtrain.sampling import labels_for
 
 
 class SDGAN(Method):
@@ -43,18 +44,22 @@ class SDGAN(Method):
         T: Callable[[Tensor, Tensor, Draws], tuple[Tensor, Tensor]] | None = None,
         augment: Callable[[Tensor, Draws, float], Tensor] | None = None,
         consistent: Callable[[Tensor, Draws], Tensor] | None = None,
+        class_counts: Sequence[int] = (),
     ) -> None:
-        """`distance` [N, 3, H, W] twice -> [N] is that of L_SD, `T` the paired augmentation, `augment` what D sees."""
+        """`distance` [N, 3, H, W] twice -> [N] is that of L_SD, `T` the paired augmentation, `augment` what D sees.
+
+        `class_counts`: samples of each class in the training set, for labels of fakes; () = those of the real batch.
+        """
         self.o, self.nets = options, dict(nets)
         self.G, self.D, self.G_ema = nets["G"], nets["D"], nets["G_ema"]
-        self.z_dim, self.batch_size = z_dim, batch_size
+        self.z_dim, self.batch_size, self.class_counts = z_dim, batch_size, tuple(class_counts)
         self.distance, self.T, self._augment, self.consistent = distance, T, augment, consistent
         self.L_adv = ADVERSARIAL[options.adversarial]
         self.stages = [
             Stage(name="main", end_img=total_img, players={"G": ("G",), "D": ("D",)}, averages={"G_ema": "G"})
         ]
         tuned = options.augment.kind == "ada" and options.augment.target
-        self.steering = ("D/real_sign",) if tuned else ()
+        self.steering = ("D/real_sign", "D/r1_sign") if tuned else ()
         self.p = value_at(options.augment.p, 0)  # ADA's augmentation probability
         self.signs = [0.0, 0.0]  # sum and count of sign(D(real)) since p last moved
         self.pl_mean = self.pl_mean_before = 0.0  # running mean of path lengths, `a` of the fact sheet
@@ -112,7 +117,7 @@ class SDGAN(Method):
 
     def loss_G_adv(self, fake: Tensor, x: Chunk, draws: Draws) -> Tensor:
         """L_adv of G; a relativistic one compares with the real images of this step."""
-        fake_logits = self.D(self.augment(fake, draws, x), x.labels)
+        fake_logits = self.D(self.augment(fake, draws, x), self.fake_labels(x, draws))
         if not self.L_adv.relativistic:
             return self.L_adv.g(fake_logits, None)
         real = self.augment(x.real, draws.sub("real"), x)
@@ -136,21 +141,24 @@ class SDGAN(Method):
         """The adversarial loss of D on given images, its terms, real and fake logits."""
         draws = x.draws.sub("D")
         real_seen, fake_seen = self.augment(real, draws.sub("real"), x), self.augment(fake, draws.sub("fake"), x)
-        fake_logits, real_logits = self.judge(fake_seen, real_seen, x.labels)
+        labels = self.fake_labels(x, draws)
+        fake_logits, real_logits = self.judge(fake_seen, real_seen, labels, x.labels)
         terms = d_terms(self.L_adv, real_logits, fake_logits)
         loss = torch.stack(list(terms.values())).sum()
         terms |= {"D/real_logit": real_logits.mean(), "D/fake_logit": fake_logits.mean()}
         terms["D/real_sign"] = real_logits.detach().sign().mean()
         if self.o.bcr:
-            terms["D/bcr"] = self.consistency(x, fake_seen, real_logits, fake_logits, draws.sub("bcr"))
+            terms["D/bcr"] = self.consistency(x, fake_seen, labels, real_logits, fake_logits, draws.sub("bcr"))
             loss = loss + self.o.bcr * terms["D/bcr"]
         return loss, terms, real_logits, fake_logits
 
-    def judge(self, fake: Tensor, real: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+    def judge(
+        self, fake: Tensor, real: Tensor, fake_labels: Tensor | None, real_labels: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """D on fake and real: two passes (official; batch statistics never mix) or one over both."""
         if self.o.d_passes == "separate":
-            return self.D(fake, labels), self.D(real, labels)
-        both = None if labels is None else torch.cat([labels, labels])
+            return self.D(fake, fake_labels), self.D(real, real_labels)
+        both = None if fake_labels is None or real_labels is None else torch.cat([fake_labels, real_labels])
         fake_logits, real_logits = self.D(torch.cat([fake, real]), both).chunk(2)
         return fake_logits, real_logits
 
@@ -163,8 +171,10 @@ class SDGAN(Method):
                 images["D/r2"] = self.generate(self.G, x, draws)
             images["D/r2"].requires_grad_(True)
         seen = {n: self.augment(image, draws if n == "D/r1" else draws.sub(n), x) for n, image in images.items()}
-        logits = {n: self.D(image, x.labels) for n, image in seen.items()}
-        return self.penalty(x, images, logits)
+        labels = {"D/r1": x.labels, "D/r2": self.fake_labels(x, draws)}
+        logits = {n: self.D(image, labels[n]) for n, image in seen.items()}
+        loss, terms = self.penalty(x, images, logits)
+        return loss, {**terms, "D/r1_sign": logits["D/r1"].detach().sign().mean()}
 
     def loss_D_penalised(self, x: Chunk) -> Loss:
         """L_adv of D with R1 (and R2) on the same logits, one step for all, as R3GAN does."""
@@ -191,21 +201,27 @@ class SDGAN(Method):
         penalty, _ = path_length_penalty(self.path_lengths(x), self.pl_mean_before, o.decay, 1.0, self.pl_global_mean)
         return penalty * (o.weight * o.every), {"G/pl": penalty}
 
-    def consistency(self, x: Chunk, fake: Tensor, real_logits: Tensor, fake_logits: Tensor, draws: Draws) -> Tensor:
+    def consistency(
+        self, x: Chunk, fake: Tensor, labels: Tensor | None, real_logits: Tensor, fake_logits: Tensor, draws: Draws
+    ) -> Tensor:
         """Balanced consistency: D should say the same of an image and of its augmentation, real and fake alike."""
         assert self.consistent is not None
         real_aug, fake_aug = self.consistent(x.real, draws.sub("real")), self.consistent(fake, draws.sub("fake"))
-        fake_aug_logits, real_aug_logits = self.judge(fake_aug, real_aug, x.labels)
+        fake_aug_logits, real_aug_logits = self.judge(fake_aug, real_aug, labels, x.labels)
         return balanced_consistency(real_logits, real_aug_logits, fake_logits, fake_aug_logits, 1.0, 1.0)
 
     def generate(self, G: Net, x: Chunk, draws: Draws, teacher: bool = False) -> Tensor:
         """Images of the latents in `draws`; a teacher sees the same latents and, unless told otherwise, noise."""
-        z, noise = draws.normal("z", self.z_dim), draws.sub("noise")
+        z, c, noise = draws.normal("z", self.z_dim), self.fake_labels(x, draws), draws.sub("noise")
         independent = draws.sub("noise/teacher") if teacher and self.o.sd.noise == "independent" else None
         if not self.o.style_mixing:
-            return G(z, x.labels, independent or noise)
+            return G(z, c, independent or noise)
         mixing = 0.0 if teacher and self.o.sd.mixing == "none" else self.o.style_mixing
-        return G(z, x.labels, noise, mixing=mixing, layer_draws=independent)
+        return G(z, c, noise, mixing=mixing, layer_draws=independent)
+
+    def fake_labels(self, x: Chunk, draws: Draws) -> Tensor | None:
+        """Classes of fakes: drawn as often as they are in the training set (official), or those of the real images."""
+        return labels_for(draws, self.class_counts) if self.class_counts else x.labels
 
     def augment(self, images: Tensor, draws: Draws, x: Chunk) -> Tensor:
         """What D sees instead of `images`."""
@@ -220,6 +236,7 @@ class SDGAN(Method):
         few = max(x.draws.ghost_batch // self.o.path_length.shrink, 1)
         draws = replace(x.draws, ghost_batch=few).sub("G_pl")
         labels = None if x.labels is None else x.labels.unflatten(0, (len(draws.ghosts), -1))[:, :few].flatten(0, 1)
+        labels = self.fake_labels(replace(x, labels=labels), draws)
         z, noise = draws.normal("z", self.z_dim), draws.sub("noise")
         images, ws = self.G(z, labels, noise, mixing=self.o.style_mixing, return_ws=True)
         return path_lengths(ws, images, draws.normal("y", *images.shape[1:]))
@@ -232,9 +249,14 @@ class SDGAN(Method):
         self.pl_mean += self.o.path_length.decay * (float(means["pl"]) - self.pl_mean)
 
     def control(self, step: int, means: Mapping[str, float]) -> dict[str, float]:
-        """ADA: every `interval` steps move p by the sign of r_t - target. Returns numbers for the log."""
-        self.signs[0] += means["D/real_sign"] * self.batch_size
-        self.signs[1] += self.batch_size
+        """ADA: every `interval` steps move p by the sign of r_t - target. Returns numbers for the log.
+
+        r_t is the mean sign of all verdicts on augmented real images since p last moved: those of every step, and those
+        of the steps of R1, which looks at the real images once more.
+        """
+        for name in (n for n in self.steering if n in means):
+            self.signs[0] += means[name] * self.batch_size
+            self.signs[1] += self.batch_size
         a = self.o.augment
         if (step + 1) % a.interval == 0 and a.target is not None:
             total, seen = self.signs

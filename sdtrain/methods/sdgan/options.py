@@ -49,6 +49,8 @@ class Options:
     """Weight of balanced consistency of D under augmentation (StyleNAT); 0 = off."""
     d_passes: Literal["separate", "together"] = "separate"
     """Real and fake through D in two calls, or in one."""
+    fake_labels: Literal["drawn", "real"] = "drawn"
+    """Classes of fakes: drawn in the training set's proportions (official), or those of the real batch."""
 
 
 if TYPE_CHECKING:

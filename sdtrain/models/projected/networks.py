@@ -27,6 +27,7 @@ from sdtrain.rng import generator
 HEAD_WIDTHS = {4: 512, 8: 512, 16: 256, 32: 128, 64: 64, 128: 64, 256: 32, 512: 16, 1024: 8}
 NOMINAL_RESOLUTIONS = (128, 64, 32, 16)
 HEAD_END = 8
+PATCH_START = 16  # nominal resolution at which every official patch head starts: one down block each
 SMALLEST_OFFICIAL = 128
 STAGE_CHANNELS = (24, 40, 112, 320)
 # stacks of EfficientNet-lite0 (Tan & Le 2019; no squeeze-excitation): kernel, stride of the first block, expansion,
@@ -165,13 +166,15 @@ def load_features(net: EfficientNetLite0, weights: Mapping[str, Tensor]) -> None
 
 
 @torch.no_grad()
-def randomise_features(net: EfficientNetLite0, seed: int) -> None:
-    """Seeded random features: He-normal convolutions, and batch-norm statistics measured on smooth noise.
+def randomise_features(net: EfficientNetLite0) -> None:
+    """Random features, the same in every run, as a weights file is: checkpoints leave them out.
+
+    He-normal convolutions, and batch-norm statistics measured on smooth noise.
 
     Without the statistics the constant offsets of channels drown what differs between images (channel means make up
     three quarters of the spread instead of a third). Smooth noise (three octaves) is closer to photographs than white.
     """
-    rng = generator("projected", "features", seed)
+    rng = generator("projected", "features", 0)
     for module in net.modules():
         if isinstance(module, nn.Conv2d):
             fan_in = module.weight[0].numel()
@@ -237,13 +240,14 @@ class FeatureNetwork(nn.Module):
         self.channels = self.scratch.channels
         self.train(False)
         if not next(self.scratch.parameters()).is_meta:
-            randomise_projections(self.scratch, options.projection_seed)
-            self._fill_features(weights, options.projection_seed)
+            if options.projection_seed is not None:  # else as torch drew them, with all other initial weights
+                randomise_projections(self.scratch, options.projection_seed)
+            self._fill_features(weights)
         frozen(self)
 
-    def _fill_features(self, weights: Mapping[str, Tensor] | None, seed: int) -> None:
+    def _fill_features(self, weights: Mapping[str, Tensor] | None) -> None:
         if weights is None:
-            randomise_features(self.pretrained, seed)
+            randomise_features(self.pretrained)
         else:
             load_features(self.pretrained, weights)
 
@@ -364,15 +368,17 @@ class MultiScaleD(nn.Module):
 class Discriminator(nn.Module):
     """The projected discriminator. Only the heads are trained; `frozen_prefixes` names what a checkpoint may leave out.
 
+    The random projections are in every checkpoint: heads learn to read one draw of them and are lost with another.
+
     feature_weights  state dict of tf_efficientnet_lite0 (file tf_efficientnet_lite0-0aa007d2.pth), under its own names
                      or official ProjectedGAN names; None = seeded random features (see randomise_features), which
                      train a GAN less well but need no file
 
-    What a checkpoint leaves out comes back from the same options and the same feature_weights. Raises ConfigError for
+    What a checkpoint leaves out comes back from the same feature_weights. Raises ConfigError for
     options that do not fit the resolution and WeightsError for weights of another network.
     """
 
-    frozen_prefixes = ("feature_network.",)
+    frozen_prefixes = ("feature_network.pretrained.",)
 
     def __init__(
         self,
@@ -401,6 +407,7 @@ class Discriminator(nn.Module):
 def heads(options: DiscriminatorOptions, channels: list[int], input_size: int, num_classes: int) -> list[nn.Module]:
     """One head for each of the first `num_discs` projections of an input of `input_size` pixels."""
     starts = NOMINAL_RESOLUTIONS if input_size >= SMALLEST_OFFICIAL else projection_sizes(input_size)
+    starts = tuple(min(start, PATCH_START) for start in starts) if options.patch else starts
     built: list[nn.Module] = []
     for c_in, start in zip(channels[: options.num_discs], starts, strict=False):
         built.append(_head(options, head_channels(c_in, start, options.head_width), num_classes))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sdtrain.config.declare import ModelDeclaration
-from sdtrain.config.options import Count
+from sdtrain.config.options import Count, CountOrZero
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +30,8 @@ class DiscriminatorOptions:
     """[numbers] Columns of the class embedding."""
     cmap_dim: Count = 64
     """[numbers] Numbers compared between image and class at each place."""
-    projection_seed: int = 0
-    """Seed of the random projections, and of random features when no weights are given."""
+    projection_seed: CountOrZero | None = None
+    """Seed of the random projections; null = the run's."""
 
 
 MODEL = ModelDeclaration(discriminator=DiscriminatorOptions, feature_weights="efficientnet_lite0")

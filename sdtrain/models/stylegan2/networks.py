@@ -23,7 +23,7 @@ from sdtrain.models.stylegan2.layers import (
     SynthesisConv,
     ToRGB,
 )
-from sdtrain.models.stylegan2.ops import downsample2d, fir_filter, full_precision, upsample2d
+from sdtrain.models.stylegan2.ops import downsample2d, fir_filter, format_on, full_precision, upsample2d
 from sdtrain.models.stylegan2.options import DiscriminatorOptions, GeneratorOptions
 from sdtrain.rng import Draws
 
@@ -78,7 +78,8 @@ class SynthesisBlock(nn.Module):
         """ws [N, num_conv + 1, w_dim] -> features [N, C, r, r] and accumulated float32 image [N, 3, r, r]."""
         if x is None:
             x = self.const[None].expand(ws.shape[0], -1, -1, -1)
-        x = x if self.dtype is None else x.to(self.dtype)
+        dtype = format_on(self.dtype, x.device.type)
+        x = x if dtype is None else x.to(dtype)
         for i, name in enumerate(("conv0", "conv1")[-self.num_conv :]):
             layer = getattr(self, name)
             x = layer(x, ws[:, i], self._noise(name, layer, draws, noise))
@@ -211,12 +212,13 @@ class DiscriminatorBlock(nn.Module):
             self.skip = conv(c_in, c_out, 1, lrelu=False, bias=False, down=True)
 
     def forward(self, x: Tensor | None, image: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        dtype = format_on(self.dtype, self.conv0.weight.device.type)
         if image is not None:
-            y = self.fromrgb(image if self.dtype is None else image.to(self.dtype))
+            y = self.fromrgb(image if dtype is None else image.to(dtype))
             x = y if x is None else x + y
             image = downsample2d(image, self.resample_filter) if self.architecture == "skip" else None
         assert x is not None
-        x = x if self.dtype is None else x.to(self.dtype)
+        x = x if dtype is None else x.to(dtype)
         if self.architecture != "resnet":
             return self.conv1(self.conv0(x)), image
         shortcut = self.skip(x, gain=sqrt(0.5))

@@ -10,6 +10,8 @@ fast forms, each compared with its naive form by a test:
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Callable, Sequence
 from math import sqrt
 
@@ -18,6 +20,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sdtrain.errors import ConfigError
+
+log = logging.getLogger("sdtrain")
 
 LRELU_SLOPE = 0.2
 SQRT2 = sqrt(2.0)
@@ -39,6 +43,18 @@ ACTIVATIONS: dict[str, tuple[Callable[[Tensor, float], Tensor], float]] = {
 def full_precision(x: Tensor) -> Tensor:
     """float32, or float64 where somebody wants it."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+@functools.cache
+def format_on(low: torch.dtype | None, device_type: str) -> torch.dtype | None:
+    """What a block configured for `low` computes in on a kind of device; None = in the format of its input.
+
+    A CPU emulates float16, tens of times slower than float32: blocks of it follow their float32 input there.
+    """
+    if low != torch.float16 or device_type != "cpu":
+        return low
+    log.info("blocks in float16 compute in float32 on the CPU, where float16 is tens of times slower")
+    return None
 
 
 def bias_act(
