@@ -43,7 +43,8 @@ def curves(runs: Sequence[Written], file: Path, smooth: int | None, notes: list[
     colours = dict(zip(groups, colours_of(len(groups))))
     columns = min(COLUMNS, len(panels))
     rows = math.ceil(len(panels) / columns)
-    figure = new_figure(4.6 * columns + 0.6, 3.1 * rows + 0.7 + 0.2 * math.ceil(len(groups) / 3))
+    abreast = names_abreast(list(groups), 4.6 * columns)
+    figure = new_figure(4.6 * columns + 0.6, 3.1 * rows + 0.7 + 0.2 * math.ceil(len(groups) / abreast))
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for ax, (panel, lines) in zip(axes, panels.items()):
         dress(ax, panel, lines)
@@ -53,7 +54,7 @@ def curves(runs: Sequence[Written], file: Path, smooth: int | None, notes: list[
             mark_best(ax, panel[1], [(points, colours[group], style_of(stage)) for group, stage, points in lines])
     for ax in axes[len(panels) :]:
         ax.set_visible(False)
-    legend(figure, colours, list(dict.fromkeys(stage for lines in panels.values() for _, stage, _ in lines)))
+    legend(figure, colours, list(dict.fromkeys(stage for lines in panels.values() for _, stage, _ in lines)), abreast)
     figure.savefig(file, dpi=110)
     return True
 
@@ -103,11 +104,12 @@ def dress(ax: Any, panel: Panel, lines: list[Line]) -> None:
     values = [mean for _, _, points in lines for _, mean, _ in points]
     logarithmic = bool(split) and key not in (*RISING, "kid", "lpips") and min(values) > 0
     kind = f"{METRICS[key]}, {'higher' if key in RISING else 'lower'} is better" if split else "mean over a tick"
-    ax.set_title(f"{METRICS[key].split(' [')[0]} ({split})" if split else key, parse_math=False)
+    title = f"{METRICS[key].split(' [')[0]} ({split})" if split else key
+    ax.set_title(shortened([title], LEGEND)[title], parse_math=False)
     ax.set(xlabel="images seen", yscale="log" if logarithmic else "linear")
     ax.set_ylabel(kind, fontsize=8)
     ax.grid(alpha=0.3, linewidth=0.6, which="both" if logarithmic else "major")
-    ax.xaxis.set_major_locator(MaxNLocator(6))
+    ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     ax.xaxis.set_major_formatter(lambda x, _: count(x))
     if logarithmic:
         ax.yaxis.set_major_formatter(LogFormatter())
@@ -151,7 +153,13 @@ def mark_best(ax: Any, key: str, lines: Sequence[tuple[Points, Any, Any]]) -> No
         ax.legend(handles, numbers, title="best", loc=corner, fontsize=8, handlelength=3)
 
 
-def legend(figure: Any, colours: dict[str, Any], stages: list[str]) -> None:
+def names_abreast(names: Sequence[str], inches: float) -> int:
+    """How many names of the legend fit beside each other."""
+    longest = max(len(name) for name in shortened(names, LEGEND).values())
+    return max(int(inches / (0.75 + 0.09 * max(longest, 8))), 1)
+
+
+def legend(figure: Any, colours: dict[str, Any], stages: list[str], abreast: int) -> None:
     """A colour for each group of runs; where there are several stages also what their strokes mean."""
     from matplotlib.lines import Line2D
 
@@ -162,8 +170,9 @@ def legend(figure: Any, colours: dict[str, Any], stages: list[str]) -> None:
     if len(strokes) > 1:
         texts = {style: ", ".join(s for s in stages if style_of(s) == style and s) or "one stage" for style in strokes}
         handles += [Line2D([], [], color="grey", linestyle=style) for style in strokes]
-        labels += [texts[style] for style in strokes]
-    made = figure.legend(handles, [""] * len(labels), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+        labels += [shortened([texts[style]], LEGEND)[texts[style]] for style in strokes]
+    place: dict[str, Any] = {"loc": "outside lower center", "ncols": abreast, "frameon": False, "fontsize": 9}
+    made = figure.legend(handles, [""] * len(labels), **place)
     for text, label in zip(made.get_texts(), labels):
         text.set_parse_math(False)
         text.set_text(label)
@@ -187,7 +196,10 @@ def count(images: float) -> str:
 def quadrants(found: dict[str, Any], name: str, file: Path) -> None:
     """Figure 6 and 9: worst L_SD above, best below; lowest D to the left, highest to the right."""
     figure = new_figure(14, 4.6)
-    axes = figure.subplots(2, 8)
+    axes = figure.subplots(2, 9, width_ratios=[1] * 4 + [0.1] + [1] * 4)
+    for ax in axes[:, 4]:  # a gap between the low and the high
+        ax.set_visible(False)
+    axes = axes[:, [0, 1, 2, 3, 5, 6, 7, 8]]
     for row, part in zip(axes, ("worst", "best")):
         for ax, image, logit, distance in zip(row, *(found[part][key] for key in ("images", "logits", "distances"))):
             ax.imshow(image, interpolation="nearest")

@@ -119,7 +119,9 @@ def tables_of_metrics(runs: Sequence[Written], notes: list[str]) -> list[Table]:
 def note_conflicts(firsts: Sequence[tuple[str, dict[str, Any]]], notes: list[str]) -> None:
     """Why there is more than one table: a sentence for each, against the first."""
     for name, protocol in firsts[1:]:
-        notes.append(f"{firsts[0][0]} and {name}: {'; '.join(conflicts(firsts[0][1], protocol))}")
+        found = conflicts(firsts[0][1], protocol)
+        more = f"; and {len(found) - 3} more" if len(found) > 3 else ""
+        notes.append(f"{firsts[0][0]} and {name}: {'; '.join(found[:3])}{more}")
 
 
 def without_repeats(entries: list[Entry]) -> list[Entry]:

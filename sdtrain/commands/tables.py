@@ -32,7 +32,8 @@ class Table:
 
 
 def one_line(text: str) -> str:
-    return BLANK.sub(" ", text).strip()
+    """The text without line ends, and without halves of characters, which nobody can write or draw."""
+    return BLANK.sub(" ", text.encode(errors="replace").decode()).strip()
 
 
 def in_markdown(text: str) -> str:
