@@ -32,6 +32,7 @@ COMMANDS = {
     "export": ("sdtrain.commands.exporting", "write a network for other tools"),
     "bench": ("sdtrain.commands.bench", "time a configuration: seconds and memory per 1000 images"),
     "report": ("sdtrain.commands.report", "put the figures of runs into one page"),
+    "config": ("sdtrain.commands.config_keys", "explain the keys of configurations: meaning, unit, type and default"),
     "doctor": ("sdtrain.commands.doctor", "check this machine, its ranks, weights and a configuration"),
     "fetch-weights": ("sdtrain.commands.fetch_weights", "download weights of frozen networks where there is a network"),
 }
@@ -95,7 +96,7 @@ def script(main: Callable[[], int] = main) -> int:
         return code
     if code == EXIT_OK:
         ranks.barrier()  # nobody closes connections while another still sends
-    ranks.leave()
+    ranks.destroy()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # what threads of the group do in the interpreter's exit may abort a finished process

@@ -25,9 +25,9 @@ class Options:
     simulation: Simulation = Simulation()
     """What is followed, and how."""
     batch_size: Count = 1
-    """Copies of the one image a step; changes nothing but the count."""
+    """[images] Copies of the one image a step; changes nothing but the count."""
     ghost_batch: Count = 1
-    """As above."""
+    """[images] As above."""
     data: Literal[None] = None
     """There is none: real images are zero."""
 

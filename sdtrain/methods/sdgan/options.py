@@ -6,7 +6,16 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from sdtrain.config.declare import MethodDeclaration
-from sdtrain.config.options import R1, Augment, Init, PathLength, SelfDistillation
+from sdtrain.config.options import (
+    R1,
+    AdversarialLoss,
+    Augment,
+    Fraction,
+    Init,
+    NonNegative,
+    PathLength,
+    SelfDistillation,
+)
 
 POLICIES = {
     "diffaug": ("color", "translation", "cutout"),
@@ -16,15 +25,26 @@ POLICIES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    init: Init = Init()  # fine-tuning: what G, G_ema and D start from
+    init: Init = Init()
+    """Fine-tuning: what G, G_ema and D start from."""
     sd: SelfDistillation = SelfDistillation()
-    adversarial: Literal["hinge", "logistic", "least-squares", "wasserstein"] = "hinge"
-    augment: Augment = Augment()  # what D sees instead of the plain image, in every pass
+    """Self-distillation: G learns from its own average."""
+    adversarial: AdversarialLoss = "hinge"
+    """The game of G and D."""
+    order: Literal["G first", "D first"] = "G first"
+    """Who moves first in a step; R3GAN lets D."""
+    augment: Augment = Augment()
+    """What D sees instead of the plain image, in every pass."""
     r1: R1 = R1()
+    """Gradient penalty of D."""
     path_length: PathLength = PathLength()
-    style_mixing: float = 0.0  # probability that a ghost's generator mixes two styles (StyleGAN2)
-    bcr: float = 0.0  # weight of balanced consistency of D under augmentation (StyleNAT)
-    d_passes: Literal["separate", "together"] = "separate"  # real and fake through D in two calls, or one
+    """Path-length regularisation (StyleGAN2 only)."""
+    style_mixing: Fraction = 0.0
+    """Probability that a ghost's generator mixes two styles (StyleGAN2 only)."""
+    bcr: NonNegative = 0.0
+    """Weight of balanced consistency of D under augmentation (StyleNAT); 0 = off."""
+    d_passes: Literal["separate", "together"] = "separate"
+    """Real and fake through D in two calls, or in one."""
 
 
 def problems(config: Any) -> list[tuple[str, str]]:
