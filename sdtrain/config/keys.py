@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from sdtrain.config.options import Count, CountOrZero, Data, Ema, Images, Metrics, Weights
+from sdtrain.config.options import Count, CountOrZero, Data, Ema, Images, Metrics, Optimizer, Weights
 from sdtrain.config.schedule import Schedule, out_of_order
 from sdtrain.config.words import clip
 
@@ -19,6 +19,26 @@ HARMLESS = (
     *("data.workers", "data.prefetch", "data.cache", "data.max_bad", "data.val", "data.test"),
     *("weights.inception", "weights.alex", "sd.log"),
 )
+
+
+if TYPE_CHECKING:
+
+    class Section(Protocol):
+        """Options of a network; its kind decides which."""
+
+        kind: str
+
+        def __getattr__(self, name: str) -> Any: ...
+
+    class Model(Protocol):
+        generator: Section
+        discriminator: Section
+
+    class Optimizers(Protocol):
+        def __getattr__(self, name: str) -> Optimizer: ...
+
+else:
+    Model = Optimizers = Any  # the schema of the method lays real classes over them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,9 +83,9 @@ class Config:
     by 1e5, as StyleGAN2-ADA does for its float16 layers) and count them."""
     data: Data
     """Images."""
-    model: Any
+    model: Model
     """One section a role (generator, discriminator), each with its `kind` and that kind's keys."""
-    optimizer: Any = None
+    optimizer: Optimizers = None  # type: ignore[assignment]  # the schema of the method lays its own over it
     """One section a player of the method."""
     ema: Ema = field(default_factory=Ema)
     """Running average of the generator."""

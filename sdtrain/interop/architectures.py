@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from sdtrain.errors import WeightsError
+from sdtrain.interop import r3gan
 from sdtrain.interop.network import Network, Player, as_tuples
 
 State = Mapping[str, Tensor]
@@ -171,6 +172,8 @@ RECOGNISERS: dict[str, tuple[str, Player, Callable[[State], dict[str, Any]]]] = 
     "discriminator.mini_discs.0.main.0.main.1.bias": ("projected", "Discriminator", projected_discriminator),
     "discriminator.mini_discs.0.main.0.main.2.bias": ("projected", "Discriminator", projected_discriminator),
     "layers.0.blocks.0.attn.rpb": ("stylenat", "Generator", stylenat_generator),
+    "Model.AggregationLayer.Layer.weight": ("r3gan", "Generator", r3gan.generator),
+    "Model.ExtractionLayer.Layer.weight": ("r3gan", "Discriminator", r3gan.discriminator),
     "final_linear.0.weight_orig": ("stylenat", "Discriminator", stylenat_discriminator),
 }
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,11 +23,14 @@ from sdtrain.errors import EXIT_OK
 from sdtrain.methods.dirac import method as dirac
 from sdtrain.trainer import Trainer
 
+if TYPE_CHECKING:
+    from sdtrain.methods.dirac.options import Loaded
+
 CPU = torch.device("cpu")
 COLOURS = {"G": ("tab:green", "indigo"), "G_ema": ("tab:blue", "darkorange")}  # panels (a) and (b), as in the paper
 
 
-def simulate(config: Any, out: Path) -> int:
+def simulate(config: Loaded, out: Path) -> int:
     """Run both panels, print the analysis, write the files."""
     weights = (0.0, config.simulation.alpha)
     paths = [trajectory(config, alpha) for alpha in weights]
@@ -40,7 +43,7 @@ def simulate(config: Any, out: Path) -> int:
 
 
 
-def trajectory(config: Any, alpha: float) -> Tensor:
+def trajectory(config: Loaded, alpha: float) -> Tensor:
     """The states (theta, psi, phi) before the first and after every step, float64 [steps + 1, 3]."""
     own = dataclasses.replace(config, simulation=dataclasses.replace(config.simulation, alpha=alpha))
     trainer = Trainer(own, CPU, resolution=1)
@@ -58,7 +61,7 @@ def state(trainer: Trainer) -> list[float]:
     return [next(iter(trainer.nets[name].state().values())).item() for name in ("G", "D", "G_ema")]
 
 
-def analysis(config: Any, alpha: float, path: Tensor) -> dict[str, Any]:
+def analysis(config: Loaded, alpha: float, path: Tensor) -> dict[str, Any]:
     """What the theory says and what came out."""
     rates, updates = dirac.rates_of(config, alpha), config.simulation.updates
     values = torch.linalg.eigvals(dirac.jacobian(rates))
@@ -105,7 +108,7 @@ def render(found: dict[str, Any]) -> str:
     )
 
 
-def describe(config: Any) -> str:
+def describe(config: Loaded) -> str:
     """What `--plan` prints: the theory and the work."""
     steps = config.total_img // config.batch_size
     lines = [f"plan of {config.name}: no data, no ranks; two simulations of {steps} steps, and Figure 2 of the paper"]
@@ -116,7 +119,7 @@ def describe(config: Any) -> str:
     return "\n".join(lines)
 
 
-def write(config: Any, out: Path, found: list[dict[str, Any]]) -> None:
+def write(config: Loaded, out: Path, found: list[dict[str, Any]]) -> None:
     from sdtrain.config.compare import dump
     from sdtrain.engine.checkpoint import write_atomically
 
@@ -126,7 +129,7 @@ def write(config: Any, out: Path, found: list[dict[str, Any]]) -> None:
     write_atomically(out / "analysis.json", (json.dumps(rows, indent=1) + "\n").encode())
 
 
-def draw(config: Any, paths: list[Tensor], file: Path) -> None:
+def draw(config: Loaded, paths: list[Tensor], file: Path) -> None:
     """Figure 2: theta across, psi up; (b) with the gradient vector field at the final theta_EMA."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -161,7 +164,7 @@ def curves(ax: Any, path: Tensor, panel: int) -> None:
     ax.plot(0, 0, "*", color="crimson", markersize=12, label="equilibrium", zorder=5)
 
 
-def field(config: Any, ax: Any, phi: Tensor, reach: float) -> None:
+def field(config: Loaded, ax: Any, phi: Tensor, reach: float) -> None:
     """Eq. (3) in the plane (theta, psi) where theta_EMA = phi: arrows of equal length, darker where it is stronger."""
     line = torch.linspace(-reach, reach, 17, dtype=torch.float64)
     theta, psi = torch.meshgrid(line, line, indexing="xy")

@@ -10,13 +10,13 @@ from sdtrain.methods.sdgan.options import Options
 
 if TYPE_CHECKING:
     from sdtrain.builder import Builder
-    from sdtrain.config.keys import Config
+    from sdtrain.methods.dirac.options import Loaded
 
 
-def build(config: Config, builder: Builder) -> Dirac:
+def build(config: Loaded, builder: Builder) -> Dirac:
     """The two players and the average, with the weight `simulation.alpha`."""
     G, D = builder.generator(config.model.generator), builder.discriminator(config.model.discriminator)
-    alpha: float = config.simulation.alpha
+    alpha = config.simulation.alpha
     return Dirac(
         Options(sd=SelfDistillation(alpha=alpha, augment=False), adversarial="wasserstein"),
         builder.nets({"G": G, "D": D}, averages={"G_ema": "G"}),

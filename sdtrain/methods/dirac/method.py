@@ -8,7 +8,7 @@ D(G(z)) - D(0) for D, so c = -1. Continuous-time rates are the step sizes eta_G 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from torch import Tensor
 from sdtrain.contracts import Chunk, Net
 from sdtrain.methods.sdgan.method import SDGAN
 from sdtrain.rng import Draws
+
+if TYPE_CHECKING:
+    from sdtrain.methods.dirac.options import Loaded
 
 C = -1.0  # f'(0) of the losses above
 
@@ -31,9 +34,10 @@ class Rates:
     c: float = C
 
 
-def rates_of(config: Any, alpha: float) -> Rates:
-    o = config.optimizer
-    return Rates(eta_G=o.G.lr, eta_D=o.D.lr, eta_phi=1 - config.ema.decay, alpha=alpha)
+def rates_of(config: Loaded, alpha: float) -> Rates:
+    lr_G, lr_D, beta = config.optimizer.G.lr, config.optimizer.D.lr, config.ema.decay
+    assert isinstance(lr_G, float) and isinstance(lr_D, float) and beta is not None  # `problems` came first
+    return Rates(eta_G=lr_G, eta_D=lr_D, eta_phi=1 - beta, alpha=alpha)
 
 
 def vector_field(r: Rates, theta: Tensor, psi: Tensor, phi: Tensor) -> tuple[Tensor, Tensor, Tensor]:

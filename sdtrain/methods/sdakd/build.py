@@ -21,19 +21,17 @@ from sdtrain.interop.pth import detect, load_into, load_pth, require
 from sdtrain.losses.feature import FeatureMLP, PerceptualLoss
 from sdtrain.methods.sdakd.inputs import make_inputs
 from sdtrain.methods.sdakd.method import SDAKD
-from sdtrain.methods.sdakd.options import Options
 from sdtrain.rng import seed_of
 
 if TYPE_CHECKING:
     from sdtrain.builder import Builder
-    from sdtrain.config.keys import Config
+    from sdtrain.methods.sdakd.options import Loaded
 
 Modules = dict[str, nn.Module]
 
 
-def build(config: Config, builder: Builder) -> SDAKD:
+def build(config: Loaded, builder: Builder) -> SDAKD:
     """The method of this configuration. Raises WeightsError for teacher files that do not fit it."""
-    assert isinstance(config, Options)
     trained, given = students(config, builder), teachers_given(config, builder)
     averages = {"G_ema": "G"}
     if set(config.stages) != {"naive"}:
@@ -60,7 +58,7 @@ def build(config: Config, builder: Builder) -> SDAKD:
     )
 
 
-def students(config: Any, builder: Builder) -> Modules:
+def students(config: Loaded, builder: Builder) -> Modules:
     """G and D at the widths of `student`; the judge of Ablations 1 to 3 has the teacher's."""
     model, student = config.model, config.student
     D_C = student.C if student.D_C is None else student.D_C
@@ -69,7 +67,7 @@ def students(config: Any, builder: Builder) -> Modules:
     return {"G": builder.generator(small), "D": builder.discriminator(judge)}
 
 
-def teachers_given(config: Any, builder: Builder) -> Modules:
+def teachers_given(config: Loaded, builder: Builder) -> Modules:
     """Teachers that come from files."""
     files, model = config.teacher, config.model
     if set(config.stages) == {"naive"}:
@@ -82,7 +80,7 @@ def teachers_given(config: Any, builder: Builder) -> Modules:
     return given
 
 
-def teachers_trained(config: Any, builder: Builder) -> Modules:
+def teachers_trained(config: Loaded, builder: Builder) -> Modules:
     """Teachers of stage 1: G_T is the average of G_T_raw."""
     files, model, made = config.teacher, config.model, Modules()
     if not files.generator:
@@ -92,7 +90,7 @@ def teachers_trained(config: Any, builder: Builder) -> Modules:
     return made
 
 
-def stages_of(config: Any, nets: set[str], steps_per_epoch: float, batch_size: int) -> list[Stage]:
+def stages_of(config: Loaded, nets: set[str], steps_per_epoch: float, batch_size: int) -> list[Stage]:
     """The stages in order, each with its end on the one clock; stage 1 is left out when both teachers are given."""
     lengths = {"teacher": config.n1, "naive": config.n1, "supervised": config.n2, "adversarial": config.n3}
     stages: list[Stage] = []
@@ -109,7 +107,7 @@ def stages_of(config: Any, nets: set[str], steps_per_epoch: float, batch_size: i
     return shortened(stages, config.total_img)
 
 
-def stage_of(config: Any, nets: set[str], name: str, end_img: int, earlier: list[Stage]) -> Stage:
+def stage_of(config: Loaded, nets: set[str], name: str, end_img: int, earlier: list[Stage]) -> Stage:
     """One stage as data. Teachers only look on once their stage is over."""
     teaching = name.startswith("teacher")
     average = {"G_T": "G_T_raw"} if "G_T_raw" in nets else {}
@@ -126,7 +124,7 @@ def stage_of(config: Any, nets: set[str], name: str, end_img: int, earlier: list
     )
 
 
-def players_of(config: Any, nets: set[str], name: str) -> dict[str, tuple[str, ...]]:
+def players_of(config: Loaded, nets: set[str], name: str) -> dict[str, tuple[str, ...]]:
     student: tuple[str, ...] = ("G", "MLP") if "MLP" in nets else ("G",)
     judged_by_teacher = config.adversary == "teacher"
     if name == "supervised":
@@ -140,7 +138,7 @@ def players_of(config: Any, nets: set[str], name: str) -> dict[str, tuple[str, .
     return generator if pixel else {**generator, "D_original": ("D_T" if teaching else "D",)}
 
 
-def starts_of(config: Any, nets: set[str], name: str, before: str) -> dict[str, Start]:
+def starts_of(config: Loaded, nets: set[str], name: str, before: str) -> dict[str, Start]:
     """After an L1 stage the generator is its average, as published; a trained teacher is its best.
 
     After stage 2 the student is the one validation liked best (`start_from`), or its last; D goes on from its last

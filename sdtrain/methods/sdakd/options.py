@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from sdtrain.config.declare import MethodDeclaration
 from sdtrain.config.options import (
@@ -19,6 +19,9 @@ from sdtrain.config.options import (
 )
 from sdtrain.data.degrade.options import DegradationOptions
 from sdtrain.methods.sdakd import checks
+
+if TYPE_CHECKING:
+    from sdtrain.config.keys import Config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,10 +164,17 @@ class Options:
     """What is measured after each epoch."""
 
 
-def weights_needed(config: Any) -> dict[str, str]:
+if TYPE_CHECKING:
+
+    class Loaded(Options, Config):  # type: ignore[misc]  # a method may narrow a common key
+        """A loaded configuration of this method."""
+
+
+
+def weights_needed(config: Loaded) -> dict[str, str]:
     """Frozen networks in use: file -> key of `weights`."""
     vgg = config.recipe.perceptual or config.supervision.perceptual
-    used = {config.perceptual: "perceptual"} if vgg else {}
+    used: dict[str, str] = {config.perceptual: "perceptual"} if vgg else {}
     used |= {"alex": "alex"} if "lpips" in config.validation.names and config.data.val else {}
     return used | ({"lpips_vgg": "lpips"} if config.sd.alpha and config.sd.loss == "lpips-vgg" else {})
 

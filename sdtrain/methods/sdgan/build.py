@@ -5,16 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from sdtrain.methods.sdgan.method import SDGAN
-from sdtrain.methods.sdgan.options import Options
 
 if TYPE_CHECKING:
     from sdtrain.builder import Builder
-    from sdtrain.config.keys import Config
+    from sdtrain.methods.sdgan.options import Loaded
 
 
-def build(config: Config, builder: Builder) -> SDGAN:
+def build(config: Loaded, builder: Builder) -> SDGAN:
     """G, D and the average of G. Raises WeightsError for frozen networks that are not there."""
-    assert isinstance(config, Options)
     G, D = builder.generator(config.model.generator), builder.discriminator(config.model.discriminator)
     distils = bool(config.sd.alpha) or config.sd.log
     z_dim: int = G.z_dim  # type: ignore[assignment]  # every generator says it

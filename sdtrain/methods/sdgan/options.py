@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from sdtrain.config.declare import MethodDeclaration
 from sdtrain.config.options import (
@@ -17,9 +17,13 @@ from sdtrain.config.options import (
     SelfDistillation,
 )
 
+if TYPE_CHECKING:
+    from sdtrain.config.keys import Config
+    from sdtrain.data.read.dataset import Dataset
+
 POLICIES = {
     "diffaug": ("color", "translation", "cutout"),
-    "ada": ("blit", "geom", "color", "filter", "noise", "cutout", "bg", "bgc", "bgcf", "bgcfn", "bgcfnc"),
+    "ada": ("blit", "geom", "color", "filter", "noise", "cutout", "bg", "bgc", "bgcf", "bgcfn", "bgcfnc", "r3gan"),
 }
 
 
@@ -47,7 +51,14 @@ class Options:
     """Real and fake through D in two calls, or in one."""
 
 
-def problems(config: Any) -> list[tuple[str, str]]:
+if TYPE_CHECKING:
+
+    class Loaded(Options, Config):  # type: ignore[misc]  # a method may narrow a common key
+        """A loaded configuration of this method."""
+
+
+
+def problems(config: Loaded) -> list[tuple[str, str]]:
     """Combinations that cannot work, as (key, sentence)."""
     found = []
     styled = {"path_length.weight": config.path_length.weight, "style_mixing": config.style_mixing}
@@ -76,7 +87,7 @@ def problems(config: Any) -> list[tuple[str, str]]:
     return found
 
 
-def data_problems(config: Any, dataset: Any) -> list[str]:
+def data_problems(config: Loaded, dataset: Dataset) -> list[str]:
     """What the opened shards cannot do: a generator learns from images of its own size, ADA from many of them."""
     found = []
     wanted, there = config.data.resolution, dataset.resolution
@@ -95,7 +106,7 @@ def data_problems(config: Any, dataset: Any) -> list[str]:
     return found
 
 
-def weights_needed(config: Any) -> dict[str, str]:
+def weights_needed(config: Loaded) -> dict[str, str]:
     """Frozen networks in use: file -> key of `weights`."""
     distils = config.sd.alpha or config.sd.log
     return {"lpips_vgg": "lpips"} if distils and config.sd.loss == "lpips-vgg" else {}
