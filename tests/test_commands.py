@@ -1,4 +1,4 @@
-"""`sdtrain sample`, `evaluate RUN`, `bench` and `report`: what is done with a run after and before it.
+"""`sdtrain sample`, `evaluate RUN`, `bench` and weights in `report`: what is done with a run after and before it.
 
 Without these a picture could depend on the batch it was drawn in, a run could be measured by another protocol than its
 own, a table could mix numbers that do not compare, and a mistake would end in a traceback.
@@ -19,7 +19,7 @@ import yaml
 from PIL import Image
 
 from sdtrain import cli
-from sdtrain.commands import plots, sample, source
+from sdtrain.commands import sample, source
 
 CONFIG = """
 method: sdgan
@@ -348,71 +348,14 @@ def test_bench_refuses_what_it_cannot_compare(config, capsys):
     assert said == "sdtrain: no/such/shards cannot be read and says no size; add --resolution PIXELS"
 
 
-# report
-
-
-def protocol(seed: int, **changes) -> dict:
-    return {"metrics": ["fid"], "num_fake": 100, "num_real": 50, "real_hash": "x", "latents_seed": seed, **changes}
-
-
-def written_run(folder: Path, values: list[float], seed: int = 0, **changes) -> Path:
-    """A run folder with evaluations every 100 images and one loss."""
-    folder.mkdir(parents=True)
-    found = []
-    for number, value in enumerate(values, 1):
-        found.append({"kind": "train", "seen_img": 100 * number, "G/adv": 1 / number, "G/loss": 5.0})
-        more = {"fid": value, "rfid": 2 * value, "rfid_std": 0.5, "precision": 0.5}
-        found.append({"kind": "eval", "seen_img": 100 * number, **more, "protocol": protocol(seed, **changes)})
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
-    return folder
-
-
-def test_the_report_has_the_best_evaluation_of_each_run_and_a_picture(tmp_path, capsys):
-    runs = [written_run(tmp_path / "sd", [9.0, 3.25, 4.0]), written_run(tmp_path / "baseline", [9.0, 8.0, 7.5])]
-    assert command("report", *runs, "--out", tmp_path / "page.md") == 0
-    page = (tmp_path / "page.md").read_text()
-    assert "Best evaluation of each run, 100 generated against 50 real images." in page
-    assert "| sd | 200 | 3.250 | 6.500 +- 0.500 | 0.500 |" in page
-    assert "| baseline | 300 | 7.500 | 15.000 +- 0.500 | 0.500 |" in page
-    assert "![page](page.png)" in page
-    assert pixels(tmp_path / "page.png").shape[1] > 1000
-
-
-def test_long_curves_are_smoothed_without_a_shift():
-    ramp, zigzag = [0.5 * i for i in range(600)], [float(i % 2) for i in range(600)]
-    assert plots.smoothed(ramp)[10:-10] == pytest.approx(ramp[10:-10])
-    assert all(abs(value - 0.5) < 0.05 for value in plots.smoothed(zigzag))
-    assert plots.smoothed([1.0, 3.0, 5.0]) == [1.0, 3.0, 5.0]
-
-
-def test_runs_that_differ_only_by_seed_become_a_mean_and_a_deviation(tmp_path):
-    from sdtrain.commands import report
-
-    folders = [written_run(tmp_path / f"sd-seed{i}", [4.0 + i, 2.0 + 2 * i][: 2 - (i == 2)], seed=i) for i in range(3)]
-    runs = [report.read_run(path) for path in (*folders, written_run(tmp_path / "sdx", [1.0]))]
-    groups = report.grouped(runs)
-    assert {name: len(members) for name, members in groups.items()} == {"sd": 3, "sdx": 1}
-    # the third run has not come to 200 images: a mean of two would look like progress
-    assert report.series(groups["sd"], "fid", "eval") == [(100, 5.0, 1.0)]
-    assert report.series(groups["sd"][:2], "fid", "eval") == [(100, 4.5, 0.5**0.5), (200, 3.0, 2**0.5)]
-    report.require_one_protocol(runs)
-
-
-def test_numbers_of_unlike_protocols_are_not_put_into_one_table(tmp_path, capsys):
-    one, two = written_run(tmp_path / "a", [1.0]), written_run(tmp_path / "b", [1.0], num_fake=50_000)
-    said = refusal(capsys, "report", one, two, "--out", tmp_path / "page.md")
-    assert said == (
-        f"sdtrain: {one} and {two} were measured in different ways (num_fake: 100 and 50000), so their numbers do not "
-        "belong in one table; evaluate both with the same settings, or report them one by one"
-    )
-    assert not (tmp_path / "page.md").exists() and not (tmp_path / "page.png").exists()
+# report: what it shows of saved weights
 
 
 def test_variation_and_interplay_come_from_the_checkpoints(run_folder, tmp_path, capsys):
     words = ["--variation", "--latents", 4, "--interplay", "--interplay-latents", 24, "--extremes", 9]
     assert command("report", run_folder, "--out", tmp_path / "page.md", *words, "--lpips", "random") == 0
     out = capsys.readouterr().out
-    assert "LPIPS between consecutive checkpoints, 4 latents" in out and "| 16, 32 |" in out
+    assert "LPIPS between consecutive weights, 4 latents" in out and "| toy | 40, 100 | 16, 32 |" in out
     picture = tmp_path / "page_interplay_toy.png"
     assert picture.is_file() and f"![{picture.stem}]" in (tmp_path / "page.md").read_text()
 
@@ -433,38 +376,75 @@ def test_quadrants_hold_the_extremes_of_both_objectives(run_folder):
     assert again["worst"]["indices"] == worst["indices"] and again["best"]["logits"] == best["logits"]
 
 
-REPORT_REFUSALS = [
-    (["--out", "page.pdf"], "--out page.pdf ends in neither .md (a page) nor .png (the curves)"),
-    (["--out", "a.md", "--latents", "1"], "--latents must be at least 2, --batch at least 1"),
-    (
-        ["--out", "a.md", "--interplay", "--interplay-latents", "300"],
-        "--extremes 200: take at least 4, and at most half of the 300 latents",
-    ),
-]
+def snapshot_of(run: Path, checkpoint: int, at: int) -> Path:
+    """A snapshot at `at` images with the weights of a checkpoint, complete."""
+    from sdtrain.engine.checkpoint import digest
+
+    folder = run / "snapshots" / f"img_{at:09d}"
+    folder.mkdir(parents=True)
+    names = ("G.safetensors", "G_ema.safetensors")
+    for name in names:
+        shutil.copy(run / "checkpoints" / f"img_{checkpoint:09d}" / name, folder)
+    (folder / "complete.json").write_text(json.dumps({"files": {name: digest(folder / name) for name in names}}))
+    return folder
 
 
-@pytest.mark.parametrize(("words", "sentence"), REPORT_REFUSALS)
-def test_report_refuses_arguments_that_cannot_work(words, sentence, tmp_path, capsys):
-    assert refusal(capsys, "report", tmp_path, *words) == f"sdtrain: {sentence}"
+VARIATION = ["--variation", "--latents", 4, "--lpips", "random", "--device", "cpu"]
 
 
-def test_report_says_what_is_missing(tmp_path, capsys, monkeypatch):
-    page = ["--out", tmp_path / "page.md"]
-    said = refusal(capsys, "report", tmp_path / "x", *page)
-    assert said.endswith("x is no run: it has no metrics.jsonl; give run folders, or files of `evaluate --json`")
-    (tmp_path / "cut.jsonl").write_text('{"kind": "tr')
-    assert refusal(capsys, "report", tmp_path / "cut.jsonl", *page).endswith(
-        "cut.jsonl:1 is not a JSON row; a run " + ("that resumes mends its own file")
+def test_variation_takes_snapshots_and_checkpoints_at_the_shares_asked_for(run_folder, tmp_path, capsys):
+    run = tmp_path / "toy"
+    shutil.copytree(run_folder, run)
+    snapshot_of(run, 16, 8), snapshot_of(run, 32, 24)
+    assert command("report", run, "--out", tmp_path / "a.md", *VARIATION, "--shares", "25,50,75,100") == 0
+    said = capsys.readouterr()
+    assert "| toy | 25, 50, 75, 100 | 8, 16, 24, 32 |" in said.out and "no weights" not in said.err
+    assert command("report", run, "--out", tmp_path / "a.md", *VARIATION, "--shares", "50,100") == 0
+    assert "| toy | 50, 100 | 16, 32 |" in capsys.readouterr().out
+
+
+def test_shares_without_weights_and_damaged_weights_are_named(run_folder, tmp_path, capsys):
+    run = tmp_path / "toy"
+    shutil.copytree(run_folder, run)
+    broken, unmarked = snapshot_of(run, 16, 8), snapshot_of(run, 16, 24)
+    (broken / "G_ema.safetensors").write_bytes(b"x")
+    (unmarked / "complete.json").unlink()
+    assert command("report", run, "--out", tmp_path / "a.md", *VARIATION, "--shares", "25,50,75,100") == 0
+    said = capsys.readouterr()
+    assert "| toy | 50, 100 | 16, 32 |" in said.out
+    assert "toy: no weights within 16 images of 25, 75 % of 32 images" in said.err
+    assert "toy: img_000000008 is not used: G_ema.safetensors does not match its digest" in said.err
+    assert "toy: img_000000024 is not used: it has no marker" in said.err
+    shutil.rmtree(run / "checkpoints" / "img_000000016")
+    said = refusal(capsys, "report", run, "--out", tmp_path / "a.md", *VARIATION)
+    assert said == (
+        f"sdtrain: {run} has weights at 1 of the shares 20, 40, 60, 80, 100 % of 32 images, and variation compares at "
+        "least two; save snapshots, raise keep_checkpoints, or name other --shares"
     )
-    (tmp_path / "none.jsonl").write_text("")
-    assert "has no losses and no evaluations yet; wait for the first tick" in refusal(
-        capsys, "report", tmp_path / "none.jsonl", *page
-    )
-    run = written_run(tmp_path / "plain", [1.0])
-    said = refusal(capsys, "report", run, *page, "--variation")
-    assert (
-        "plain has 0 checkpoint(s), and variation compares at least two; raise keep_checkpoints, lower save_img" in said
-    )
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    said = refusal(capsys, "report", run, *page)
-    assert said == "sdtrain: the curves need matplotlib, which is not installed: pip install 'sdtrain[quickstart]'"
+
+
+def test_runs_saved_at_unlike_shares_have_tables_of_their_own(run_folder, tmp_path, capsys):
+    run = tmp_path / "other"
+    shutil.copytree(run_folder, run)
+    snapshot_of(run, 16, 7)
+    assert command("report", run_folder, run, "--out", tmp_path / "a.md", *VARIATION) == 0
+    said = capsys.readouterr()
+    assert said.out.count("LPIPS between consecutive weights") == 2
+    assert "toy and other: shares 40, 100 and 20, 40, 100" in said.err
+
+
+def test_a_position_stands_for_the_share_it_is_nearest_to_and_for_no_other():
+    from sdtrain.commands.snapshots import at_shares
+
+    shares = [20.0, 40.0, 60.0, 80.0, 100.0]
+    assert at_shares([200, 400, 600, 800, 1000], shares, 1000, 100) == dict(zip(shares, [200, 400, 600, 800, 1000]))
+    assert at_shares([190, 215, 500, 1000], shares, 1000, 500) == {20.0: 190, 40.0: 500, 100.0: 1000}
+    assert at_shares([150, 900], shares, 1000, 49) == {}
+
+
+def test_variation_does_not_depend_on_how_many_images_are_made_at_once(run_folder, tmp_path, capsys):
+    said = []
+    for batch in (1, 3):
+        assert command("report", run_folder, "--out", tmp_path / "a.md", *VARIATION, "--batch", batch) == 0
+        said.append(next(line for line in capsys.readouterr().out.splitlines() if "40, 100" in line))
+    assert said[0] == said[1]

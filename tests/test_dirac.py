@@ -194,12 +194,3 @@ def test_other_networks_are_refused(tmp_path):
     (tmp_path / "d.yaml").write_text(text.replace("generator: {kind: dirac, start: 1.0}", "generator: {kind: fastgan}"))
     with pytest.raises(ConfigError, match="model.generator.kind must be dirac: the equations are about one parameter"):
         load_config(tmp_path / "d.yaml")
-
-
-def test_a_missing_matplotlib_is_said_before_anything_is_computed(tmp_path, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(
-        ConfigError, match=r"needs matplotlib, which is not installed: pip install 'sdtrain\[quickstart\]'"
-    ):
-        simulation.simulate(load_config("dirac"), tmp_path / "x")
-    assert not (tmp_path / "x").exists()

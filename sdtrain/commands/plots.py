@@ -1,4 +1,4 @@
-"""Pictures of `sdtrain report`, with matplotlib (extra `quickstart`)."""
+"""Pictures of `sdtrain report`, with matplotlib."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sdtrain.errors import ConfigError
+from sdtrain.commands.results import METRICS, RISING, Written, better, grouped, series
+from sdtrain.commands.tables import shortened
 
 COLUMNS = 3
+PANELS = 60
 SMOOTH_FROM = 100  # from so many points on a running mean is drawn, with the points faintly behind it
-
-
-def require_matplotlib(what: str = "the curves need") -> None:
-    """Raises ConfigError when it is not installed."""
-    from importlib.util import find_spec
-
-    if find_spec("matplotlib") is None:
-        raise ConfigError(f"{what} matplotlib, which is not installed: pip install 'sdtrain[quickstart]'")
+FEW = 6  # so many lines have their best value written out
+STYLES = {"teacher": ":", "supervised": "--"}  # by the beginning of a stage's name; the student's last stage is solid
+LEGEND = 45  # characters of a name
+Panel = tuple[str, str]  # split ("" for losses), name
+Points = list[tuple[int, float, float]]  # images, mean, standard deviation
+Line = tuple[str, str, Points]  # group, stage, points
 
 
 def new_figure(width: float, height: float) -> Any:
@@ -31,33 +31,50 @@ def new_figure(width: float, height: float) -> Any:
     return figure
 
 
-def curves(groups: dict[str, list[Any]], file: Path) -> None:
-    """One panel a metric (logarithmic where a distance) and a loss, one line a group of runs."""
-    from matplotlib.ticker import LogFormatter
-
-    from sdtrain.commands.report import METRICS, RISING, series
-
-    runs = [run for members in groups.values() for run in members]
-    metrics = [(key, "eval") for key in METRICS if any(key in row for run in runs for row in run.evaluations)]
-    losses = dict.fromkeys(key for run in runs for row in run.train for key in row if is_loss(key))
-    panels = metrics + [(key, "train") for key in losses]
-    rows = math.ceil(len(panels) / COLUMNS)
-    figure = new_figure(4.6 * COLUMNS, 3.1 * rows + 0.5)
-    axes = figure.subplots(rows, COLUMNS, squeeze=False).flatten()
-    for ax, (key, kind) in zip(axes, panels):
-        for number, (name, members) in enumerate(groups.items()):
-            line(ax, series(members, key, kind), name, f"C{number % 10}", kind == "eval")
-        is_distance = kind == "eval" and key not in (*RISING, "kid")
-        ax.set(title=METRICS.get(key, key), xlabel="images seen", yscale="log" if is_distance else "linear")
-        ax.grid(alpha=0.3, linewidth=0.6, which="both" if is_distance else "major")
-        ax.xaxis.set_major_formatter(lambda x, _: count(x))
-        if is_distance:
-            ax.yaxis.set_major_formatter(LogFormatter())
-            ax.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.8)))
+def curves(runs: Sequence[Written], file: Path, smooth: int | None, notes: list[str]) -> bool:
+    """One panel a metric (logarithmic where a distance) and a loss, one line a stage of a group; False: no points."""
+    groups = grouped(runs)
+    panels = panels_of(groups)
+    if len(panels) > PANELS:
+        notes.append(f"of {len(panels)} losses and metrics the first {PANELS} are drawn")
+    panels = dict(itertools.islice(panels.items(), PANELS))
+    if not panels:
+        return False
+    colours = dict(zip(groups, colours_of(len(groups))))
+    columns = min(COLUMNS, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    abreast = names_abreast(list(groups), 4.6 * columns)
+    figure = new_figure(4.6 * columns + 0.6, 3.1 * rows + 0.7 + 0.2 * math.ceil(len(groups) / abreast))
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for ax, (panel, lines) in zip(axes, panels.items()):
+        dress(ax, panel, lines)
+        for group, stage, points in lines:
+            draw(ax, points, colours[group], style_of(stage), smooth, min(0.25, 2 / len(lines)))
+        if panel[0]:
+            mark_best(ax, panel[1], [(points, colours[group], style_of(stage)) for group, stage, points in lines])
     for ax in axes[len(panels) :]:
         ax.set_visible(False)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    legend(figure, colours, list(dict.fromkeys(stage for lines in panels.values() for _, stage, _ in lines)), abreast)
     figure.savefig(file, dpi=110)
+    return True
+
+
+def panels_of(groups: dict[str, list[Written]]) -> dict[Panel, list[Line]]:
+    """The lines of each panel: metrics on the validation images first, then on others where they make a curve."""
+    keys = dict.fromkeys(key for members in groups.values() for run in members for key in run.curves)
+    splits = sorted({split for split, _, _ in keys if split}, key=lambda split: (split != "val", split))
+    wanted = [(split, key) for split in splits for key in METRICS]
+    wanted += dict.fromkeys((split, key) for split, key, _ in keys if not split and is_loss(key))
+    stages: dict[Panel, list[str]] = {}
+    for split, key, stage in keys:
+        stages.setdefault((split, key), []).append(stage)
+    found = {}
+    for panel in wanted:
+        made = [(g, s, series(runs, *panel, s)) for s in stages.get(panel, ()) for g, runs in groups.items()]
+        lines = [line for line in made if line[2]]
+        if lines and (panel[0] in ("", "val") or any(len(points) > 1 for _, _, points in lines)):
+            found[panel] = lines
+    return found
 
 
 def is_loss(key: str) -> bool:
@@ -65,25 +82,105 @@ def is_loss(key: str) -> bool:
     return key[:2] in ("G/", "D/") and not key.endswith(("/loss", "_sign"))
 
 
-def line(ax: Any, points: list[tuple[float, float, float]], name: str, colour: str, with_best: bool) -> None:
-    """The mean, a band of one standard deviation, and the best value as a dashed line (Figures 3 and 5)."""
-    if not points:
-        return
+def colours_of(number: int) -> list[Any]:
+    """As many colours as there are groups, far apart."""
+    if number <= 10:
+        return [f"C{i}" for i in range(number)]
+    import matplotlib
+
+    wheel = matplotlib.colormaps["turbo"]
+    return [wheel(0.04 + 0.92 * i / (number - 1)) for i in range(number)]
+
+
+def style_of(stage: str) -> Any:
+    return next((style for start, style in STYLES.items() if stage.startswith(start)), "-")
+
+
+def dress(ax: Any, panel: Panel, lines: list[Line]) -> None:
+    """Titles, axes with their units, and a grid."""
+    from matplotlib.ticker import LogFormatter, MaxNLocator
+
+    split, key = panel
+    values = [mean for _, _, points in lines for _, mean, _ in points]
+    logarithmic = bool(split) and key not in (*RISING, "kid", "lpips") and min(values) > 0
+    kind = f"{METRICS[key]}, {'higher' if key in RISING else 'lower'} is better" if split else "mean over a tick"
+    title = f"{METRICS[key].split(' [')[0]} ({split})" if split else key
+    ax.set_title(shortened([title], LEGEND)[title], parse_math=False)
+    ax.set(xlabel="images seen", yscale="log" if logarithmic else "linear")
+    ax.set_ylabel(kind, fontsize=8)
+    ax.grid(alpha=0.3, linewidth=0.6, which="both" if logarithmic else "major")
+    ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    ax.xaxis.set_major_formatter(lambda x, _: count(x))
+    if logarithmic:
+        ax.yaxis.set_major_formatter(LogFormatter())
+        ax.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.8)))
+
+
+def draw(ax: Any, points: Points, colour: Any, style: Any, smooth: int | None, faint: float) -> None:
+    """The mean and a band of one standard deviation; a running mean stands over the faint values it is made of."""
     x, mean, deviation = (list(part) for part in zip(*points))
-    if len(x) >= SMOOTH_FROM:
-        ax.plot(x, mean, color=colour, linewidth=0.5, alpha=0.12)
-        mean, deviation = smoothed(mean), smoothed(deviation)
-    ax.plot(x, mean, color=colour, label=name, linewidth=1.5, marker="o" if len(x) < 12 else None, markersize=3)
+    window = smooth if smooth is not None else len(x) // 30 if len(x) >= SMOOTH_FROM else 0
+    if window > 1:
+        ax.plot(x, mean, color=colour, linewidth=0.6, alpha=faint, zorder=1, antialiased=False)
+        mean, deviation = smoothed(mean, window), smoothed(deviation, window) if any(deviation) else deviation
+    marker = "o" if len(x) < 12 else None
+    ax.plot(x, mean, color=colour, linewidth=1.5, linestyle=style, marker=marker, markersize=3)
     if any(deviation):
         low, high = ([m + sign * d for m, d in zip(mean, deviation)] for sign in (-1, 1))
         ax.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
-    if with_best and len(x) > 1:
-        ax.axhline(min(mean), color=colour, linewidth=0.8, linestyle="--", alpha=0.6)
 
 
-def smoothed(values: Sequence[float]) -> list[float]:
-    """Mean of the thirtieth of the curve around each point, of half of it at the ends."""
-    reach, total = len(values) // 60, len(values)
+def best_of(key: str, points: Points) -> tuple[int, float]:
+    """(images, value) of the best mean: of the values themselves, never of the running mean."""
+    images, value, _ = better(key)(points, key=lambda point: point[1])
+    return images, value
+
+
+def mark_best(ax: Any, key: str, lines: Sequence[tuple[Points, Any, Any]]) -> None:
+    """A star at the best of each line, a dotted line at its height (Figures 3 and 5); of a few, the numbers."""
+    from matplotlib.lines import Line2D
+
+    found = [(*best_of(key, points), colour, style) for points, colour, style in lines]
+    star: dict[str, Any] = {"marker": "*", "markersize": 9, "markeredgecolor": "white", "markeredgewidth": 0.5}
+    for images, value, colour, _ in found:
+        ax.plot([images], [value], color=colour, zorder=5, **star)
+    if len(found) <= FEW:
+        for _, value, colour, _ in found:
+            ax.axhline(value, color=colour, linewidth=0.8, linestyle=(0, (1, 3)), alpha=0.6)
+        handles = [Line2D([], [], color=colour, linestyle=style, **star) for _, _, colour, style in found]
+        corner = "lower right" if key in RISING else "upper right"
+        numbers = [f"{value:.4g}" for _, value, _, _ in found]
+        ax.legend(handles, numbers, title="best", loc=corner, fontsize=8, handlelength=3)
+
+
+def names_abreast(names: Sequence[str], inches: float) -> int:
+    """How many names of the legend fit beside each other."""
+    longest = max(len(name) for name in shortened(names, LEGEND).values())
+    return max(int(inches / (0.75 + 0.09 * max(longest, 8))), 1)
+
+
+def legend(figure: Any, colours: dict[str, Any], stages: list[str], abreast: int) -> None:
+    """A colour for each group of runs; where there are several stages also what their strokes mean."""
+    from matplotlib.lines import Line2D
+
+    names = shortened(list(colours), LEGEND)
+    handles = [Line2D([], [], color=colour) for colour in colours.values()]
+    labels = [names[name] for name in colours]
+    strokes = {style_of(stage): stage for stage in reversed(stages)}
+    if len(strokes) > 1:
+        texts = {style: ", ".join(s for s in stages if style_of(s) == style and s) or "one stage" for style in strokes}
+        handles += [Line2D([], [], color="grey", linestyle=style) for style in strokes]
+        labels += [shortened([texts[style]], LEGEND)[texts[style]] for style in strokes]
+    place: dict[str, Any] = {"loc": "outside lower center", "ncols": abreast, "frameon": False, "fontsize": 9}
+    made = figure.legend(handles, [""] * len(labels), **place)
+    for text, label in zip(made.get_texts(), labels):
+        text.set_parse_math(False)
+        text.set_text(label)
+
+
+def smoothed(values: Sequence[float], window: int) -> list[float]:
+    """Mean of the `window` values around each, of fewer at the ends."""
+    reach, total = window // 2, len(values)
     sums = [0.0, *itertools.accumulate(values)]
     spans = [(max(i - reach, 0), min(i + reach + 1, total)) for i in range(total)]
     return [(sums[end] - sums[begin]) / (end - begin) for begin, end in spans]
@@ -99,7 +196,10 @@ def count(images: float) -> str:
 def quadrants(found: dict[str, Any], name: str, file: Path) -> None:
     """Figure 6 and 9: worst L_SD above, best below; lowest D to the left, highest to the right."""
     figure = new_figure(14, 4.6)
-    axes = figure.subplots(2, 8)
+    axes = figure.subplots(2, 9, width_ratios=[1] * 4 + [0.1] + [1] * 4)
+    for ax in axes[:, 4]:  # a gap between the low and the high
+        ax.set_visible(False)
+    axes = axes[:, [0, 1, 2, 3, 5, 6, 7, 8]]
     for row, part in zip(axes, ("worst", "best")):
         for ax, image, logit, distance in zip(row, *(found[part][key] for key in ("images", "logits", "distances"))):
             ax.imshow(image, interpolation="nearest")
@@ -107,5 +207,7 @@ def quadrants(found: dict[str, Any], name: str, file: Path) -> None:
         row[0].set_ylabel(f"{part} L_SD", fontsize=12)
     axes[0][1].set_title("min D(x)", loc="right")
     axes[0][5].set_title("max D(x)", loc="right")
-    figure.suptitle(f"{name} at {count(found['seen_img'])} images: {found['num_latents']} latents")
+    text = figure.suptitle("")
+    text.set_parse_math(False)
+    text.set_text(f"{shortened([name], 80)[name]} at {count(found['seen_img'])} images: {found['num_latents']} latents")
     figure.savefig(file, dpi=110)

@@ -1,37 +1,42 @@
-"""`sdtrain report RUN [RUN ...] --out PAGE.md`: curves and tables of the SD-GAN paper from what runs have written.
+"""`sdtrain report RUN [RUN ...] --out PAGE.md`: curves and tables of the papers from what runs have written.
 
-    PAGE.md                the tables, with the pictures below in it (--out PAGE.png: the first picture alone)
+    PAGE.md, .html, .tex   the tables, with the pictures below in it (--out PAGE.png: the curves alone)
     PAGE.png               metrics and losses against images; runs whose names differ by seed become a mean with a band
-    PAGE_interplay_RUN.png with --interplay: Figure 6, extremes of L_SD and D
+    PAGE_interplay_RUN.png with --interplay: Figure 6 of SD-GAN, extremes of L_SD and D
 
-Numbers of different protocols are not put into one table.
+A table holds numbers of one split and one protocol, a row those of one evaluation.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import re
-import statistics
-from collections import defaultdict
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdtrain.errors import EXIT_OK, ConfigError, RunError
+from sdtrain.commands import tables
+from sdtrain.commands.results import METRICS, RISING, Row, Written, chosen, comparable, conflicts, read_runs
+from sdtrain.commands.tables import Table
+from sdtrain.errors import EXIT_OK, ConfigError, UserError
 
-SEED_OF_NAME = re.compile(r"[-_.]?seed[-_=]?\d+", re.IGNORECASE)
-METRICS = {"fid": "FID", "rfid": "rFID", "kid": "KID", "precision": "Precision", "recall": "Recall"}
-RISING = ("precision", "recall")
+SHARES = "20,40,60,80,100"
+FACTOR = re.compile(r"fid_(\d+)")
+NAME_IN_FILE = 100  # characters of a run's name in the name of its picture
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("runs", nargs="+", type=Path, metavar="RUN", help="run folders, or files written by `sdtrain evaluate --json`")
-    add("--out", type=Path, required=True, metavar="PAGE", help="PAGE.md for tables and pictures, PAGE.png for curves")
-    add("--variation", action="store_true", help="Table 3: how much images still change between checkpoints")
+    add("--out", type=Path, required=True, metavar="PAGE", help="PAGE.md, .html, .tex: a page; .png: the curves alone")
+    add("--smooth", type=int, metavar="POINTS", help="points of the running mean drawn over a curve; 0 = none")
+    add("--no-smooth", action="store_const", const=0, dest="smooth", help="no running mean")
+    add("--variation", action="store_true", help="Table 3: how much images still change between saved weights")
+    add("--shares", default=SHARES, metavar="PERCENT", help=f"of training, where --variation looks (default: {SHARES})")
     add("--latents", type=int, default=480, help="latents of --variation (default: 480)")
-    add("--pairs", choices=("consecutive", "all_pairs"), default="consecutive", help="checkpoints --variation compares")
+    add("--pairs", choices=("consecutive", "all_pairs"), default="consecutive", help="weights --variation compares")
     add("--interplay", action="store_true", help="Figure 6: images that L_SD and D like least and most")
     add("--interplay-latents", type=int, default=10_000, metavar="N", help="latents of --interplay (default: 10000)")
     add("--extremes", type=int, default=200, help="images kept at either end of L_SD (default: 200)")
@@ -43,173 +48,206 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Returns 0; raises ConfigError or RunError before anything is written."""
     check(args)
-    from sdtrain.commands import plots
-
-    plots.require_matplotlib()
-    runs = [read_run(path) for path in args.runs]
-    require_one_protocol(runs)
-    groups = grouped(runs)
-    sections = [table_of_metrics(runs)]
+    runs, notes = read_runs(args.runs)
+    found = tables_of_metrics(runs, notes)
     if args.variation:
-        sections.append(table_of_variation(runs, args))
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    picture = args.out.with_suffix(".png")
-    plots.curves(groups, picture)
-    pictures = [picture, *(interplays(runs, args) if args.interplay else ())]
-    page = "\n\n".join([*sections, *(f"![{file.stem}]({file.name})" for file in pictures)])
-    print("\n\n".join(sections))
-    if args.out.suffix == ".md":
-        write_page(args.out, page)
-    print(f"\nwritten: {', '.join(str(p) for p in ([args.out] if args.out.suffix == '.md' else []) + pictures)}")
+        found += tables_of_variation(runs, args, notes)
+    extremes = of_each(runs, lambda run: interplay(run, args), notes) if args.interplay else []
+    pictures = draw(runs, extremes, args, notes)
+    print(tables.markdown(found, ()))
+    for note in notes:
+        print(f"sdtrain: note: {tables.one_line(note)}", file=sys.stderr)
+    files = pictures
+    if args.out.suffix in tables.PAGES:
+        write(args.out, tables.PAGES[args.out.suffix](found, notes, pictures))
+        files = [args.out, *pictures]
+    print(f"\nwritten: {', '.join(map(str, files))}")
     return EXIT_OK
 
 
 def check(args: argparse.Namespace) -> None:
     """Everything that can be wrong with the arguments, before torch is imported."""
-    if args.out.suffix not in (".md", ".png"):
-        raise ConfigError(f"--out {args.out} ends in neither .md (a page) nor .png (the curves)")
+    if args.out.suffix not in (*tables.PAGES, ".png"):
+        raise ConfigError(f"--out {args.out} ends in neither .md, .html, .tex (a page) nor .png (the curves)")
     if args.latents < 2 or args.batch < 1:
         raise ConfigError("--latents must be at least 2, --batch at least 1")
+    if args.smooth is not None and args.smooth < 0:
+        raise ConfigError(f"--smooth {args.smooth}: a running mean takes 2 points or more; 0 = none")
+    shares_of(args.shares)
     if args.interplay and (args.extremes < 4 or 2 * args.extremes > args.interplay_latents):
         raise ConfigError(
             f"--extremes {args.extremes}: take at least 4, and at most half of the {args.interplay_latents} latents"
         )
 
 
-# What runs have written
-
-
-@dataclass(frozen=True)
-class Written:
-    """The rows of one run."""
-
-    path: Path
-    name: str
-    train: list[dict[str, Any]]
-    evaluations: list[dict[str, Any]]  # on the validation images
-
-    @property
-    def group(self) -> str:
-        return SEED_OF_NAME.sub("", self.name) or self.name
-
-
-def read_run(path: Path) -> Written:
-    """Raises RunError when there is nothing to report."""
-    file = path / "metrics.jsonl" if path.is_dir() else path
-    if not file.is_file():
-        raise RunError(f"{path} is no run: it has no metrics.jsonl; give run folders, or files of `evaluate --json`")
-    rows = []
-    for number, line in enumerate(file.read_text().splitlines(), 1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            raise RunError(f"{file}:{number} is not a JSON row; a run that resumes mends its own file") from None
-    evaluations = [row for row in rows if row.get("kind") == "eval" and row.get("split", "val") != "test"]
-    train = [row for row in rows if row.get("kind") == "train"]
-    if not evaluations and not train:
-        raise RunError(f"{file} has no losses and no evaluations yet; wait for the first tick (log_img)")
-    return Written(path, path.name if path.is_dir() else path.stem, train, evaluations)
-
-
-def require_one_protocol(runs: list[Written]) -> None:
-    """Raises ConfigError naming two runs whose numbers do not compare. Other latents are no other protocol."""
-    from sdtrain.metrics.protocol import differences
-
-    rows = [(run, row) for run in runs for row in run.evaluations]
-    for run, row in rows[1:]:
-        first_run, first = rows[0]
-        found = differences(*({**r.get("protocol", {}), "latents_seed": 0} for r in (first, row)))
-        if found:
-            raise ConfigError(
-                f"{first_run.path} and {run.path} were measured in different ways ({'; '.join(found)}), so their "
-                "numbers do not belong in one table; evaluate both with the same settings, or report them one by one"
-            )
-
-
-def grouped(runs: list[Written]) -> dict[str, list[Written]]:
-    groups: dict[str, list[Written]] = defaultdict(list)
-    for run in runs:
-        groups[run.group].append(run)
-    return dict(groups)
-
-
-def series(runs: list[Written], key: str, kind: str) -> list[tuple[float, float, float]]:
-    """(images, mean, standard deviation over runs with n - 1) where every run of the group has a value."""
-    values: dict[float, list[float]] = defaultdict(list)
-    for run in runs:
-        rows = run.evaluations if kind == "eval" else run.train
-        for images, value in {row.get("seen_img", 0): row[key] for row in rows if key in row}.items():
-            values[images].append(value)
-    full = {images: found for images, found in sorted(values.items()) if len(found) == len(runs)}
-    return [(x, statistics.fmean(v), statistics.stdev(v) if len(v) > 1 else 0.0) for x, v in full.items()]
+def shares_of(text: str) -> list[float]:
+    """'20,40' as [20.0, 40.0]. Raises ConfigError unless they are two or more rising shares of the whole."""
+    try:
+        shares = [float(part) for part in text.split(",")]
+    except ValueError:
+        shares = []
+    if len(shares) < 2 or sorted(set(shares)) != shares or not 0 < shares[0] <= shares[-1] <= 100:
+        raise ConfigError(f"--shares {text}: give two or more rising shares of training in percent, such as {SHARES}")
+    return shares
 
 
 # Tables
 
 
-def best_row(run: Written) -> dict[str, Any] | None:
-    """The evaluation with the lowest FID, or the lowest first metric it has; None without evaluations."""
-    rows = run.evaluations
-    key = next((key for key in METRICS if rows and key in rows[0]), None)
-    if key is None:
-        return None
-    choose = max if key in RISING else min
-    return choose((row for row in rows if key in row), key=lambda row: row[key])
+@dataclass(frozen=True)
+class Entry:
+    """A line of a table before it is text."""
+
+    run: Written
+    row: Row
 
 
-def markdown(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def table_of_metrics(runs: list[Written]) -> str:
-    """Table 1: the best evaluation of each run."""
-    best = [(run, best_row(run)) for run in runs]
-    found = [(run, row) for run, row in best if row is not None]
+def tables_of_metrics(runs: Sequence[Written], notes: list[str]) -> list[Table]:
+    """Tables 1 and 2: of each split the rows that `chosen` takes; lines of unlike protocols in tables of their own."""
+    splits = list(dict.fromkeys(row.split for run in runs for row in run.rows if row.values))
+    found = []
+    for split in sorted(splits, key=lambda split: (split != "val", split)):
+        entries = without_repeats([Entry(run, row) for run in runs for row in chosen(run, split)])
+        parts = comparable(entries, lambda entry: entry.row.protocol)
+        note_conflicts([(part[0].run.name, part[0].row.protocol) for part in parts], notes)
+        found += [table_of_metrics(split, part) for part in parts]
     if not found:
-        return "No run has been evaluated (eval_img is 0, or the first evaluation is still to come)."
-    keys = [key for key in METRICS if any(key in row for _, row in found)]
-    head = ["Run", "images", *(f"{METRICS[key]} {'up' if key in RISING else 'down'}" for key in keys)]
-    rows = [[run.name, f"{row.get('seen_img', 0):,}", *(cell(row, key) for key in keys)] for run, row in found]
-    p = found[0][1].get("protocol", {})
-    measured = f"{p.get('num_fake', '?')} generated against {p.get('num_real', '?')} real images"
-    return f"Best evaluation of each run, {measured}.\n\n{markdown(head, rows)}"
+        notes.append("No run has been evaluated (eval_img is 0, or the first evaluation is still to come).")
+    return found
 
 
-def cell(row: dict[str, Any], key: str) -> str:
-    if key not in row:
+def note_conflicts(firsts: Sequence[tuple[str, dict[str, Any]]], notes: list[str]) -> None:
+    """Why there is more than one table: a sentence for each, against the first."""
+    for name, protocol in firsts[1:]:
+        found = conflicts(firsts[0][1], protocol)
+        more = f"; and {len(found) - 3} more" if len(found) > 3 else ""
+        notes.append(f"{firsts[0][0]} and {name}: {'; '.join(found[:3])}{more}")
+
+
+def without_repeats(entries: list[Entry]) -> list[Entry]:
+    """Bicubic enlargement of the same images is the same in every run: one line is enough."""
+    kept: list[Entry] = []
+    for entry in entries:
+        known = (other.row for other in kept if other.row.network == entry.row.network == "bicubic")
+        if not any((row.values, row.protocol) == (entry.row.values, entry.row.protocol) for row in known):
+            kept.append(entry)
+    return kept
+
+
+def table_of_metrics(split: str, entries: list[Entry]) -> Table:
+    rows = [entry.row for entry in entries]
+    factors = {int(found[1]): key for row in rows for key in row.values if (found := FACTOR.fullmatch(key))}
+    keys = [key for key in METRICS if any(key in row.values for row in rows)]
+    at = keys.index("fid") + 1 if "fid" in keys else 0
+    keys[at:at] = [factors[number] for number in sorted(factors)]
+    words = ["Run"]
+    if any(row.stage or row.network not in ("G", "G_ema") for row in rows) or len({row.network for row in rows}) > 1:
+        words += ["Network", "Stage"]
+    about = {"Run": lambda e: title(e.run), "Network": lambda e: e.row.network, "Stage": lambda e: e.row.stage or "-"}
+    lines = [[*(about[w](e) for w in words), images(e.row), *(cell(e.row, key) for key in keys)] for e in entries]
+    return Table(caption(split, rows), [*words, "images", *map(heading, keys)], lines, len(words))
+
+
+def title(run: Written) -> str:
+    part = f"{run.seen_img:,} of {run.total_img:,} images" if run.total_img else ""
+    return f"{run.name} (unfinished: {part})" if run.unfinished else run.name
+
+
+def images(row: Row) -> str:
+    return "-" if row.seen_img is None else f"{row.seen_img:,}"
+
+
+def heading(key: str) -> str:
+    factor = FACTOR.fullmatch(key)
+    name = f"FID x{factor[1]}" if factor else METRICS[key]
+    return f"{name} {'up' if key in RISING else 'down'}"
+
+
+def cell(row: Row, key: str) -> str:
+    if key not in row.values:
         return "-"
-    digits = 5 if key == "kid" else 3
-    spread = f" +- {row[f'{key}_std']:.{digits}f}" if row.get(f"{key}_std") else ""
-    return f"{row[key]:.{digits}f}{spread}"
+    digits = 5 if key == "kid" else 4 if key in ("ssim_y", "lpips") else 3
+    spread = f" +- {row.values[f'{key}_std']:.{digits}f}" if row.values.get(f"{key}_std") else ""
+    return f"{row.values[key]:.{digits}f}{spread}"
 
 
-def table_of_variation(runs: list[Written], args: argparse.Namespace) -> str:
-    """Table 3: perceptual variation of each run."""
+def caption(split: str, rows: Sequence[Row]) -> str:
+    """Which rows these are, and of how many images."""
+    p = next((row.protocol for row in rows if row.protocol), {})
+    if "num_images" in p:
+        measured = f"{p['num_images']} images, low quality: {p.get('lq', '?')}"
+    else:
+        measured = f"{p.get('num_fake', '?')} generated against {p.get('num_real', '?')} real images"
+    if split != "val":
+        return f"Split {split}: last evaluation of each run, {measured}."
+    key = next((METRICS[key] for key in METRICS if any(key in row.values for row in rows)), "")
+    each = "each stage of each run" if any(row.stage for row in rows) else "each run"
+    return f"Split val: best evaluation of {each} by {key}, {measured}."
+
+
+def of_each(runs: Sequence[Written], do: Callable[[Written], Any], notes: list[str]) -> list[tuple[Written, Any]]:
+    """What `do` makes of each run; a run that cannot give it becomes a note. Raises its UserError when no run can."""
+    found, problems = [], []
+    for one in runs:
+        try:
+            found.append((one, do(one)))
+        except UserError as problem:
+            problems.append(problem)
+    if not found:
+        raise problems[0]
+    notes.extend(map(str, problems))
+    return found
+
+
+def tables_of_variation(runs: Sequence[Written], args: argparse.Namespace, notes: list[str]) -> list[Table]:
+    """Table 3: perceptual variation of each run between weights at the same shares of training."""
     from sdtrain.commands.snapshots import variation
 
-    rows = []
-    for run in runs:
-        mean, deviation, positions = variation(run.path, args)
-        rows.append([run.name, f"{mean:.3f} +- {deviation:.3f}", ", ".join(f"{p:,}" for p in positions)])
-    text = f"LPIPS between {args.pairs.replace('_', ' ')} checkpoints, {args.latents} latents: mean over latents +- "
+    shares = shares_of(args.shares)
+    found = of_each(runs, lambda run: variation(run, shares, args, notes), notes)
+    parts = comparable(found, lambda item: item[1].protocol)
+    note_conflicts([(part[0][0].name, part[0][1].protocol) for part in parts], notes)
+    text = f"LPIPS between {args.pairs.replace('_', ' ')} weights, {args.latents} latents: mean over latents +- "
     text += "standard deviation with n."
-    return f"{text}\n\n{markdown(['Run', 'variation', 'checkpoints'], rows)}"
+    head = ["Run", "at % of training", "at images", "variation down"]
+    line = lambda run, v: [title(run), v.at_shares, v.at_images, f"{v.mean:.3f} +- {v.deviation:.3f}"]  # noqa: E731
+    return [Table(text, head, [line(*item) for item in part], 3) for part in parts]
 
 
-def interplays(runs: list[Written], args: argparse.Namespace) -> list[Path]:
-    from sdtrain.commands import plots
-    from sdtrain.commands.snapshots import interplay
-
-    files = []
-    for run in runs:
-        file = args.out.with_name(f"{args.out.stem}_interplay_{run.name}.png")
-        plots.quadrants(interplay(run.path, args), run.name, file)
-        files.append(file)
-    return files
+# Files
 
 
-def write_page(path: Path, page: str) -> None:
+def interplay(run: Written, args: argparse.Namespace) -> dict[str, Any]:
+    from sdtrain.commands import snapshots
+
+    return snapshots.interplay(run.path, args)
+
+
+def draw(runs: list[Written], extremes: list[tuple[Written, Any]], args: Any, notes: list[str]) -> list[Path]:
+    """The pictures that were written. Tables do without them where matplotlib cannot be imported."""
+    try:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        from sdtrain.commands import plots
+
+        curves = args.out.with_suffix(".png")
+        files = [curves] if plots.curves(runs, curves, args.smooth, notes) else []
+        names = tables.shortened([run.name for run, _ in extremes], NAME_IN_FILE)
+        for run, found in extremes:
+            name = re.sub(r"[^\w.-]+", "_", names[run.name], flags=re.ASCII)
+            files.append(args.out.with_name(f"{args.out.stem}_interplay_{name}.png"))
+            plots.quadrants(found, run.name, files[-1])
+        return files
+    except ImportError as error:
+        notes.append(f"there are no pictures: {error}; install matplotlib")
+    except OSError as error:
+        raise ConfigError(f"--out {args.out}: cannot be written ({error.strerror}); name another file") from None
+    return []
+
+
+def write(path: Path, page: str) -> None:
     from sdtrain.files import write_bytes
 
-    write_bytes(path, (page + "\n").encode())
+    try:
+        write_bytes(path, (page + "\n").encode(errors="replace"))
+    except OSError as error:
+        raise ConfigError(f"--out {path} cannot be written ({error.strerror}); name another file") from None

@@ -1,9 +1,12 @@
-"""What the checkpoints of a run show: perceptual variation (Table 3) and the interplay of the losses (Figure 6)."""
+"""What the saved weights of a run show: perceptual variation (Table 3) and the interplay of the losses (Figure 6)."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import hashlib
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +14,14 @@ import torch
 from torch import Tensor
 
 from sdtrain.builder import Builder
+from sdtrain.commands.results import Written
 from sdtrain.commands.source import Source, config_of
-from sdtrain.engine.checkpoint import MARKER, load_tensors
+from sdtrain.engine.checkpoint import load_tensors, newest, verify
 from sdtrain.engine.make import make_engine
 from sdtrain.engine.net import load_strictly
 from sdtrain.errors import RunError
 from sdtrain.losses.perceptual import LPIPS
-from sdtrain.metrics.variation import perceptual_variation
+from sdtrain.metrics.variation import variation_per_latent
 from sdtrain.models.ghost import set_ghost_batch
 from sdtrain.sampling import generate, to_uint8
 from sdtrain.weights import check_weights, load_weights
@@ -31,16 +35,59 @@ def device_of(args: argparse.Namespace) -> torch.device:
     return torch.device(automatic if args.device == "auto" else args.device)
 
 
-def checkpoints_of(run: Path, at_least: int, why: str) -> list[Path]:
-    """Complete checkpoints in order. Raises RunError when there are too few."""
-    found = [path for path in sorted((run / "checkpoints").glob("img_*")) if (path / MARKER).exists()]
-    if len(found) < at_least:
-        raise RunError(f"{run} has {len(found)} checkpoint(s), {why}; raise keep_checkpoints, lower save_img")
+def position(folder: Path) -> int | None:
+    """The images seen that a folder's name says; None for any other name."""
+    found = re.fullmatch(r"img_(\d{1,18})", folder.name)
+    return int(found[1]) if found else None
+
+
+def saved_weights(run: Path) -> dict[int, Path]:
+    """Where the weights of each position are: a snapshot, or a checkpoint. Whether it is whole shows `verify`."""
+    found = {}
+    for place in ("checkpoints", "snapshots"):
+        for folder in sorted((run / place).glob("img_*")):
+            at = position(folder)
+            if at and (folder / "G_ema.safetensors").is_file():
+                found[at] = folder
     return found
 
 
-def position(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("img_"))
+def at_shares(positions: Iterable[int], shares: Sequence[float], total: int, interval: int) -> dict[float, int]:
+    """For each share (percent) of `total` the nearest position, at most `interval` away; no position has two shares."""
+    near: dict[float, list[tuple[float, int]]] = {}
+    for at in positions:
+        distance, share = min((abs(at - share * total / 100), share) for share in shares)
+        if distance <= interval:
+            near.setdefault(share, []).append((distance, at))
+    return {share: min(near[share])[1] for share in shares if share in near}
+
+
+def weights_at(run: Written, shares: Sequence[float], notes: list[str]) -> dict[float, Path]:
+    """Complete weights near these shares of training; which are missing is noted. RunError when two are not found."""
+    saved = saved_weights(run.path)
+    total = run.total_img or max(saved, default=0)
+    config = config_of(run.path)
+    interval = max(config.save_img, config.batch_size) if config else round(total / 10)
+    while True:
+        chosen = at_shares(saved, shares, total, interval)
+        damaged = {at: reason for at in chosen.values() if (reason := verify(saved[at]))}
+        for at, reason in damaged.items():
+            notes.append(f"{run.name}: {saved.pop(at).name} is not used: {reason}")
+        if not damaged:
+            break
+    missing = [f"{share:g}" for share in shares if share not in chosen]
+    if len(chosen) < 2:
+        raise RunError(
+            f"{run.path} has weights at {len(chosen)} of the shares {listed(shares)} % of {total:,} images, and "
+            "variation compares at least two; save snapshots, raise keep_checkpoints, or name other --shares"
+        )
+    if missing:
+        notes.append(f"{run.name}: no weights within {interval:,} images of {', '.join(missing)} % of {total:,} images")
+    return {share: saved[at] for share, at in chosen.items()}
+
+
+def listed(shares: Iterable[float]) -> str:
+    return ", ".join(f"{share:g}" for share in shares)
 
 
 def lpips_of(run: Path, args: argparse.Namespace, device: torch.device) -> LPIPS:
@@ -62,19 +109,44 @@ def images_of(source: Source, indices: Sequence[int], batch: int) -> Tensor:
     return torch.cat([generate(source.net, part, **more).float().cpu() for part in parts])
 
 
-def variation(run: Path, args: argparse.Namespace) -> tuple[float, float, list[int]]:
-    """Table 3: (mean, standard deviation over latents, positions) of the checkpoints from 20 % of the last one on."""
+@dataclass(frozen=True)
+class Variation:
+    """Table 3 for one run."""
+
+    mean: float
+    deviation: float  # over latents, with n
+    at_shares: str
+    at_images: str
+    protocol: dict[str, Any]
+
+
+def variation(run: Written, shares: Sequence[float], args: argparse.Namespace, notes: list[str]) -> Variation:
+    """How much the images of fixed latents change between the weights at these shares of training.
+
+    Raises RunError when fewer than two are saved, WeightsError when those of LPIPS are missing.
+    """
     device = device_of(args)
-    paths = checkpoints_of(run, 2, "and variation compares at least two")
-    paths = [path for path in paths if position(path) >= 0.2 * position(paths[-1])]
-    if len(paths) < 2:
-        raise RunError(f"{run} has one checkpoint after the first 20 % of training; variation compares at least two")
-    lpips = lpips_of(run, args, device)
-    indices = range(args.latents)
-    images = [images_of(Source(path, device), indices, args.batch) for path in paths]
+    folders = weights_at(run, shares, notes)
+    lpips = lpips_of(run.path, args, device)
+    sources = [Source(folder, device) for folder in folders.values()]
     distance = lambda x, y: lpips(x.to(device), y.to(device)).cpu()  # noqa: E731
-    mean, deviation = perceptual_variation(images, distance, mode=args.pairs, batch_size=args.batch)
-    return mean, deviation, [position(path) for path in paths]
+    parts = []
+    for first in range(0, args.latents, args.batch):
+        part = range(first, min(first + args.batch, args.latents))
+        made = [images_of(source, part, args.batch) for source in sources]
+        parts.append(variation_per_latent(made, distance, mode=args.pairs, batch_size=args.batch))
+    values = torch.cat(parts)
+    images = ", ".join(f"{position(folder):,}" for folder in folders.values())
+    protocol = {"shares": listed(folders), "lpips weights": digest(lpips)}
+    return Variation(values.mean().item(), values.std(correction=0).item(), listed(folders), images, protocol)
+
+
+def digest(net: torch.nn.Module) -> str:
+    """A hash of the weights: distances of unlike networks do not compare."""
+    found = hashlib.sha256()
+    for tensor in net.state_dict().values():
+        found.update(tensor.cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()
 
 
 @torch.no_grad()
@@ -84,7 +156,10 @@ def interplay(run: Path, args: argparse.Namespace) -> dict[str, Any]:
     Images are those of G_ema; G belongs to the same checkpoint and has the same noise. No augmentation.
     """
     device = device_of(args)
-    path = checkpoints_of(run, 1, "and D is needed")[-1]
+    checkpoint, refused = newest(run / "checkpoints")
+    if checkpoint is None:
+        raise RunError("; ".join([f"{run} has no complete checkpoint, and D is needed", *refused]))
+    path = checkpoint.path
     teacher, student = Source(path, device), Source(path, device, weights="raw")
     lpips, D = lpips_of(run, args, device), discriminator(path, teacher)
     distances = []

@@ -10,6 +10,8 @@ from sdtrain.errors import ConfigError
 
 # says where, not how: free to differ
 DESCRIPTIVE = ("real_source", "fake_source", "split", "sdtrain")
+# whoever has no such entry did not measure what it is about
+OPTIONAL = ("metrics", "features", "kid", "pr_k", "rfid", "fid", "lpips")
 
 
 def fingerprint(protocol: dict[str, Any]) -> str:
@@ -32,3 +34,24 @@ def require_same(one: dict[str, Any], other: dict[str, Any]) -> None:
             f"These results were measured in different ways ({'; '.join(found)}), so their numbers do not compare; "
             "evaluate both with the same settings."
         )
+
+
+def conflicts(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """What keeps two results out of one table, a short phrase each. Other latents are no other protocol, nor is it one
+    to have measured a metric more."""
+    found = []
+    for key in sorted((one.keys() | other.keys()) - {*DESCRIPTIVE, "latents_seed", "metrics"}):
+        a, b = one.get(key), other.get(key)
+        if a == b or key in OPTIONAL and None in (a, b):
+            continue
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += [f"{key}.{phrase}" for phrase in conflicts(a, b)]
+        else:
+            found.append(f"{key} {short(a)} and {short(b)}")
+    return found
+
+
+def short(value: Any) -> str:
+    """The value as text; of a long one, such as a hash, the beginning."""
+    text = str(value)
+    return text if len(text) <= 24 else f"{text[:12]}..."

@@ -9,17 +9,18 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+Pairs = Literal["consecutive", "all_pairs"]
+
 
 @torch.no_grad()
-def perceptual_variation(
+def variation_per_latent(
     images_by_checkpoint: Sequence[Tensor],
     lpips: Callable[[Tensor, Tensor], Tensor],
     *,
-    mode: Literal["consecutive", "all_pairs"] = "consecutive",
-    ddof: int = 0,
+    mode: Pairs = "consecutive",
     batch_size: int = 32,
-) -> tuple[float, float]:
-    """Mean and standard deviation over latents of v_k = mean over pairs of checkpoints of LPIPS(x_{t,k}, x_{u,k}).
+) -> Tensor:
+    """v [K]: v_k = mean over pairs of checkpoints of LPIPS(x_{t,k}, x_{u,k}).
 
     `images_by_checkpoint[t]` holds the images [K, ...] of the same K latents, in [-1, 1]; at least two checkpoints. The
     paper's wording admits consecutive checkpoints (default) and all pairs.
@@ -27,7 +28,19 @@ def perceptual_variation(
     numbers = range(len(images_by_checkpoint))
     pairs = itertools.pairwise(numbers) if mode == "consecutive" else itertools.combinations(numbers, 2)
     rows = [_distances(images_by_checkpoint[t], images_by_checkpoint[u], lpips, batch_size) for t, u in pairs]
-    per_latent = torch.stack(rows).mean(0)
+    return torch.stack(rows).mean(0)
+
+
+def perceptual_variation(
+    images_by_checkpoint: Sequence[Tensor],
+    lpips: Callable[[Tensor, Tensor], Tensor],
+    *,
+    mode: Pairs = "consecutive",
+    ddof: int = 0,
+    batch_size: int = 32,
+) -> tuple[float, float]:
+    """Mean and standard deviation of `variation_per_latent` over latents."""
+    per_latent = variation_per_latent(images_by_checkpoint, lpips, mode=mode, batch_size=batch_size)
     return per_latent.mean().item(), per_latent.std(correction=ddof).item()
 
 
