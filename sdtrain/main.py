@@ -15,6 +15,9 @@ if __name__ == "__main__":  # run as a script: the repository root takes the pla
 from sdtrain.errors import EXIT_OK, UserError
 
 if TYPE_CHECKING:
+    import torch
+
+    from sdtrain.config.keys import Config
     from sdtrain.run import Run
 
 log = logging.getLogger("sdtrain")
@@ -45,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     return train(config, out, args.allow)
 
 
-def train(config: Any, out: Path, allow: list[str]) -> int:
+def train(config: Config, out: Path, allow: list[str]) -> int:
     """Check everything that can be checked cheaply, join the other ranks, resume, train."""
     from sdtrain.engine.preempt import StopRequest
     from sdtrain.plan import check_data, check_initial, check_weights_needed, make_plan
@@ -82,12 +85,13 @@ def simulate(config: Any, out: Path, only_plan: bool) -> int:
     return simulation.simulate(config, out)
 
 
-def start(config: Any) -> Any:
-    """Logging and the process group. Returns this rank's device."""
+def start(config: Config) -> torch.device:
+    """Float32 arithmetic, the process group, logging. Returns this rank's device."""
+    from sdtrain.engine.precision import set_precision
     from sdtrain.engine.ranks import is_main, start_ranks
 
+    set_precision(config.tf32)
     device = start_ranks()
-
     level = logging.INFO if is_main() else logging.WARNING
     logging.basicConfig(level=level, format="%(asctime)s  %(message)s", datefmt="%H:%M:%S")
     return device
@@ -97,7 +101,7 @@ def has_checkpoints(out: Path) -> bool:
     return any((out / "checkpoints").glob("img_*"))
 
 
-def check_folder(config: Any, out: Path, allow: list[str]) -> None:
+def check_folder(config: Config, out: Path, allow: list[str]) -> None:
     """Raises `ConfigError` when the folder holds a run whose configuration differs in what decides weights."""
     from sdtrain.config.compare import differences, read_tree, to_tree
     from sdtrain.config.schema import method

@@ -56,8 +56,10 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from sdtrain.commands.variants import Clock, Variant, compare
+    from sdtrain.engine.precision import set_precision
     from sdtrain.methods.sdgan.method import SDGAN
 
+    set_precision(next(iter(configs.values())).tf32)
     has_gpu = torch.cuda.is_available()
     device = torch.device(("cuda" if has_gpu else "cpu") if args.device == "auto" else args.device)
     clock = Clock(device)
@@ -67,6 +69,7 @@ def run(args: argparse.Namespace) -> int:
     with source.feeding(variants[0].method.feed):
         compare(variants, source.stream, args.steps, clock)
     found = figures(variants)
+    found |= {"float32": "tf32" if first.tf32 else "full", "summation": first.summation}
     found |= {"cfg": args.cfg, "resolution": source.resolution, "device": device.type, "clock": clock.name}
     print(header(first, source, found, args.steps))
     print(table(found))
@@ -181,7 +184,8 @@ def header(config: Any, source: Source, found: dict[str, Any], steps: int) -> st
     place = torch.cuda.get_device_name(source.device) if source.device.type == "cuda" else "CPU"
     return (
         f"{found['cfg']} at {source.resolution} px on {place}, {found['clock']}, {config.precision}, batch "
-        f"{config.batch_size} in ghosts of {config.ghost_batch}, summation {config.summation}\n"
+        f"{config.batch_size} in ghosts of {config.ghost_batch}, summation {config.summation}, "
+        f"float32 products {found['float32']}\n"
         f"{source.note}; frozen networks with random weights; medians of {steps} interleaved steps"
     )
 

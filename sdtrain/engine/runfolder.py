@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from sdtrain.engine.checkpoint import write_atomically
+from sdtrain.engine.precision import described
 from sdtrain.engine.ranks import gather_objects, is_main, world
 from sdtrain.errors import RunError
 
@@ -141,6 +142,7 @@ def environment(weights: dict[str, Any]) -> dict[str, Any]:
         "world_size": world(),
         "packages": {name: installed(name) for name in packages},
         "git_commit": git_commit(),
+        "float32": described(),
         "weights": weights,
     }
 
