@@ -5,17 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 from pathlib import Path
 from typing import Any
 
 
 class AtomicFile:
-    """A file that takes its name at `commit`. The temporary name carries the process id, so writers never share one."""
+    """A file that takes its name at `commit`. Its temporary name is drawn and made here, so writers never share one."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        self._file = open(self._temporary, "wb")
+        self._temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+        self._file = open(self._temporary, "xb")  # fails on whatever has that name, a link that leads away included
 
     def write(self, data: bytes | memoryview) -> None:
         self._file.write(data)

@@ -156,13 +156,14 @@ def test_a_killed_packing_continues_and_ends_with_the_same_digest(tmp_path: Path
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    finished_before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("shard-*.tar")}
+    finished_before = {path.name: path.stat().st_mtime_ns for path in markers.glob("shard-*.tar")}
     assert 2 <= len(finished_before) < 20 and not (tmp_path / "out" / "manifest.json").exists()
-    damage_byte(min(finished_before), 600)
+    damage_byte(markers / min(finished_before), 600)
     again = packed(source, tmp_path / "out", *words[3:7])
     assert again["hash"] == packed(source, tmp_path / "fresh", *words[3:7])["hash"]
     assert verified(tmp_path / "out", tmp_path) == (0, [])
-    kept = [path for path, changed in finished_before.items() if path.stat().st_mtime_ns == changed]
+    now = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.tar")}
+    kept = [name for name, changed in finished_before.items() if now[name] == changed]
     assert len(kept) >= len(finished_before) - 1
     assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
 
@@ -216,18 +217,14 @@ def test_mistakes_are_refused_in_one_sentence(photos: Path, tmp_path: Path) -> N
     )
     (tmp_path / "empty" / "data.mdb").touch()
     assert "is an LMDB; export it to a folder of .webp files first" in refusal(str(tmp_path / "empty"), out, "--keep")
-    assert refusal(str(photos), out, "--resolution", "32") == (
-        "all 12 images were rejected (a/im 00.png: too small: 16 px for --resolution 32 (use --enlarge to accept)); "
-        "nothing was packed"
-    )
 
 
 def test_images_that_are_not_square_need_a_decision(tmp_path: Path) -> None:
     (tmp_path / "s").mkdir()
     photo(0, 16).crop((0, 0, 16, 12)).save(tmp_path / "s" / "wide.png")
     photo(1, 16).save(tmp_path / "s" / "x.png")
-    manifest = packed(tmp_path / "s", tmp_path / "out", "--resolution", "8")
-    assert manifest["rejected"] == [["wide.png", "not square: 16x12 (use --crop center)"]]
+    manifest = packed(tmp_path / "s", tmp_path / "out", "--resolution", "8", "--max-rejected", "50%")
+    assert manifest["rejected"] == [["wide.png", "not square: 16x12"]]
     assert packed(tmp_path / "s", tmp_path / "out2", "--resolution", "8", "--crop", "center")["count"] == 2
 
 
@@ -246,7 +243,7 @@ def test_a_full_disk_leaves_no_half_shard(photos: Path, tmp_path: Path, monkeypa
     out = tmp_path / "out"
     message = refusal(str(photos), str(out), "--keep", "--workers", "1")
     assert message == f"packing into {out} failed: No space left on device; check rights and free space, then run again"
-    assert not list(out.glob("*.tar")) and not list(out.glob(".*.tmp"))
+    assert not out.exists()
 
 
 def test_help_does_not_import_torch_or_pillow() -> None:

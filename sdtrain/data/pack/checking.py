@@ -10,8 +10,9 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from sdtrain.data.pack.packing import start_worker
 from sdtrain.data.read.dataset import MANIFEST_NAME, expand, read_at, read_manifest
-from sdtrain.data.read.images import ImageRejected, decode_image, hush
+from sdtrain.data.read.images import ImageRejected, decode_image
 from sdtrain.data.read.index import INDEX_NAME, Index, Sample, load_index, samples_of
 from sdtrain.data.read.tars import Member, scan_tar
 from sdtrain.errors import DataError
@@ -96,11 +97,14 @@ def _run(tasks: list[Task], workers: int) -> list[tuple[list[Sample], list[Findi
             results.append(check_shard(task))
             bar.update()
     else:
-        with ProcessPoolExecutor(min(workers, len(tasks)), get_context("spawn"), initializer=hush) as pool:
+        pool = ProcessPoolExecutor(min(workers, len(tasks)), get_context("spawn"), initializer=start_worker)
+        try:
             futures = [pool.submit(check_shard, task) for task in tasks]
             for future in futures:
                 future.add_done_callback(lambda _: bar.update())
             results = [future.result() for future in futures]
+        finally:
+            pool.shutdown(cancel_futures=True)
     bar.close()
     return results
 

@@ -15,9 +15,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("source", help="packed folder, or glob or brace pattern of tars")
     add("--report", metavar="FILE", help="write all findings as JSON")
-    add("--resolution", type=int, default=0, metavar="N", help="expected side; default: the manifest's")
+    add("--resolution", type=int, default=0, metavar="N", help="expected side (default: the manifest's)")
     add("--quick", action="store_true", help="check structure and digests, decode no image")
-    add("--workers", type=int, default=os.cpu_count() or 1, help="processes")
+    add("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a core, here %(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:

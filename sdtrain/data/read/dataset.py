@@ -129,6 +129,7 @@ def _open_one(source: str, cache: Path, keep_index: bool) -> Dataset:
 def expand(source: str) -> list[str]:
     """Shards that a folder, a glob or brace pattern names, in order. Raises DataError when there are none."""
     if os.path.isdir(source):
+        _refuse_unfinished(Path(source))
         source = os.path.join(source, "*.tar")
     found: list[str] = []
     for pattern in [source] if source.startswith("pipe:") and not BRACE.search(source) else _braces(source):
@@ -138,6 +139,11 @@ def expand(source: str) -> list[str]:
             f"no shard matches {source} (looked from {os.getcwd()}); check the path, or make shards with: sdtrain pack"
         )
     return list(dict.fromkeys(found))
+
+
+def _refuse_unfinished(folder: Path) -> None:
+    if (folder / ".pack").is_dir():
+        raise DataError(f"packing into {folder} has not finished; repeat the command that began it")
 
 
 def _braces(pattern: str) -> list[str]:
