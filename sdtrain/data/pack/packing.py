@@ -32,6 +32,7 @@ from sdtrain.data.pack.shaping import Shape, key_of, pieces
 from sdtrain.data.pack.sources import SourceFile, SourceReader
 from sdtrain.data.read.images import ImageRejected, hush
 from sdtrain.data.read.index import INDEX_NAME, build_index
+from sdtrain.data.read.manifest import MANIFEST_NAME, is_plain_name, read_manifest
 from sdtrain.data.read.remote import verified
 from sdtrain.data.read.tars import ShardWriter
 from sdtrain.errors import DataError
@@ -256,14 +257,16 @@ def manifest_of(shards: list[dict[str, Any]], resolution: int | None, label_name
 
 def reindex(folder: Path) -> tuple[dict[str, Any], list[tuple[str, str, str]]]:
     """Rebuild index and manifest from the tars alone; keeps what an existing manifest says about their making."""
-    from sdtrain.data.read.dataset import MANIFEST_NAME, open_dataset
+    from sdtrain.data.read.dataset import open_dataset
 
-    names = sorted(path.name for path in folder.glob("*.tar"))
+    names = sorted(path.name for path in folder.glob("*.tar") if path.is_file())
     if not names:
         raise DataError(f"{folder} holds no .tar files; give the folder of the shards")
+    if strange := [name for name in names if not is_plain_name(name)]:
+        raise DataError(f"{folder} holds {strange[0]!r}; give it a name without colons and control characters")
     try:
-        old = json.loads((folder / MANIFEST_NAME).read_text())
-    except (OSError, ValueError):
+        old = read_manifest(folder)
+    except DataError:
         old = {}
     index, damage = build_index([folder / name for name in names], names)
     counts = [int((index.shard == number).sum()) for number in range(len(names))]
@@ -271,9 +274,10 @@ def reindex(folder: Path) -> tuple[dict[str, Any], list[tuple[str, str, str]]]:
         {"name": name, "size": os.path.getsize(folder / name), "sha256": sha256_of_file(folder / name), "count": count}
         for name, count in zip(names, counts, strict=True)
     ]
+    probed = open_dataset(str(folder / "*.tar"), keep_index=False)  # refuses labels that no table of classes could hold
     num_classes = int(index.label.max(initial=-1)) + 1
     label_names = old.get("label_names") or [str(n) for n in range(num_classes)]
-    resolution = old.get("resolution") or open_dataset(str(folder / "*.tar")).resolution
+    resolution = old.get("resolution") or probed.resolution
     kept = {key: old[key] for key in ("label_counts", "pack", "converted", "rejected") if key in old}
     manifest = manifest_of(shards, resolution, label_names) | kept
     index.save(folder / INDEX_NAME)
