@@ -16,14 +16,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 from conftest import REPO, run_python
 from PIL import Image
 
 from sdtrain.data.pack import pack, verify
-from sdtrain.data.pack.photos import export_photos
-from sdtrain.data.pack.splits import main as splits_main
-from sdtrain.data.pack.splits import split
 from sdtrain.data.read.dataset import open_dataset
 from sdtrain.data.read.images import decode_image
 from sdtrain.errors import DataError
@@ -358,39 +354,3 @@ def test_long_and_non_ascii_names_of_other_tools_are_read(tmp_path: Path) -> Non
             tar.addfile(info, io.BytesIO(png()))
         dataset = open_dataset(str(tmp_path / f"{kind}.tar"))
         assert dataset.locate(0)[1] + ".png" == name and dataset.resolution == 16
-
-
-@pytest.mark.parametrize("recipe", sorted((REPO / "shards").glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_recipe_says_where_data_come_from_and_its_commands_parse(recipe: Path) -> None:
-    content = yaml.safe_load(recipe.read_text())
-    assert set(content) == {"name", "homepage", "how_to_get", "licence", "notes", "shards"}
-    for name, entry in content["shards"].items():
-        words = entry["pack"]
-        assert words[:2] == ["sdtrain", "pack"] and words[3] == f"shards/{name}"
-        pack.check_arguments(parsed(pack, *words[2:]))
-        assert entry["count"] is None or entry["count"] > 0
-
-
-def test_the_quickstart_photographs_can_be_cut_into_images(tmp_path: Path) -> None:
-    pytest.importorskip("skimage", reason="scikit-image brings the photographs")
-    paths = export_photos(tmp_path / "photos")
-    assert [path.name for path in paths[:2]] == ["astronaut.png", "chelsea.png"] and len(paths) == 5
-    manifest = packed(tmp_path / "photos", tmp_path / "out", "--tile", "64", "--stride", "64")
-    assert manifest["count"] > 300 and manifest["rejected"] == [] and manifest["converted"] == {}
-
-
-def test_the_held_out_lists_are_disjoint_and_do_not_depend_on_order() -> None:
-    names = [f"sky/{number}.png" for number in range(40)]
-    lists = split(names, {"val": 5, "test": 6}, seed=0)
-    assert lists == split(names[::-1], {"val": 5, "test": 6}, seed=0) != split(names, {"val": 5, "test": 6}, seed=1)
-    assert len(set(lists["val"]) | set(lists["test"])) == 11
-    assert lists["val"][0] == "sky/12.png"
-    with pytest.raises(DataError, match="^40 images are fewer than the 41 to hold out; lower the numbers$"):
-        split(names, {"val": 41}, seed=0)
-
-
-def test_the_split_command_writes_lists_that_pack_accepts(photos: Path, tmp_path: Path) -> None:
-    assert splits_main([str(photos), str(tmp_path / "lists"), "--held-out", "val=2", "test=3", "--min-side", "16"]) == 0
-    held_out = tmp_path / "lists" / "held_out.txt"
-    assert packed(photos, tmp_path / "train", "--keep", "--exclude-list", str(held_out))["count"] == 7
-    assert packed(photos, tmp_path / "test", "--keep", "--list", str(tmp_path / "lists" / "test.txt"))["count"] == 3
