@@ -8,6 +8,7 @@ import json
 import os
 import secrets
 import stat
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,18 @@ def sha256_of_file(path: str | Path) -> str:
         while block := file.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
+
+
+def why_unwritable(folder: Path) -> str:
+    """Why no file can be made in `folder`, which need not exist yet, or ""."""
+    place = Path(os.path.abspath(folder))
+    while not place.exists():
+        place = place.parent
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            return ""
+    except OSError as error:
+        return f"{place} cannot be written ({error.strerror or error})"
 
 
 def write_bytes(path: Path, data: bytes | memoryview) -> None:

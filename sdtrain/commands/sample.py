@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from sdtrain.commands.source import ROLE, Source, position_of
 from sdtrain.errors import EXIT_OK, ConfigError
+from sdtrain.files import why_unwritable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,7 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     which.add_argument("--indices", metavar="LIST", help="these images, such as 0-63 or 3,5,8-11")
     add("--seed", type=int, help="seed of the latents (default: that of the run, or 0)")
     add("--weights", choices=tuple(ROLE), default="ema", help="the average of the generator, or the generator itself")
-    add("--class", type=int, dest="label", metavar="K", help="one class (default: the proportions of the training set)")
+    one = "one class, by number or by its name in the training set (default: the proportions of the training set)"
+    add("--class", dest="label", metavar="K|NAME", help=one)
     add("--grid", action="store_true", help="one sheet instead of single images")
     add(
         "--truncation",
@@ -95,6 +97,8 @@ def check(args: argparse.Namespace) -> list[int]:
         raise ConfigError("--truncation-cutoff says in which layers --truncation works; add --truncation PSI")
     if args.mp4:
         ffmpeg()
+    if reason := why_unwritable(args.out):
+        raise ConfigError(f"--out {args.out}: {reason}; choose another folder")
     indices = parse_list(args.indices, "--indices") if args.indices else list(range(args.num or default_num(args)))
     if len(indices) < 2 and (args.interpolate or args.mixing_grid):
         raise ConfigError("a mixing grid or an interpolation needs at least two images; raise --num or widen --indices")
