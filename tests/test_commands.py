@@ -235,8 +235,10 @@ SAMPLE_REFUSALS = [
 ]
 
 
-def test_sample_finds_a_place_it_cannot_write_before_it_reads_a_network(plain_file, capsys, monkeypatch):
+def test_sample_says_what_is_cheap_to_see_before_it_reads_a_network(plain_file, capsys, monkeypatch):
     monkeypatch.setattr(sample, "Source", lambda *_, **__: pytest.fail("the network was read"))
+    said = refusal(capsys, "sample", plain_file, "--out", plain_file.parent / "out", "--device", "banana")
+    assert said == "sdtrain: --device banana is no device; say auto, cpu, cuda or cuda:1"
     said = refusal(capsys, "sample", plain_file, "--out", plain_file / "out")
     place = f"{plain_file} cannot be written (Not a directory)"
     assert said == f"sdtrain: --out {plain_file}/out: {place}; choose another folder"

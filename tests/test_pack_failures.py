@@ -111,6 +111,18 @@ def test_an_interrupted_packing_says_how_to_go_on_and_is_not_taken_for_data(numb
     assert again["count"] == 60 and verified(out, tmp_path) == (0, [])
 
 
+def test_a_packing_that_is_interrupted_before_its_first_shard_leaves_nothing(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr("sdtrain.data.pack.packing.pieces", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        packed(photos, tmp_path / "new" / "out", "--keep")
+    assert not (tmp_path / "new").exists() and "continues" not in capsys.readouterr().err
+
+
 def test_processes_of_a_killed_packing_do_not_outlive_it(tmp_path: Path) -> None:
     source, out = tmp_path / "source", tmp_path / "out"
     source.mkdir()

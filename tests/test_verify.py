@@ -4,12 +4,15 @@ manifest run a command, and `sdtrain verify` call clean what a run stumbles over
 
 from __future__ import annotations
 
+import http.server
 import io
 import json
 import os
 import signal
 import tarfile
+import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +22,7 @@ from test_pack import loose_tar, packed, parsed, photos, png, verified
 from sdtrain.data.pack import pack, verify
 from sdtrain.data.read.dataset import open_dataset
 from sdtrain.data.read.reader import read_all
+from sdtrain.data.read.remote import cached_path
 from sdtrain.errors import DataError
 
 __all__ = ["photos"]
@@ -317,3 +321,26 @@ def test_names_cannot_paint_the_screen(tmp_path: Path, capsys: pytest.CaptureFix
     loose_tar(tmp_path / "x.tar", [("\x1b[2Jgone.png", b"junk")])
     assert verified(str(tmp_path / "x.tar"), tmp_path)[0] == 2
     assert "\x1b" not in capsys.readouterr().out
+
+
+def test_a_lock_of_the_cache_that_is_a_link_is_not_followed(shards: Path, tmp_path: Path) -> None:
+    source, cache, victim = f"pipe:cat {shards}/shard-000000.tar", tmp_path / "cache", tmp_path / "victim"
+    place = cached_path(source, cache)
+    place.parent.mkdir(parents=True)
+    victim.write_text("precious")
+    place.with_name(f".lock-{place.name}").symlink_to(victim)
+    assert refused(source, cache=cache, allow_pipe=True).startswith(f"fetching {source} into {cache} failed (")
+    assert victim.read_text() == "precious" and not place.exists()
+
+
+def test_verify_reads_shards_behind_an_address(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SDTRAIN_CACHE", str(tmp_path / "cache"))
+    handler = partial(http.server.SimpleHTTPRequestHandler, directory=str(shards))
+    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    damaged = bytearray((shards / "shard-000002.tar").read_bytes())
+    damaged[600] ^= 0xFF
+    (shards / "shard-000002.tar").write_bytes(damaged)
+    code, found = verified(f"http://127.0.0.1:{httpd.server_port}/", tmp_path)
+    httpd.shutdown()
+    assert code == 2 and [shard for shard, _, _ in found] == ["shard-000002.tar"] and "has sha256" in found[0][2]

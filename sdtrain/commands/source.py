@@ -45,6 +45,7 @@ class Source:
         truncation: float | None = None,
         truncation_cutoff: int | None = None,
         batch_size: int = 32,
+        allow_pipe: bool = False,
     ) -> None:
         """Raises WeightsError for weights that cannot be used, ConfigError for an option this generator has not."""
         from sdtrain.interop.network import file_of_run, load_network
@@ -53,7 +54,7 @@ class Source:
         network = load_network(self.file, ROLE[weights])
         if network.player != "Generator":
             raise ConfigError(f"{self.file} holds a discriminator, which makes no images; give the file of a generator")
-        self.config = config_of(self.file)
+        self.config, self._allow_pipe = config_of(self.file), allow_pipe
         self.class_counts = self._class_counts(network.num_classes, label)
         net: Any = network.build()
         if not hasattr(net, "z_dim"):
@@ -99,7 +100,7 @@ class Source:
     def _training_set(self) -> Any:
         from sdtrain.data.read.dataset import open_dataset
 
-        return open_dataset(self.config.data.train, cache=self.config.data.cache)
+        return open_dataset(self.config.data.train, self.config.data.cache, allow_pipe=self._allow_pipe)
 
     def __call__(self, indices: Sequence[int]) -> Tensor:
         """uint8 images [N, 3, R, R] on the CPU."""

@@ -102,7 +102,7 @@ def _packed_tasks(
         else:
             findings.append((path.name, "", "missing shard"))
     listed = {shard["name"] for shard in manifest["shards"]}
-    strangers = sorted(path.name for path in folder.glob("*.tar") if path.name not in listed)
+    strangers = sorted(path.name for path in folder.glob("[!.]*.tar") if path.name not in listed)
     findings.extend((name, "", "not in the manifest") for name in strangers)
     return tasks, findings
 

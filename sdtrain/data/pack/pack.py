@@ -113,13 +113,16 @@ def _reindex(folder: Path) -> int:
 
 
 def _pack(args: argparse.Namespace) -> int:
-    from sdtrain.data.pack.packing import plan_jobs
+    import shutil
+
+    from sdtrain.data.pack.packing import MARKERS, plan_jobs
 
     files, label_names = _files(args)
     out, shape = Path(args.out), _shape(args)
     jobs = plan_jobs(Path(args.source), out, files, shape, _num_shards(args, files, shape))
     _refuse_other_shards(out, jobs[0].plan, args.overwrite)
     if manifest := _complete(out, jobs):
+        shutil.rmtree(out / MARKERS, ignore_errors=True)  # a crash in the last moment left it
         print(f"{out} is complete already and its digests are right; nothing to do")
     else:
         about = _about(args, shape, jobs[0].plan, len(files))

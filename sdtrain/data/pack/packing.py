@@ -259,7 +259,7 @@ def reindex(folder: Path) -> tuple[dict[str, Any], list[tuple[str, str, str]]]:
     """Rebuild index and manifest from the tars alone; keeps what an existing manifest says about their making."""
     from sdtrain.data.read.dataset import open_dataset
 
-    names = sorted(path.name for path in folder.glob("*.tar") if path.is_file())
+    names = sorted(path.name for path in folder.glob("[!.]*.tar") if path.is_file())
     if not names:
         raise DataError(f"{folder} holds no .tar files; give the folder of the shards")
     if strange := [name for name in names if not is_plain_name(name)]:
