@@ -37,6 +37,7 @@ class WeightsFile:
     url: str
     sha256: str  # leading hex digits, all that the publisher states
     marks: tuple[str, ...]  # one of these tensors must be in the file
+    keys: str  # where a source for it is said: key of a configuration, option of a command
 
     @property
     def file(self) -> str:
@@ -55,36 +56,42 @@ WEIGHTS: dict[str, WeightsFile] = {
         url=VGG16_URL,
         sha256="397923af",
         marks=("features.26.weight", "net.slice5.26.weight"),
+        keys="weights.lpips (of `sdtrain report`: --lpips)",
     ),
     "alex": WeightsFile(
         what="trunk of the LPIPS metric of super-resolution",
         url="https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
         sha256="7be5be79",
         marks=("features.10.weight", "net.slice5.10.weight"),
+        keys="weights.alex",
     ),
     "inception": WeightsFile(
         what="FID, KID: the 2015-12-05 TensorFlow Inception as torch-fidelity publishes it",
         url="https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
         sha256="6726825d",
         marks=("Mixed_7c.branch1x1.conv.weight",),
+        keys="weights.inception (of `sdtrain evaluate`: --inception)",
     ),
     "efficientnet_lite0": WeightsFile(
         what="feature network of the projected discriminator",
         url="https://github.com/huggingface/pytorch-image-models/releases/download/v0.1-weights/tf_efficientnet_lite0-0aa007d2.pth",
         sha256="0aa007d2",
         marks=("conv_stem.weight",),
+        keys="weights.features",
     ),
     "vgg16": WeightsFile(
         what="features of improved precision and recall, perceptual loss of GCFSR",
         url=VGG16_URL,
         sha256="397923af",
         marks=("features.26.weight",),
+        keys="weights.perceptual (of `sdtrain evaluate`: --vgg16)",
     ),
     "vgg19": WeightsFile(
         what="perceptual loss of Real-ESRGAN",
         url="https://download.pytorch.org/models/vgg19-dcbb9e9d.pth",
         sha256="dcbb9e9d",
         marks=("features.34.weight",),
+        keys="weights.perceptual",
     ),
 }
 
@@ -154,7 +161,7 @@ def _problem(name: str, source: str) -> str | None:
         origin = "are not in the cache" if source == "download" else f"are not at {path}"
         return (
             f"The {name} weights ({entry.what}) {origin}; put {entry.file} at {entry.place} with "
-            f"`sdtrain fetch-weights {name}` (needs a network), or give weights.{name} a path or `random`."
+            f"`sdtrain fetch-weights {name}` (needs a network), or give {entry.keys} a path or `random`."
         )
     with path.open("rb") as file:
         whole = _looks_whole(file, path)

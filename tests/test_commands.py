@@ -150,8 +150,9 @@ def test_a_checkpoint_folder_and_its_file_are_one_source(run_folder):
 
 
 def test_a_class_is_drawn_alone_when_asked(run_folder):
-    one = source.Source(run_folder, "cpu", label=1)
-    assert one.latents(range(20))[1].tolist() == [[0.0, 1.0]] * 20
+    for label in ("1", "b"):
+        one = source.Source(run_folder, "cpu", label=label)
+        assert one.latents(range(20))[1].tolist() == [[0.0, 1.0]] * 20
     both = source.Source(run_folder, "cpu").latents(range(2000))[1].mean(0)
     assert 0.63 < both[0] < 0.7  # a standard deviation is 0.011
 
@@ -234,6 +235,15 @@ SAMPLE_REFUSALS = [
 ]
 
 
+def test_sample_says_what_is_cheap_to_see_before_it_reads_a_network(plain_file, capsys, monkeypatch):
+    monkeypatch.setattr(sample, "Source", lambda *_, **__: pytest.fail("the network was read"))
+    said = refusal(capsys, "sample", plain_file, "--out", plain_file.parent / "out", "--device", "banana")
+    assert said == "sdtrain: --device banana is no device; say auto, cpu, cuda or cuda:1"
+    said = refusal(capsys, "sample", plain_file, "--out", plain_file / "out")
+    place = f"{plain_file} cannot be written (Not a directory)"
+    assert said == f"sdtrain: --out {plain_file}/out: {place}; choose another folder"
+
+
 @pytest.mark.parametrize(("words", "sentence"), SAMPLE_REFUSALS)
 def test_sample_refuses_arguments_that_cannot_work(words, sentence, tmp_path, capsys):
     assert refusal(capsys, "sample", tmp_path, "--out", tmp_path / "out", *words) == f"sdtrain: {sentence}"
@@ -245,6 +255,10 @@ def test_sample_says_what_a_source_has_not(run_folder, plain_file, tmp_path, cap
     best = run_folder / "best" / "G_ema.safetensors"
     said = refusal(capsys, "sample", run_folder, *to, "--class", 2)
     assert said == f"sdtrain: --class 2: {best} has the classes 0 to 1"
+    said = refusal(capsys, "sample", run_folder, *to, "--class", "bb")
+    assert said == f"sdtrain: --class bb: {best} has the classes 0 to 1, none of that name; did you mean b?"
+    said = refusal(capsys, "sample", run_folder, *to, "--class", "zebra")
+    assert said == f"sdtrain: --class zebra: {best} has the classes 0 to 1, none of that name; the names are a, b"
     said = refusal(capsys, "sample", plain_file, *to, "--class", 0)
     assert said == f"sdtrain: --class 0: {plain_file} has no classes; leave it out"
     said = refusal(capsys, "sample", plain_file, *to, "--truncation", 0.7)

@@ -258,6 +258,35 @@ def test_wrong_role_and_missing_out_are_sentences(tmp_path, capsys):
     assert "give KEY=VALUE with a JSON value" in capsys.readouterr().err
 
 
+MISLEADING = [
+    ("official", "x.pkl", "a state dict under the official names, without pickled classes", "x.pt"),
+    ("official", "x.safetensors", "a state dict under the official names, without pickled classes", "x.pt"),
+    ("safetensors", "x.pth", "plain tensors with a card beside them", "x.safetensors"),
+    ("onnx", "x.pt", "a graph", "x.onnx"),
+]
+
+
+@pytest.mark.parametrize(("form", "name", "content", "better"), MISLEADING)
+def test_an_ending_that_misleads_is_refused_before_the_network_is_read(form, name, content, better, tmp_path, capsys):
+    source, out = str(tmp_path / "absent.pkl"), tmp_path / name
+    assert main(["export", source, "--format", form, "--out", str(out)]) == 2
+    said = f"--out {name}: format {form} writes {content}, which {out.suffix} does not say; name it {better}"
+    assert capsys.readouterr().err.strip() == f"sdtrain: {said}"
+
+
+def test_an_export_says_what_it_wrote_and_where_it_cannot_write(tmp_path, capsys):
+    snapshot = str(SDGAN / "sg2_snapshot.pkl")
+    assert main(["export", snapshot, "--out", str(tmp_path / "face-v1.5")]) == 0
+    said = capsys.readouterr().out.strip()
+    content = "a state dict under the official names, without pickled classes"
+    assert said == f"{tmp_path}/face-v1.5.pt: G_ema of {snapshot} as official, {content}"
+    assert (tmp_path / "face-v1.5.pt").is_file()
+    assert main(["export", "absent.pkl", "--out", str(tmp_path)]) == 2
+    assert f"--out {tmp_path} is a folder; name a file in it" in capsys.readouterr().err
+    assert main(["export", "absent.pkl", "--out", str(tmp_path / "face-v1.5.pt" / "x.pt")]) == 2
+    assert "cannot be written (Not a directory); choose another place" in capsys.readouterr().err
+
+
 def test_onnx_without_its_packages_is_a_sentence(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnx", None)
     network = recognise(made("stylegan2 G")[0].state_dict(), None, {})

@@ -16,14 +16,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 from conftest import REPO, run_python
 from PIL import Image
 
 from sdtrain.data.pack import pack, verify
-from sdtrain.data.pack.photos import export_photos
-from sdtrain.data.pack.splits import main as splits_main
-from sdtrain.data.pack.splits import split
 from sdtrain.data.read.dataset import open_dataset
 from sdtrain.data.read.images import decode_image
 from sdtrain.errors import DataError
@@ -156,13 +152,14 @@ def test_a_killed_packing_continues_and_ends_with_the_same_digest(tmp_path: Path
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    finished_before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("shard-*.tar")}
+    finished_before = {path.name: path.stat().st_mtime_ns for path in markers.glob("shard-*.tar")}
     assert 2 <= len(finished_before) < 20 and not (tmp_path / "out" / "manifest.json").exists()
-    damage_byte(min(finished_before), 600)
+    damage_byte(markers / min(finished_before), 600)
     again = packed(source, tmp_path / "out", *words[3:7])
     assert again["hash"] == packed(source, tmp_path / "fresh", *words[3:7])["hash"]
     assert verified(tmp_path / "out", tmp_path) == (0, [])
-    kept = [path for path, changed in finished_before.items() if path.stat().st_mtime_ns == changed]
+    now = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.tar")}
+    kept = [name for name, changed in finished_before.items() if now[name] == changed]
     assert len(kept) >= len(finished_before) - 1
     assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
 
@@ -216,18 +213,14 @@ def test_mistakes_are_refused_in_one_sentence(photos: Path, tmp_path: Path) -> N
     )
     (tmp_path / "empty" / "data.mdb").touch()
     assert "is an LMDB; export it to a folder of .webp files first" in refusal(str(tmp_path / "empty"), out, "--keep")
-    assert refusal(str(photos), out, "--resolution", "32") == (
-        "all 12 images were rejected (a/im 00.png: too small: 16 px for --resolution 32 (use --enlarge to accept)); "
-        "nothing was packed"
-    )
 
 
 def test_images_that_are_not_square_need_a_decision(tmp_path: Path) -> None:
     (tmp_path / "s").mkdir()
     photo(0, 16).crop((0, 0, 16, 12)).save(tmp_path / "s" / "wide.png")
     photo(1, 16).save(tmp_path / "s" / "x.png")
-    manifest = packed(tmp_path / "s", tmp_path / "out", "--resolution", "8")
-    assert manifest["rejected"] == [["wide.png", "not square: 16x12 (use --crop center)"]]
+    manifest = packed(tmp_path / "s", tmp_path / "out", "--resolution", "8", "--max-rejected", "50%")
+    assert manifest["rejected"] == [["wide.png", "not square: 16x12"]]
     assert packed(tmp_path / "s", tmp_path / "out2", "--resolution", "8", "--crop", "center")["count"] == 2
 
 
@@ -246,7 +239,7 @@ def test_a_full_disk_leaves_no_half_shard(photos: Path, tmp_path: Path, monkeypa
     out = tmp_path / "out"
     message = refusal(str(photos), str(out), "--keep", "--workers", "1")
     assert message == f"packing into {out} failed: No space left on device; check rights and free space, then run again"
-    assert not list(out.glob("*.tar")) and not list(out.glob(".*.tmp"))
+    assert not out.exists()
 
 
 def test_help_does_not_import_torch_or_pillow() -> None:
@@ -361,39 +354,3 @@ def test_long_and_non_ascii_names_of_other_tools_are_read(tmp_path: Path) -> Non
             tar.addfile(info, io.BytesIO(png()))
         dataset = open_dataset(str(tmp_path / f"{kind}.tar"))
         assert dataset.locate(0)[1] + ".png" == name and dataset.resolution == 16
-
-
-@pytest.mark.parametrize("recipe", sorted((REPO / "shards").glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_recipe_says_where_data_come_from_and_its_commands_parse(recipe: Path) -> None:
-    content = yaml.safe_load(recipe.read_text())
-    assert set(content) == {"name", "homepage", "how_to_get", "licence", "notes", "shards"}
-    for name, entry in content["shards"].items():
-        words = entry["pack"]
-        assert words[:2] == ["sdtrain", "pack"] and words[3] == f"shards/{name}"
-        pack.check_arguments(parsed(pack, *words[2:]))
-        assert entry["count"] is None or entry["count"] > 0
-
-
-def test_the_quickstart_photographs_can_be_cut_into_images(tmp_path: Path) -> None:
-    pytest.importorskip("skimage", reason="scikit-image brings the photographs")
-    paths = export_photos(tmp_path / "photos")
-    assert [path.name for path in paths[:2]] == ["astronaut.png", "chelsea.png"] and len(paths) == 5
-    manifest = packed(tmp_path / "photos", tmp_path / "out", "--tile", "64", "--stride", "64")
-    assert manifest["count"] > 300 and manifest["rejected"] == [] and manifest["converted"] == {}
-
-
-def test_the_held_out_lists_are_disjoint_and_do_not_depend_on_order() -> None:
-    names = [f"sky/{number}.png" for number in range(40)]
-    lists = split(names, {"val": 5, "test": 6}, seed=0)
-    assert lists == split(names[::-1], {"val": 5, "test": 6}, seed=0) != split(names, {"val": 5, "test": 6}, seed=1)
-    assert len(set(lists["val"]) | set(lists["test"])) == 11
-    assert lists["val"][0] == "sky/12.png"
-    with pytest.raises(DataError, match="^40 images are fewer than the 41 to hold out; lower the numbers$"):
-        split(names, {"val": 41}, seed=0)
-
-
-def test_the_split_command_writes_lists_that_pack_accepts(photos: Path, tmp_path: Path) -> None:
-    assert splits_main([str(photos), str(tmp_path / "lists"), "--held-out", "val=2", "test=3", "--min-side", "16"]) == 0
-    held_out = tmp_path / "lists" / "held_out.txt"
-    assert packed(photos, tmp_path / "train", "--keep", "--exclude-list", str(held_out))["count"] == 7
-    assert packed(photos, tmp_path / "test", "--keep", "--list", str(tmp_path / "lists" / "test.txt"))["count"] == 3

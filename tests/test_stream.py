@@ -19,9 +19,10 @@ import torch
 from PIL import Image
 from test_pack import damage_byte, loose_tar, packed, png
 
-from sdtrain.data.read.dataset import Dataset, expand, open_dataset
+from sdtrain.data.read.dataset import Dataset, open_dataset
 from sdtrain.data.read.decoder import Decoder
 from sdtrain.data.read.order import flipped, hashed, order, permutation, substitute
+from sdtrain.data.read.patterns import expand
 from sdtrain.data.read.pool import Pool, WorkerError, requests_of
 from sdtrain.data.read.reader import iterate, read_all, read_image
 from sdtrain.data.read.stream import Batch, Stream
@@ -487,7 +488,7 @@ def test_a_remote_shard_that_differs_from_the_manifest_is_not_used(shards: Path,
 
 def test_pipe_sources_are_read_through_the_cache(clean: Path, tmp_path: Path) -> None:
     urls = [f"pipe:cat {clean}/shard-00000{n}.tar" for n in range(2)]
-    dataset = open_dataset(urls, cache=tmp_path / "cache")
+    dataset = open_dataset(urls, cache=tmp_path / "cache", allow_pipe=True)
     assert read_all(dataset)[:, 0, 0, 4].tolist() == list(range(20))
     with pytest.raises(DataError, match="^fetching pipe:cat /nowhere.tar into .* failed"):
-        open_dataset("pipe:cat /nowhere.tar", cache=tmp_path / "cache")
+        open_dataset("pipe:cat /nowhere.tar", cache=tmp_path / "cache", allow_pipe=True)

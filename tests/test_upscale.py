@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import GOLDEN, REPO
 from PIL import Image
+from test_sdakd import finished, lists  # noqa: F401
 from torch.nn import functional as F
 
 from sdtrain.commands import upscale
@@ -295,6 +296,34 @@ def test_settings_that_cannot_work_are_refused(model: Path, tmp_path: Path, word
     assert not (tmp_path / "out").exists()
 
 
+def test_a_run_folder_gives_its_best_student(model: Path, tmp_path: Path) -> None:
+    best = tmp_path / "run" / "best"
+    best.mkdir(parents=True)
+    for suffix in (".safetensors", ".json"):
+        (best / f"G_ema{suffix}").write_bytes(model.with_suffix(suffix).read_bytes())
+    Image.fromarray(photo(20, 16).astype(np.uint8)).save(tmp_path / "a.png")
+    assert run(tmp_path / "a.png", "--model", tmp_path / "run", "--out", tmp_path / "one") == 0
+    assert run(tmp_path / "a.png", "--model", model, "--out", tmp_path / "two") == 0
+    assert (tmp_path / "one" / "a.png").read_bytes() == (tmp_path / "two" / "a.png").read_bytes()
+    with pytest.raises(WeightsError, match=r"holds no G.safetensors; give a run that has saved, or a file$"):
+        run(tmp_path / "a.png", "--model", tmp_path / "run", "--weights", "raw", "--out", tmp_path / "three")
+
+
+def test_what_is_cheap_to_see_is_said_before_a_network_is_read(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upscale.Upscaler, "of", lambda args: pytest.fail("the network was read"))
+    Image.fromarray(photo(20, 16).astype(np.uint8)).save(tmp_path / "a.png")
+    (tmp_path / "file").touch()
+    out = tmp_path / "file" / "out"
+    with pytest.raises(ConfigError) as caught:
+        run(tmp_path / "a.png", "--model", model, "--out", out)
+    place = tmp_path / "file"
+    assert str(caught.value) == f"--out {out}: {place} cannot be written (Not a directory); choose another folder"
+    with pytest.raises(WeightsError, match=r"^--model .*absent does not exist; give a run folder, a .pth or a .safe"):
+        run(tmp_path / "a.png", "--model", tmp_path / "absent", "--out", tmp_path / "out")
+
+
 def test_a_folder_without_pictures_is_refused(model: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="there are no pictures in .*; give files, or folders that hold some"):
         run(tmp_path, "--model", model, "--out", tmp_path / "out")
@@ -344,3 +373,13 @@ def test_running_out_of_memory_halves_the_tiles(model: Path, tmp_path: Path) -> 
 def test_importing_the_command_does_not_import_torch() -> None:
     code = "import sys, sdtrain.commands.upscale; sys.exit('torch' in sys.modules or 'PIL' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=REPO).returncode == 0
+
+
+def test_a_real_run_of_sdakd_enlarges_by_its_student(finished: Path, tmp_path: Path) -> None:  # noqa: F811
+    Image.fromarray(photo(20, 16).astype(np.uint8)).save(tmp_path / "a.png")
+    sizes = set()
+    for model in (finished, finished / "best" / "G_ema.safetensors"):
+        assert run(tmp_path / "a.png", "--model", model, "--out", tmp_path / "out") == 0
+        sizes.add(Image.open(tmp_path / "out" / "a.png").size)
+    assert len(sizes) == 1 and sizes != {(16, 20)}
+    assert run(tmp_path / "a.png", "--model", finished, "--weights", "raw", "--out", tmp_path / "raw") == 0

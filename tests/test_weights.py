@@ -61,6 +61,24 @@ def test_a_missing_download_names_the_place_and_the_command(cache):
         load_weights("inception", "download")
 
 
+def test_a_missing_file_names_a_key_that_exists():
+    from sdtrain.config.options import Weights
+
+    for name, entry in WEIGHTS.items():
+        message = check_weights({name: "download"})[0]
+        key = message.partition("or give weights.")[2].split()[0]
+        assert key in Weights.__dataclass_fields__, (name, key)
+        assert message.endswith(f"or give {entry.keys} a path or `random`.")
+    assert "weights.features " in check_weights({"efficientnet_lite0": "download"})[0]
+    assert "(of `sdtrain evaluate`: --inception)" in check_weights({"inception": "/absent.pth"})[0]
+
+
+def test_a_folder_that_cannot_be_written_is_said_before_anything_is_fetched(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(WeightsError, match=r"file cannot be written \(Not a directory\); choose another"):
+        fetch("vgg16", "--to", str(tmp_path / "file"))
+
+
 def test_all_problems_are_reported_together(tmp_path):
     torn = tmp_path / "torn.safetensors"
     save_file(STATE, torn)
@@ -167,6 +185,15 @@ def test_an_interrupted_download_is_continued(server, cache):
     fetch("vgg16")
     assert server.seen == ["100"]
     assert WEIGHTS["vgg16"].place.read_bytes() == server.body
+
+
+def test_a_link_in_the_place_of_a_part_is_not_followed(server, cache, tmp_path):
+    cache.mkdir()
+    (tmp_path / "victim").write_text("precious")
+    WEIGHTS["vgg16"].place.with_name(WEIGHTS["vgg16"].file + ".part").symlink_to(tmp_path / "victim")
+    with pytest.raises(WeightsError, match="could not be fetched"):
+        fetch("vgg16")
+    assert (tmp_path / "victim").read_text() == "precious"
 
 
 def test_a_wrong_file_is_deleted_and_reported(server, cache):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from sdtrain import __version__
 from sdtrain.errors import EXIT_OK, EXIT_USER_ERROR, UserError
+from sdtrain.files import why_unwritable
 
 PACKAGES = ("torch", "torchvision", "accelerate", "deepspeed", "webdataset", "lpips", "torch-fidelity", "timm")
 LITTLE_DISK_GB = 5
@@ -76,11 +77,8 @@ def disk(folder: Path) -> Finding:
     while not place.exists():
         place = place.parent
     free_gb = shutil.disk_usage(place).free / 1e9
-    try:
-        with tempfile.TemporaryFile(dir=place):
-            pass
-    except OSError as error:
-        return "bad", "disk", f"{place} cannot be written ({error.strerror}): choose another folder with --out"
+    if reason := why_unwritable(folder):
+        return "bad", "disk", f"{reason}: choose another folder with --out"
     return "ok" if free_gb > LITTLE_DISK_GB else "note", "disk", f"{free_gb:.1f} GB free in {place}"
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdtrain.errors import ConfigError, WeightsError
+from sdtrain.files import why_unwritable
 
 if TYPE_CHECKING:
     from torch import nn
@@ -23,7 +24,23 @@ if TYPE_CHECKING:
     from sdtrain.interop.network import Network
 
 FORMS = ("official", "safetensors", "spandrel", "pth", "onnx")
-SUFFIX = {"official": ".pt", "safetensors": ".safetensors", "spandrel": ".pth", "pth": ".pth", "onnx": ".onnx"}
+# Endings that tell the truth, the usual one first, and what stands in such a file.
+SUFFIXES = {
+    "official": (".pt", ".pth"),
+    "safetensors": (".safetensors",),
+    "spandrel": (".pth",),
+    "pth": (".pth",),
+    "onnx": (".onnx",),
+}
+CONTENT = {
+    "official": "a state dict under the official names, without pickled classes",
+    "safetensors": "plain tensors with a card beside them",
+    "spandrel": "a state dict for tools that use spandrel",
+    "pth": "a state dict under params_ema",
+    "onnx": "a graph",
+}
+# An ending that none of these is belongs to the name, as in face-v1.5.
+ENDINGS = {*sum(SUFFIXES.values(), ()), ".pkl", ".pickle", ".ckpt", ".bin", ".npz", ".json", ".zip", ".tar", ".h5"}
 SUPER_RESOLUTION = ("rrdbnet", "srvgg", "gcfsr", "unet_sn")
 ONNX_TOLERANCE = 1e-3
 LQ_SIDE = 32  # side of the input that a super-resolution network is traced with
@@ -31,8 +48,9 @@ LQ_SIDE = 32  # side of the input that a super-resolution network is traced with
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", type=Path, metavar="RUN_OR_FILE", help="run folder, .safetensors, .pkl, .pt or .pth")
-    parser.add_argument("--format", choices=FORMS, default="official", help="what to write (default official)")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="file to write")
+    parser.add_argument("--format", choices=FORMS, default="official", help="what to write (default: official)")
+    endings = ", ".join(f"{form}: {' or '.join(SUFFIXES[form])}" for form in FORMS)
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help=f"file to write ({endings})")
     parser.add_argument("--role", choices=("G", "D", "G_ema"), help="which network (default: the averaged generator)")
     parser.add_argument(
         "--layout", choices=("current", "legacy"), default="current", help="StyleNAT: key names of the released files"
@@ -40,19 +58,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Returns 0; what is wrong with --out is said before the network is read."""
+    out = target(args.out, args.format)
+    if reason := why_unwritable(out.parent):
+        raise ConfigError(f"--out {args.out}: {reason}; choose another place")
+    if args.format == "onnx":
+        require_onnx()
     from sdtrain.interop.network import load_network
 
     network = load_network(args.source, args.role)
-    path = export(network, args.out, args.format, args.layout)
-    print(f"{path}: {network.role} of {args.source} as {args.format}")
+    path = export(network, out, args.format, args.layout)
+    print(f"{path}: {network.role} of {args.source} as {args.format}, {CONTENT[args.format]}")
     return 0
 
 
+def target(path: Path, form: str) -> Path:
+    """The file to write: `path`, with the ending of the form where it has none. Raises ConfigError if it misleads."""
+    endings = SUFFIXES[form]
+    if path.is_dir():
+        raise ConfigError(f"--out {path} is a folder; name a file in it, such as {path / ('network' + endings[0])}")
+    if path.suffix.lower() in endings:
+        return path
+    if path.suffix.lower() in ENDINGS:
+        raise ConfigError(
+            f"--out {path.name}: format {form} writes {CONTENT[form]}, which {path.suffix} does not say; "
+            f"name it {path.with_suffix(endings[0]).name}"
+        )
+    return path.with_name(path.name + endings[0])
+
+
 def export(network: Network, path: Path, form: str = "official", layout: str = "current") -> Path:
-    """Write `network`; returns the path, with the suffix of the form where it had none. Raises WeightsError."""
+    """Write `network`; returns the path, with the ending of the form where it had none.
+
+    Raises WeightsError for a network that the form does not fit, ConfigError for an ending that misleads.
+    """
     if form not in FORMS:
         raise ConfigError(f"there is no export format {form!r}; choose {', '.join(FORMS)}")
-    path = path if path.suffix else path.with_suffix(SUFFIX[form])
+    path = target(path, form)
     path.parent.mkdir(parents=True, exist_ok=True)
     if form == "safetensors":
         from sdtrain.interop.network import save_network
@@ -133,12 +175,8 @@ def example_inputs(network: Network, net: nn.Module, batch: int) -> dict[str, An
     return {"z": normal(int(net.z_dim)), **labels}  # type: ignore[arg-type]
 
 
-def export_onnx(network: Network, path: Path) -> Path:
-    """Trace the network with torch's exporter, batch size free; compare with onnxruntime where that is installed."""
-    import torch
-
-    if network.kind == "gcfsr":
-        raise WeightsError("GCFSR takes a factor beside the image, which the ONNX export does not offer; use official")
+def require_onnx() -> None:
+    """Raise ConfigError unless the packages that write ONNX are there."""
     try:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
@@ -146,6 +184,15 @@ def export_onnx(network: Network, path: Path) -> Path:
         raise ConfigError(
             f"export to onnx needs the packages onnx and onnxscript ({error}); pip install them"
         ) from error
+
+
+def export_onnx(network: Network, path: Path) -> Path:
+    """Trace the network with torch's exporter, batch size free; compare with onnxruntime where that is installed."""
+    import torch
+
+    if network.kind == "gcfsr":
+        raise WeightsError("GCFSR takes a factor beside the image, which the ONNX export does not offer; use official")
+    require_onnx()
     net = network.build().requires_grad_(False)
     inputs = example_inputs(network, net, 2)
     free: list[dict[int, Any]] = [{0: torch.export.Dim("batch", min=1, max=4096)} for _ in inputs]

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import argparse
+import http.client
 import os
 import sys
 import time
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from sdtrain.errors import WeightsError
+from sdtrain.files import why_unwritable
 from sdtrain.weights import CACHE_VARIABLE, WEIGHTS, WeightsFile, cache_folder, known, sha256_of
 
 BLOCK = 1 << 20
@@ -55,11 +57,13 @@ def fetch(name: str, folder: Path | None = None) -> Path:
     path = (folder or cache_folder()) / entry.file
     if path.is_file() and sha256_of(path).startswith(entry.sha256):
         return path
+    if reason := why_unwritable(path.parent):
+        raise WeightsError(f"{reason}; choose another folder with --to or ${CACHE_VARIABLE}")
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     try:
         _download(entry, part)
-    except (urllib.error.URLError, OSError, TimeoutError) as error:
+    except (OSError, http.client.HTTPException) as error:
         raise WeightsError(
             f"{entry.url} could not be fetched ({getattr(error, 'reason', None) or error}); on a machine with a "
             f"network get that file and copy it to {path}, or repeat the command to continue."
@@ -95,8 +99,14 @@ def _download(entry: WeightsFile, part: Path) -> None:
     with reply:
         resumed = reply.status == 206
         total = int(reply.headers.get("Content-Length") or 0) + (have if resumed else 0)
-        with part.open("ab" if resumed else "wb") as out:
+        with _open_part(part, resumed) as out:
             _copy(reply, out, have if resumed else 0, total, entry.file)
+
+
+def _open_part(path: Path, resumed: bool) -> BinaryIO:
+    """To write on, or from the start; a link in its place is refused."""
+    how = os.O_APPEND if resumed else os.O_TRUNC
+    return open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | how, 0o666), "wb")
 
 
 def _copy(reply: BinaryIO, out: BinaryIO, done: int, total: int, label: str) -> None:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from sdtrain.commands.source import ROLE, Source, position_of
 from sdtrain.errors import EXIT_OK, ConfigError
+from sdtrain.files import why_unwritable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,7 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     which.add_argument("--indices", metavar="LIST", help="these images, such as 0-63 or 3,5,8-11")
     add("--seed", type=int, help="seed of the latents (default: that of the run, or 0)")
     add("--weights", choices=tuple(ROLE), default="ema", help="the average of the generator, or the generator itself")
-    add("--class", type=int, dest="label", metavar="K", help="one class (default: the proportions of the training set)")
+    one = "one class, by number or by its name in the training set (default: the proportions of the training set)"
+    add("--class", dest="label", metavar="K|NAME", help=one)
     add("--grid", action="store_true", help="one sheet instead of single images")
     add(
         "--truncation",
@@ -55,20 +57,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--mp4", action="store_true", help="the interpolation also as MP4 (needs the program ffmpeg)")
     add("--fps", type=int, default=30, help="frames a second of GIF and MP4 (default: 30)")
     add("--batch", type=int, default=16, help="images at once; changes no image (default: 16)")
+    add("--allow-pipe", action="store_true", help="run the commands of pipe: sources, to learn the classes of a run")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: a GPU where there is one)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Returns 0; raises ConfigError or WeightsError before anything is written."""
     indices = check(args)
-    import torch
-
-    has_gpu = torch.cuda.is_available()
-    device = torch.device(("cuda" if has_gpu else "cpu") if args.device == "auto" else args.device)
-    if device.type == "cuda" and not has_gpu:
-        raise ConfigError(f"--device {args.device}: there is no usable GPU; leave it out, or say cpu")
-    label = {"label": args.label, "truncation": args.truncation, "truncation_cutoff": args.truncation_cutoff}
-    source = Source(args.path, device, seed=args.seed, weights=args.weights, batch_size=args.batch, **label)
+    device = _device(args.device)
+    more = {"truncation": args.truncation, "truncation_cutoff": args.truncation_cutoff, "batch_size": args.batch}
+    more |= {"label": args.label, "allow_pipe": args.allow_pipe}
+    source = Source(args.path, device, seed=args.seed, weights=args.weights, **more)
     if args.mixing_grid:
         made = mixing_grid(source, indices, args)
     elif args.interpolate:
@@ -77,6 +76,19 @@ def run(args: argparse.Namespace) -> int:
         made = images(source, indices, args)
     print(f"{made} of {source.role} from {source.file}, seed {source.seed}, in {args.out}")
     return EXIT_OK
+
+
+def _device(name: str) -> Any:
+    import torch
+
+    has_gpu = torch.cuda.is_available()
+    try:
+        device = torch.device(("cuda" if has_gpu else "cpu") if name == "auto" else name)
+    except RuntimeError:
+        raise ConfigError(f"--device {name} is no device; say auto, cpu, cuda or cuda:1") from None
+    if device.type == "cuda" and not has_gpu:
+        raise ConfigError(f"--device {name}: there is no usable GPU; leave it out, or say cpu")
+    return device
 
 
 def check(args: argparse.Namespace) -> list[int]:
@@ -95,6 +107,8 @@ def check(args: argparse.Namespace) -> list[int]:
         raise ConfigError("--truncation-cutoff says in which layers --truncation works; add --truncation PSI")
     if args.mp4:
         ffmpeg()
+    if reason := why_unwritable(args.out):
+        raise ConfigError(f"--out {args.out}: {reason}; choose another folder")
     indices = parse_list(args.indices, "--indices") if args.indices else list(range(args.num or default_num(args)))
     if len(indices) < 2 and (args.interpolate or args.mixing_grid):
         raise ConfigError("a mixing grid or an interpolation needs at least two images; raise --num or widen --indices")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import json
 from collections.abc import Sequence
@@ -40,10 +41,11 @@ class Source:
         *,
         seed: int | None = None,
         weights: str = "ema",
-        label: int | None = None,
+        label: str | None = None,
         truncation: float | None = None,
         truncation_cutoff: int | None = None,
         batch_size: int = 32,
+        allow_pipe: bool = False,
     ) -> None:
         """Raises WeightsError for weights that cannot be used, ConfigError for an option this generator has not."""
         from sdtrain.interop.network import file_of_run, load_network
@@ -52,15 +54,15 @@ class Source:
         network = load_network(self.file, ROLE[weights])
         if network.player != "Generator":
             raise ConfigError(f"{self.file} holds a discriminator, which makes no images; give the file of a generator")
+        self.config, self._allow_pipe = config_of(self.file), allow_pipe
+        self.class_counts = self._class_counts(network.num_classes, label)
         net: Any = network.build()
         if not hasattr(net, "z_dim"):
             raise ConfigError(f"{self.file} holds {network.kind}, which enlarges images; use `sdtrain upscale`")
         self.kind, self.role, self.device = network.kind, network.role, device
         self.net: Any = net.to(device)
-        self.config = config_of(self.file)
         self.seed = seed if seed is not None else self.config.seed if self.config else 0
         self.batch_size = batch_size
-        self.class_counts = self._class_counts(network.num_classes, label)
         self.style = self._style(truncation, truncation_cutoff)
 
     def _style(self, psi: float | None, cutoff: int | None) -> dict[str, Any]:
@@ -70,18 +72,35 @@ class Source:
             raise ConfigError(f"--truncation is for generators with a style space; {self.kind} has none, leave it out")
         return {"truncation_psi": psi, "truncation_cutoff": cutoff}
 
-    def _class_counts(self, num_classes: int, label: int | None) -> Sequence[int]:
+    def _class_counts(self, num_classes: int, label: str | None) -> Sequence[int]:
         """How often each class is drawn: only `label`, as in the training set of the run, or all alike."""
-        if label is not None and not 0 <= label < num_classes:
-            classes = f"the classes 0 to {num_classes - 1}" if num_classes else "no classes; leave it out"
-            raise ConfigError(f"--class {label}: {self.file} has {classes}")
         if label is not None:
-            return [int(k == label) for k in range(num_classes)]
+            chosen = self._class_number(label, num_classes)
+            return [int(k == chosen) for k in range(num_classes)]
         if num_classes and self.config is not None:
-            from sdtrain.data.read.dataset import open_dataset
-
-            return open_dataset(self.config.data.train, cache=self.config.data.cache).class_counts
+            return self._training_set().class_counts
         return [1] * num_classes
+
+    def _class_number(self, label: str, num_classes: int) -> int:
+        """The class that a number or a name of the training set means. Raises ConfigError, naming what is near."""
+        if not num_classes:
+            raise ConfigError(f"--class {label}: {self.file} has no classes; leave it out")
+        if label.isascii() and label.isdigit() and int(label) < num_classes:
+            return int(label)
+        numbers = f"the classes 0 to {num_classes - 1}"
+        if label.lstrip("-").isdigit() or self.config is None:
+            raise ConfigError(f"--class {label}: {self.file} has {numbers}")
+        names = list(self._training_set().label_names)
+        if label in names:
+            return names.index(label)
+        near = difflib.get_close_matches(label, names, 1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"the names are {', '.join(names[:8])}"
+        raise ConfigError(f"--class {label}: {self.file} has {numbers}, none of that name; {hint}")
+
+    def _training_set(self) -> Any:
+        from sdtrain.data.read.dataset import open_dataset
+
+        return open_dataset(self.config.data.train, self.config.data.cache, allow_pipe=self._allow_pipe)
 
     def __call__(self, indices: Sequence[int]) -> Tensor:
         """uint8 images [N, 3, R, R] on the CPU."""

@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdtrain.errors import EXIT_OK, EXIT_USER_ERROR, ConfigError, DataError, UserError
+from sdtrain.errors import EXIT_OK, EXIT_USER_ERROR, ConfigError, DataError, UserError, WeightsError
+from sdtrain.files import why_unwritable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,20 +33,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "inputs", nargs="+", type=Path, metavar="INPUT", help="pictures and folders (searched with sub-folders)"
     )
     parser.add_argument(
-        "--model", type=Path, required=True, help="generator: .pth or .safetensors; FILE.json beside it may describe it"
+        "--model",
+        type=Path,
+        required=True,
+        metavar="RUN|FILE",
+        help="run folder (its best student), .pth or .safetensors; FILE.json beside it may describe it",
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for the results, made if absent")
     parser.add_argument("--scale", type=float, help="output size / input size (default: what the network gives)")
     parser.add_argument("--factor", type=float, help="GCFSR: how much smaller the face was than it should be, 4 to 64")
     parser.add_argument(
-        "--tile", type=int, default=512, help="side of the pieces a large picture is cut into, input pixels"
+        "--tile", type=int, default=512, help="side of the pieces of a large picture, input pixels (default: 512)"
     )
     parser.add_argument(
         "--overlap", default="auto", help="input pixels that neighbouring pieces share and blend (default: auto)"
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: a GPU where there is one)")
     parser.add_argument(
-        "--weights", choices=("ema", "raw"), default="ema", help="which weights of a file that has both"
+        "--weights", choices=("ema", "raw"), default="ema", help="which weights of a run, or of a file that has both"
     )
     parser.add_argument(
         "--seed", type=int, default=0, help="GCFSR: chooses the noise; the same seed gives the same picture"
@@ -65,7 +70,17 @@ def run(args: argparse.Namespace) -> int:
     return EXIT_USER_ERROR
 
 
+def model_file(model: Path, weights: str) -> Path:
+    """The file that --model means: itself, or the weights of a run. Raises WeightsError."""
+    from sdtrain.commands.source import ROLE
+    from sdtrain.interop.network import file_of_run
+
+    return file_of_run(model, ROLE[weights]) if model.is_dir() else model
+
+
 def _check(args: argparse.Namespace) -> None:
+    if not args.model.exists():
+        raise WeightsError(f"--model {args.model} does not exist; give a run folder, a .pth or a .safetensors file")
     if args.scale is not None and not 0 < args.scale <= 32:
         raise ConfigError(
             f"--scale {args.scale:g} is outside (0, 32]; give the output size as a multiple of the input's"
@@ -78,6 +93,8 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError(f"--overlap {args.overlap} is neither a number of pixels nor auto")
     if args.overlap != "auto" and 2 * int(args.overlap) > args.tile:
         raise ConfigError(f"--overlap {args.overlap} is more than half of --tile {args.tile}; make the tiles larger")
+    if reason := why_unwritable(args.out):
+        raise ConfigError(f"--out {args.out}: {reason}; choose another folder")
 
 
 @dataclass(frozen=True)
@@ -194,12 +211,13 @@ class Upscaler:
         from sdtrain.interop.tiled import auto_overlap
 
         device = _device(args.device)
-        net, found = open_network(args.model, "params_ema" if args.weights == "ema" else "params")
-        require(args.model, found, player="Generator")
+        file = model_file(args.model, args.weights)
+        net, found = open_network(file, "params_ema" if args.weights == "ema" else "params")
+        require(file, found, player="Generator")
         if args.factor is not None and found.kind != "gcfsr":
-            raise ConfigError(f"--factor is GCFSR's condition, but {args.model} holds a {found}; leave it out")
+            raise ConfigError(f"--factor is GCFSR's condition, but {file} holds a {found}; leave it out")
         overlap = auto_overlap(net) if args.overlap == "auto" else int(args.overlap)
-        same = dict(scale=args.scale, factor=args.factor, seed=args.seed, path=args.model)
+        same = dict(scale=args.scale, factor=args.factor, seed=args.seed, path=file)
         return cls(net.to(device), found, device, args.tile, min(overlap, args.tile // 2), **same)
 
     def __call__(self, picture: Any, progress: Callable[[int], object] = lambda pixels: None) -> Any:

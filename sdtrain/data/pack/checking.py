@@ -1,23 +1,30 @@
-"""What `sdtrain verify` looks for: digests, tar structure, forbidden members, pixels that do not decode."""
+"""What `sdtrain verify` looks for: digests, tar structure, forbidden members, pixels that do not decode.
+
+One shard is a task of its own; what several shards, the manifest and the index say of each other is in `agreement.py`.
+"""
 
 from __future__ import annotations
 
 import os
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from sdtrain.data.read.dataset import MANIFEST_NAME, expand, read_at, read_manifest
-from sdtrain.data.read.images import ImageRejected, decode_image, hush
-from sdtrain.data.read.index import INDEX_NAME, Index, Sample, load_index, samples_of
+from sdtrain.data.pack.agreement import Finding, findings_between, index_findings, manifest_findings
+from sdtrain.data.pack.packing import start_worker
+from sdtrain.data.read import remote
+from sdtrain.data.read.dataset import open_dataset, read_at
+from sdtrain.data.read.images import ImageRejected, decode_image
+from sdtrain.data.read.index import INDEX_NAME, Sample, label_of, samples_of
+from sdtrain.data.read.manifest import MANIFEST_NAME, read_manifest
+from sdtrain.data.read.patterns import expand
 from sdtrain.data.read.tars import Member, scan_tar
 from sdtrain.errors import DataError
 from sdtrain.files import sha256_of_file
-
-Finding = tuple[str, str, str]
 
 
 @dataclass(frozen=True)
@@ -36,23 +43,26 @@ class Task:
         return os.path.basename(self.path)
 
 
-def check_source(source: str, *, resolution: int, decode: bool, workers: int) -> tuple[list[Finding], dict[str, Any]]:
+def check_source(
+    source: str, *, resolution: int, decode: bool, workers: int, allow_pipe: bool = False
+) -> tuple[list[Finding], dict[str, Any]]:
     """All findings (shard, member, reason) of a packed folder or a pattern. Raises DataError when nothing matches."""
-    folder = Path(source)
-    packed = (folder / MANIFEST_NAME).is_file()
-    tasks, findings = (
-        _packed_tasks(folder, resolution, decode) if packed else (_loose_tasks(source, resolution, decode), [])
-    )
+    folder = _packed_folder(source)
+    if folder:
+        manifest = read_manifest(folder)
+        tasks, findings = _packed_tasks(source, folder, manifest, resolution, decode)
+    else:
+        tasks, findings = _loose_tasks(source, resolution, decode, allow_pipe), []
     results = _run(tasks, workers)
     for _, found in results:
         findings.extend(found)
-    if packed:
+    if folder:
         whole = {task.name: samples for task, (samples, found) in zip(tasks, results, strict=True) if not found}
-        findings.extend(_index_findings(folder, whole))
-    else:
-        findings.extend(_keys_in_two_shards(tasks, [samples for samples, _ in results]))
-    num_samples = sum(len(samples) for samples, _ in results)
-    return _worst_first(findings), {"source": source, "num_shards": len(tasks), "num_samples": num_samples}
+        findings.extend(manifest_findings(manifest))
+        findings.extend(index_findings(folder, manifest, whole))
+    samples = [(task.name, sample) for task, (found, _) in zip(tasks, results, strict=True) for sample in found]
+    findings.extend(findings_between(samples, bounded=not folder))
+    return _worst_first(findings), {"source": source, "num_shards": len(tasks), "num_samples": len(samples)}
 
 
 def totals(findings: list[Finding]) -> list[tuple[str, int]]:
@@ -65,25 +75,52 @@ def _worst_first(findings: list[Finding]) -> list[Finding]:
     return sorted(dict.fromkeys(findings), key=lambda finding: rank[finding[0]])
 
 
-def _packed_tasks(folder: Path, resolution: int, decode: bool) -> tuple[list[Task], list[Finding]]:
-    manifest = read_manifest(folder)
-    side = resolution or manifest.get("resolution") or 0
-    num_classes = len(manifest.get("label_names", ()))
+def _packed_folder(source: str) -> Path | None:
+    """Where manifest and index of a packed folder lie (fetched when it is remote); None for a pattern of tars."""
+    if remote.is_remote_folder(source):
+        remote.fetch(source + INDEX_NAME, remote.default_cache())
+        return remote.fetch(source + MANIFEST_NAME, remote.default_cache()).parent
+    return Path(source) if (Path(source) / MANIFEST_NAME).is_file() else None
+
+
+def _packed_tasks(
+    source: str, folder: Path, manifest: dict[str, Any], resolution: int, decode: bool
+) -> tuple[list[Task], list[Finding]]:
+    side = resolution or manifest["resolution"] or 0
+    num_classes = len(manifest["label_names"])
     tasks, findings = [], []
     for shard in manifest["shards"]:
-        path = folder / os.path.basename(shard["name"])
-        if path.is_file():
+        path = folder / shard["name"]
+        try:
+            if remote.is_remote_folder(source):
+                path = remote.fetch(source + shard["name"], remote.default_cache(), shard["sha256"])
+        except DataError as error:
+            findings.append((shard["name"], "", str(error)))
+            continue
+        if path.exists():
             tasks.append(Task(str(path), shard["sha256"], side, shard["count"], num_classes, decode))
         else:
             findings.append((path.name, "", "missing shard"))
-    listed = {os.path.basename(shard["name"]) for shard in manifest["shards"]}
-    strangers = sorted(path.name for path in folder.glob("*.tar") if path.name not in listed)
+    listed = {shard["name"] for shard in manifest["shards"]}
+    strangers = sorted(path.name for path in folder.glob("[!.]*.tar") if path.name not in listed)
     findings.extend((name, "", "not in the manifest") for name in strangers)
     return tasks, findings
 
 
-def _loose_tasks(source: str, resolution: int, decode: bool) -> list[Task]:
-    return [Task(path, resolution=resolution, decode=decode) for path in expand(source)]
+def _loose_tasks(source: str, resolution: int, decode: bool, allow_pipe: bool) -> list[Task]:
+    cache = remote.default_cache()
+    shards = expand(source)
+    paths = [str(remote.fetch(s, cache, allow_pipe=allow_pipe)) if remote.is_remote(s) else s for s in shards]
+    side = resolution or (_side_of_first(source, allow_pipe) if decode else 0)
+    return [Task(path, resolution=side, decode=decode) for path in paths]
+
+
+def _side_of_first(source: str, allow_pipe: bool) -> int:
+    """What a run would take for the resolution of loose shards; 0 where it would find several or none."""
+    try:
+        return open_dataset(source, keep_index=False, allow_pipe=allow_pipe).resolution or 0
+    except DataError:
+        return 0
 
 
 def _run(tasks: list[Task], workers: int) -> list[tuple[list[Sample], list[Finding]]]:
@@ -96,11 +133,18 @@ def _run(tasks: list[Task], workers: int) -> list[tuple[list[Sample], list[Findi
             results.append(check_shard(task))
             bar.update()
     else:
-        with ProcessPoolExecutor(min(workers, len(tasks)), get_context("spawn"), initializer=hush) as pool:
+        pool = ProcessPoolExecutor(min(workers, len(tasks)), get_context("spawn"), initializer=start_worker)
+        try:
             futures = [pool.submit(check_shard, task) for task in tasks]
             for future in futures:
                 future.add_done_callback(lambda _: bar.update())
             results = [future.result() for future in futures]
+        except BrokenProcessPool:
+            raise DataError(
+                "a process was killed, perhaps for want of memory; take fewer --workers, or --quick to decode nothing"
+            ) from None
+        finally:
+            pool.shutdown(cancel_futures=True)
     bar.close()
     return results
 
@@ -123,61 +167,40 @@ def check_shard(task: Task) -> tuple[list[Sample], list[Finding]]:
 
 
 def _sample_damage(task: Task, sample: Sample) -> list[tuple[str, str]]:
+    assert sample.image is not None
     damage = [(sample.key, reason) for reason in _label_damage(task, sample)]
-    if task.decode:
-        assert sample.image is not None
-        damage.extend((sample.image.name, reason) for reason in _image_damage(task, sample.image, task.resolution))
-        if sample.lq is not None:
-            damage.extend((sample.lq.name, reason) for reason in _image_damage(task, sample.lq, 0))
-    return damage
+    empty = [(m.name, "empty member (0 bytes)") for m in (sample.image, sample.lq) if m and m.size == 0]
+    pixels = _pixel_damage(task, sample.image, sample.lq) if task.decode and not empty else []
+    return damage + empty + pixels
 
 
 def _label_damage(task: Task, sample: Sample) -> list[str]:
     if sample.cls is None:
         return ["missing member: no label"] if task.num_classes > 0 else []
-    text = read_at(task.path, sample.cls.offset, min(sample.cls.size, 32)).strip()
-    if not text.isdigit():
+    label = label_of(read_at(task.path, sample.cls.offset, min(sample.cls.size, 32)))
+    if label is None:
         return ["label is not a whole number"]
-    outside = 0 <= task.num_classes <= int(text)
-    return [f"label {int(text)} is outside {task.num_classes} classes"] if outside else []
+    sample.label = label
+    outside = 0 <= task.num_classes <= label
+    return [f"label {label} is outside {task.num_classes} classes"] if outside else []
 
 
-def _image_damage(task: Task, member: Member, resolution: int) -> list[str]:
+def _pixel_damage(task: Task, image: Member, lq: Member | None) -> list[tuple[str, str]]:
+    """What is wrong with the picture and its low-quality partner, whose sides must be one whole part of its own."""
+    large, damage = _size_of(task, image)
+    if large and task.resolution and large != (task.resolution, task.resolution):
+        side = task.resolution
+        damage.append((image.name, f"wrong resolution: {large[0]}x{large[1]}, not {side}x{side}"))
+    if lq is None:
+        return damage
+    small, more = _size_of(task, lq)
+    if large and small and large != tuple(side * (large[0] // small[0]) for side in small):
+        more.append((lq.name, f"{small[0]}x{small[1]} is no whole part of the image's {large[0]}x{large[1]}"))
+    return damage + more
+
+
+def _size_of(task: Task, member: Member) -> tuple[tuple[int, int] | None, list[tuple[str, str]]]:
     try:
-        image, _ = decode_image(read_at(task.path, member.offset, member.size))
+        return decode_image(read_at(task.path, member.offset, member.size))[0].size, []
     except (ImageRejected, EOFError) as error:
-        return [str(error)]
-    if resolution and image.size != (resolution, resolution):
-        return [f"wrong resolution: {image.width}x{image.height}, not {resolution}x{resolution}"]
-    return []
-
-
-def _index_findings(folder: Path, shards: dict[str, list[Sample]]) -> list[Finding]:
-    """The index must say what undamaged tars say, or training reads the wrong bytes."""
-    try:
-        index = load_index(folder / INDEX_NAME)
-    except DataError as error:
-        return [(INDEX_NAME, "", str(error))]
-    number = {name: n for n, name in enumerate(index.shards.tolist())}
-    return [
-        (INDEX_NAME, name, "index differs from the shard; run: sdtrain pack --reindex")
-        for name, found in shards.items()
-        if name not in number or not _same_rows(index, number[name], found)
-    ]
-
-
-def _same_rows(index: Index, shard: int, samples: list[Sample]) -> bool:
-    mine = index.shard == shard
-    rows = list(zip(index.offset[mine].tolist(), index.size[mine].tolist(), strict=True))
-    return rows == [(s.image.offset, s.image.size) for s in samples if s.image is not None]
-
-
-def _keys_in_two_shards(tasks: list[Task], samples: list[list[Sample]]) -> list[Finding]:
-    owner: dict[str, str] = {}
-    findings = []
-    for task, found in zip(tasks, samples, strict=True):
-        for sample in found:
-            first = owner.setdefault(sample.key, task.name)
-            if first != task.name:
-                findings.append((task.name, sample.key, f"duplicate key: also in {first}"))
-    return findings
+        return None, [(member.name, str(error))]

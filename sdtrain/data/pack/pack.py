@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
-from collections import Counter
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sdtrain.data.pack.rejects import TooManyRejected, check_rejected, report, share
 from sdtrain.errors import EXIT_OK, EXIT_USER_ERROR, DataError
 
 if TYPE_CHECKING:
@@ -24,39 +28,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """SOURCE OUT and how to make one from the other. The same command again continues where it stopped."""
     add = parser.add_argument
     add("source", help="folder of images (sub-folders too; also lsun's exported .webp folder) or a zip archive")
-    add("out", nargs="?", help="folder for the shards")
-    add("--resolution", type=int, default=0, metavar="N", help="square images of N pixels")
+    add("out", nargs="?", help="folder for the shards, made if absent")
+    add("--resolution", type=int, default=0, metavar="N", help="square images of N pixels (this, --tile or --keep)")
     add("--tile", type=int, default=0, metavar="N", help="cut every image into squares of N pixels (sub-images)")
-    add("--stride", type=int, default=0, metavar="M", help="distance between tiles; default N")
+    add("--stride", type=int, default=0, metavar="M", help="distance between tiles (default: that of --tile)")
     add("--keep", action="store_true", help="keep every image at its own size")
-    add("--crop", choices=("center", "none"), default="none", help="what to do with images that are not square")
-    add("--resize", choices=FILTER_NAMES, default="lanczos", help="resize filter, recorded because FID depends on it")
+    crop = "what to do with images that are not square: cut out the middle, or reject (default: %(default)s)"
+    add("--crop", choices=("center", "none"), default="none", help=crop)
+    resize = "resize filter, recorded because FID depends on it (default: %(default)s)"
+    add("--resize", choices=FILTER_NAMES, default="lanczos", help=resize)
     add("--enlarge", action="store_true", help="accept images smaller than --resolution")
-    add(
-        "--labels",
-        choices=("none", "folder"),
-        default="none",
-        help="class of an image: its first folder, in name order",
-    )
-    add(
-        "--format",
-        choices=("png", "jpeg", "keep"),
-        default="png",
-        help="keep: the file's own bytes where nothing changes",
-    )
-    add("--quality", type=int, default=95, help="of JPEG, 1 to 100")
+    left_out = "largest share of the images that may be rejected, as 10%% or 0.1 (default: 10%%)"
+    add("--max-rejected", type=share, default=0.1, metavar="SHARE", help=left_out)
+    labels = "class of an image: its first folder, in name order (default: %(default)s)"
+    add("--labels", choices=("none", "folder"), default="none", help=labels)
+    form = "of the packed images; keep: the file's own bytes where nothing changes (default: %(default)s)"
+    add("--format", choices=("png", "jpeg", "keep"), default="png", help=form)
+    add("--quality", type=int, default=95, help="of JPEG, 1 to 100 (default: %(default)s)")
     add("--list", metavar="FILE", help="pack only the names in FILE (one a line)")
     add("--exclude-list", metavar="FILE", help="leave out the names in FILE")
-    add("--shard-mb", type=int, default=256, help="about this many MB a shard")
-    add("--shard-count", type=int, default=0, help="exactly this many shards instead")
-    add("--max-pixels", type=int, default=1 << 26, help="reject larger images (decompression bombs)")
-    add("--workers", type=int, default=os.cpu_count() or 1, help="processes")
-    add("--overwrite", action="store_true", help="replace shards made with other choices")
-    add(
-        "--reindex",
-        action="store_true",
-        help="rebuild index and manifest of the shard folder SOURCE from its tars alone",
-    )
+    add("--shard-mb", type=int, default=256, metavar="MB", help="about this many MB a shard (default: %(default)s)")
+    add("--shard-count", type=int, default=0, metavar="N", help="exactly this many shards (default: from --shard-mb)")
+    bombs = "reject larger images, which may be decompression bombs (default: %(default)s)"
+    add("--max-pixels", type=int, default=1 << 26, metavar="N", help=bombs)
+    add("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a core, here %(default)s)")
+    add("--overwrite", action="store_true", help="replace shards made with other choices, once the new ones are whole")
+    reindex = "rebuild index and manifest of the shard folder SOURCE from its tars alone"
+    add("--reindex", action="store_true", help=reindex)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -65,11 +63,25 @@ def run(args: argparse.Namespace) -> int:
         return _reindex(Path(args.source))
     check_arguments(args)
     try:
-        return _pack(args)
+        with _sigterm_as_interrupt():
+            return _pack(args)
     except OSError as error:
         raise DataError(
             f"packing into {args.out} failed: {error.strerror or error}; check rights and free space, then run again"
         ) from None
+
+
+@contextmanager
+def _sigterm_as_interrupt() -> Iterator[None]:
+    """A polite stop tidies up like Ctrl-C does; without this SIGTERM would end the process at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -82,6 +94,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         )
     if not 1 <= args.quality <= 100:
         raise DataError(f"--quality {args.quality} is not between 1 and 100")
+    if args.shard_mb < 1 or args.shard_count < 0 or args.max_pixels < 1:
+        raise DataError("--shard-mb and --max-pixels must be at least 1, --shard-count must not be negative")
     if args.stride < 0 or (args.stride and not args.tile):
         raise DataError(f"--stride {args.stride} needs --tile N and a positive number of pixels")
     if Path(args.source).resolve() == Path(args.out).resolve():
@@ -99,22 +113,75 @@ def _reindex(folder: Path) -> int:
 
 
 def _pack(args: argparse.Namespace) -> int:
-    from sdtrain.data.pack.packing import finish, finished, plan_jobs
+    import shutil
+
+    from sdtrain.data.pack.packing import MARKERS, plan_jobs
 
     files, label_names = _files(args)
     out, shape = Path(args.out), _shape(args)
     jobs = plan_jobs(Path(args.source), out, files, shape, _num_shards(args, files, shape))
-    _prepare(out, jobs, args.overwrite)
-    if _complete(out, jobs):
+    _refuse_other_shards(out, jobs[0].plan, args.overwrite)
+    if manifest := _complete(out, jobs):
+        shutil.rmtree(out / MARKERS, ignore_errors=True)  # a crash in the last moment left it
         print(f"{out} is complete already and its digests are right; nothing to do")
-        return EXIT_OK
-    markers = {job.number: marker for job in jobs if (marker := finished(job))}
-    markers |= _run([job for job in jobs if job.number not in markers], len(files), args.workers)
-    manifest = finish(
-        out, [markers[job.number] for job in jobs], _about(args, shape, jobs[0].plan, len(files)), label_names
-    )
-    _summary(out, manifest)
+    else:
+        about = _about(args, shape, jobs[0].plan, len(files))
+        with _tidied(out, jobs):
+            manifest = _make(out, jobs, args, about, label_names)
+    _summary(out, manifest, len(files))
     return EXIT_OK
+
+
+def _make(
+    out: Path, jobs: list[Job], args: argparse.Namespace, about: dict[str, Any], label_names: list[str]
+) -> dict[str, Any]:
+    """Pack what is not packed yet; the manifest. Raises TooManyRejected before anything in `out` is replaced."""
+    from sdtrain.data.pack.packing import finish, finished
+
+    num_files = about["num_source_files"]
+    done = {job.number: marker for job in jobs if (marker := finished(job))}
+    done |= _run([job for job in jobs if job.number not in done], num_files, args.workers)
+    markers = [done[job.number] for job in jobs]
+    rejected = [pair for marker in markers for pair in marker["rejected"]]
+    check_rejected(rejected, num_files, sum(marker["count"] for marker in markers), args.max_rejected)
+    return finish(out, markers, about, label_names)
+
+
+@contextmanager
+def _tidied(out: Path, jobs: list[Job]) -> Iterator[None]:
+    """Make the working folder; see that a failure leaves nothing, or finished shards to continue from."""
+    import shutil
+
+    from sdtrain.data.pack.packing import MARKERS
+
+    staged = out / MARKERS
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
+    if any(_plan_in(marker) != jobs[0].plan for marker in staged.glob("*.json")):
+        shutil.rmtree(staged)
+    try:
+        staged.mkdir(parents=True, exist_ok=True)
+        for unfinished in staged.glob(".*.tmp"):
+            unfinished.unlink()
+        yield
+    except BaseException as error:
+        kept = 0 if isinstance(error, TooManyRejected) else len(list(staged.glob("*.json")))
+        for unfinished in staged.glob(".*.tmp"):
+            unfinished.unlink()
+        if kept:
+            print(f"{kept} of {len(jobs)} shards are finished; the same command continues", file=sys.stderr)
+        else:
+            shutil.rmtree(staged, ignore_errors=True)
+            _remove_empty(made)
+        raise
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    """Inner ones first; one that somebody has used meanwhile stays, with those around it."""
+    for folder in folders:
+        try:
+            folder.rmdir()
+        except OSError:
+            return
 
 
 def _files(args: argparse.Namespace) -> tuple[list[SourceFile], list[str]]:
@@ -147,23 +214,10 @@ def _num_shards(args: argparse.Namespace, files: list[SourceFile], shape: Shape)
     return min(max(1, wanted), len(files))
 
 
-def _prepare(out: Path, jobs: list[Job], overwrite: bool) -> None:
-    """Make the folder and see that nothing else lives there. Raises DataError, or OSError when it cannot be written."""
-    import shutil
-
-    from sdtrain.data.pack.packing import MARKERS
-
-    (out / MARKERS).mkdir(parents=True, exist_ok=True)
-    other = _other_plan(out, jobs[0].plan)
+def _refuse_other_shards(out: Path, plan: str, overwrite: bool) -> None:
+    other = _other_plan(out, plan)
     if other and not overwrite:
         raise DataError(f"{out} holds {other}; choose another folder, or replace it with --overwrite")
-    if other:
-        for path in [*out.glob("*.tar"), *out.glob("index.npz"), *out.glob("manifest.json")]:
-            path.unlink()
-        shutil.rmtree(out / MARKERS)
-        (out / MARKERS).mkdir()
-    for stale in out.glob(".*.tmp"):
-        stale.unlink()
 
 
 def _other_plan(out: Path, plan: str) -> str:
@@ -184,21 +238,20 @@ def _plan_in(path: Path) -> str:
     return found.get("plan") or found.get("pack", {}).get("plan", "")
 
 
-def _complete(out: Path, jobs: list[Job]) -> bool:
+def _complete(out: Path, jobs: list[Job]) -> dict[str, Any]:
+    """The manifest of a folder that this very plan has filled and whose digests are right, else {}."""
     import json
-    import shutil
 
-    from sdtrain.data.pack.packing import MARKERS
     from sdtrain.data.read.remote import verified
 
     path = out / "manifest.json"
-    if not path.is_file() or not (out / "index.npz").is_file():
-        return False
-    shards = json.loads(path.read_text())["shards"]
-    whole = len(shards) == len(jobs) and all(verified(out / shard["name"], shard["sha256"]) for shard in shards)
-    if whole:
-        shutil.rmtree(out / MARKERS, ignore_errors=True)
-    return whole
+    if not path.is_file() or not (out / "index.npz").is_file() or _plan_in(path) != jobs[0].plan:
+        return {}
+    manifest: dict[str, Any] = json.loads(path.read_text())
+    shards = manifest["shards"]
+    names = [job.path.name for job in jobs]
+    whole = [shard["name"] for shard in shards] == names
+    return manifest if whole and all(verified(out / shard["name"], shard["sha256"]) for shard in shards) else {}
 
 
 def _run(jobs: list[Job], num_files: int, num_processes: int) -> dict[int, dict[str, Any]]:
@@ -229,13 +282,10 @@ def _about(args: argparse.Namespace, shape: Shape, plan: str, num_files: int) ->
     return about
 
 
-def _summary(out: Path, manifest: dict[str, Any]) -> None:
+def _summary(out: Path, manifest: dict[str, Any], num_files: int) -> None:
     total_mb = sum(shard["size"] for shard in manifest["shards"]) / MB
     shards = f"{len(manifest['shards'])} shards, {total_mb:.1f} MB, hash {manifest['hash'][:12]}"
     print(f"{out}: {manifest['count']} images in {shards}")
     for reason, count in manifest["converted"].items():
         print(f"  converted to RGB: {count} ({reason})")
-    reasons = Counter(reason.partition(":")[0] for _, reason in manifest["rejected"])
-    for reason, count in reasons.most_common():
-        example = next(name for name, text in manifest["rejected"] if text.startswith(reason))
-        print(f"  rejected: {count} ({reason}), for example {example}")
+    print("\n".join(report(manifest["rejected"], num_files)), end="\n" * bool(manifest["rejected"]))

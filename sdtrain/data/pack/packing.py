@@ -1,9 +1,12 @@
 """Packing proper: the source is cut into shards beforehand, each shard is one job, finished jobs leave a marker.
 
-OUT/shard-000000.tar ...   plain webdataset shards
+OUT/shard-000000.tar ...   plain webdataset shards; they and the index appear together when all are done
 OUT/index.npz              offsets of all members
 OUT/manifest.json          what this is; written last, so its presence means complete
-OUT/.pack/000000.json      marker of a finished shard while packing; removed at the end
+OUT/.pack/                 while packing: finished shards, each with a marker 000000.json; removed at the end
+
+A packing that was interrupted or killed leaves OUT/.pack, from which the same command continues; one that was refused
+leaves nothing.
 """
 
 from __future__ import annotations
@@ -12,13 +15,16 @@ import hashlib
 import json
 import os
 import shutil
+import signal
+import threading
 import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +32,7 @@ from sdtrain.data.pack.shaping import Shape, key_of, pieces
 from sdtrain.data.pack.sources import SourceFile, SourceReader
 from sdtrain.data.read.images import ImageRejected, hush
 from sdtrain.data.read.index import INDEX_NAME, build_index
+from sdtrain.data.read.manifest import MANIFEST_NAME, is_plain_name, read_manifest
 from sdtrain.data.read.remote import verified
 from sdtrain.data.read.tars import ShardWriter
 from sdtrain.errors import DataError
@@ -34,6 +41,7 @@ from sdtrain.files import sha256_of_file, write_json
 FORMAT = "sdtrain-shards/1"
 MARKERS = ".pack"
 POLL_SEC = 0.2
+STOP = -(1 << 62)  # a counter below zero tells the processes to leave
 _counter: Any = None
 
 
@@ -51,7 +59,8 @@ class Job:
 
     @property
     def path(self) -> Path:
-        return Path(self.out) / f"shard-{self.number:06d}.tar"
+        """Where it lies until all are done."""
+        return Path(self.out) / MARKERS / f"shard-{self.number:06d}.tar"
 
     @property
     def marker(self) -> Path:
@@ -84,11 +93,11 @@ def run_job(job: Job) -> dict[str, Any]:
     try:
         for number, file in enumerate(job.files, job.first):
             try:
-                made, notes = pieces(reader.read(file.name), job.shape)
+                made, notes = pieces(_bytes_of(reader, file, job), job.shape)
                 count += _add(writer, key_of(number, file.name), made, file.label, many=bool(job.shape.tile))
                 converted.update(notes)
                 labels[file.label] += len(made)
-            except (ImageRejected, zipfile.BadZipFile, zlib.error) as error:
+            except ImageRejected as error:
                 rejected.append((file.name, str(error)))
             _tick()
         size, sha256 = writer.close()
@@ -99,6 +108,18 @@ def run_job(job: Job) -> dict[str, Any]:
     marker |= {"converted": dict(converted), "rejected": rejected, "labels": {str(k): n for k, n in labels.items()}}
     write_json(job.marker, marker)
     return marker
+
+
+def _bytes_of(reader: SourceReader, file: SourceFile, job: Job) -> bytes:
+    try:
+        return reader.read(file.name)
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:  # damaged, encrypted, unknown
+        raise ImageRejected(f"damaged zip entry: {error}") from None
+    except OSError as error:
+        raise DataError(
+            f"{job.source}/{file.name} cannot be read ({error.strerror or error}); "
+            "check its rights, or leave it out with --exclude-list"
+        ) from None
 
 
 def _add(writer: ShardWriter, key: str, made: list[tuple[str, bytes]], label: int, *, many: bool) -> int:
@@ -116,7 +137,11 @@ def finished(job: Job) -> dict[str, Any] | None:
         marker = json.loads(job.marker.read_text())
     except (OSError, ValueError):
         return None
-    return marker if marker.get("plan") == job.plan and verified(job.path, marker["sha256"]) else None
+    if marker.get("plan") != job.plan:
+        return None
+    # A crash while the shards took their places leaves some of them there already.
+    places = (job.path, Path(job.out) / job.path.name)
+    return marker if any(verified(place, marker["sha256"]) for place in places) else None
 
 
 def run_jobs(jobs: Sequence[Job], num_processes: int, advance: Callable[[int], None]) -> list[dict[str, Any]]:
@@ -125,16 +150,22 @@ def run_jobs(jobs: Sequence[Job], num_processes: int, advance: Callable[[int], N
         return [_run_here(job, advance) for job in jobs]
     context = get_context("spawn")
     counter = context.Value("q", 0)
-    with ProcessPoolExecutor(
-        min(num_processes, len(jobs)), context, initializer=_use_counter, initargs=(counter,)
-    ) as pool:
+    pool = ProcessPoolExecutor(
+        min(num_processes, len(jobs)), context, initializer=start_worker, initargs=(counter,)
+    )
+    try:
         futures = [pool.submit(run_job, job) for job in jobs]
-        try:
-            _follow(futures, counter, advance)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    return [future.result() for future in futures]
+        _follow(futures, counter, advance)
+        return [future.result() for future in futures]
+    except BrokenProcessPool:
+        raise DataError(
+            "a packing process was killed, perhaps for want of memory; take fewer --workers, finished shards are kept"
+        ) from None
+    except BaseException:
+        counter.value = STOP
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _follow(futures: list[Future[dict[str, Any]]], counter: Any, advance: Callable[[int], None]) -> None:
@@ -153,26 +184,35 @@ def _run_here(job: Job, advance: Callable[[int], None]) -> dict[str, Any]:
     return marker
 
 
-def _use_counter(counter: Any) -> None:
+def start_worker(counter: Any = None) -> None:
+    """Prepare a process: the parent alone answers Ctrl-C, and nobody works on when it was killed."""
     global _counter
     _counter = counter
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
     hush()
 
 
+def _leave_with_parent() -> None:
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
 def _tick() -> None:
-    if _counter is not None:
-        with _counter.get_lock():
-            _counter.value += 1
+    if _counter is None:
+        return
+    with _counter.get_lock():
+        _counter.value += 1
+    if _counter.value < 0:
+        raise InterruptedError("packing was stopped")
 
 
 def finish(
     out: Path, markers: Sequence[dict[str, Any]], about: dict[str, Any], label_names: Sequence[str]
 ) -> dict[str, Any]:
-    """Write index and manifest, drop the markers, return the manifest. Raises DataError when no image was usable."""
-    rejected = [pair for marker in markers for pair in marker["rejected"]]
-    if not sum(marker["count"] for marker in markers):
-        first = f"{rejected[0][0]}: {rejected[0][1]}" if rejected else "no input"
-        raise DataError(f"all {len(rejected)} images were rejected ({first}); nothing was packed")
+    """Let the shards take their places, write index and manifest, drop the markers, return the manifest."""
     converted: Counter[str] = Counter()
     labels: Counter[str] = Counter()
     for marker in markers:
@@ -181,11 +221,25 @@ def finish(
     shards = [{key: marker[key] for key in ("name", "size", "sha256", "count")} for marker in markers]
     manifest = manifest_of(shards, about["resolution"], label_names)
     manifest |= {"label_counts": [labels[str(n)] for n in range(len(label_names))], "pack": about}
-    manifest |= {"converted": dict(sorted(converted.items())), "rejected": rejected}
-    write_index(out, [shard["name"] for shard in shards])
+    manifest |= {"converted": dict(sorted(converted.items()))}
+    manifest |= {"rejected": [pair for marker in markers for pair in marker["rejected"]]}
+    _publish(out, [shard["name"] for shard in shards])
     write_json(out / "manifest.json", manifest)
     shutil.rmtree(out / MARKERS, ignore_errors=True)
     return manifest
+
+
+def _publish(out: Path, names: Sequence[str]) -> None:
+    """Replace what OUT holds by the new shards and their index."""
+    staged = out / MARKERS
+    places = [staged / name if (staged / name).is_file() else out / name for name in names]
+    index, _ = build_index(places, names)
+    index.save(staged / INDEX_NAME)
+    (out / "manifest.json").unlink(missing_ok=True)
+    for old in set(out.glob("*.tar")) - {out / name for name in names}:
+        old.unlink()
+    for place in [*places, staged / INDEX_NAME]:
+        os.replace(place, out / place.name)
 
 
 def manifest_of(shards: list[dict[str, Any]], resolution: int | None, label_names: Sequence[str]) -> dict[str, Any]:
@@ -201,22 +255,18 @@ def manifest_of(shards: list[dict[str, Any]], resolution: int | None, label_name
     }
 
 
-def write_index(out: Path, names: Sequence[str]) -> list[tuple[str, str, str]]:
-    index, damage = build_index([out / name for name in names], names)
-    index.save(out / INDEX_NAME)
-    return damage
-
-
 def reindex(folder: Path) -> tuple[dict[str, Any], list[tuple[str, str, str]]]:
     """Rebuild index and manifest from the tars alone; keeps what an existing manifest says about their making."""
-    from sdtrain.data.read.dataset import MANIFEST_NAME, open_dataset
+    from sdtrain.data.read.dataset import open_dataset
 
-    names = sorted(path.name for path in folder.glob("*.tar"))
+    names = sorted(path.name for path in folder.glob("[!.]*.tar") if path.is_file())
     if not names:
         raise DataError(f"{folder} holds no .tar files; give the folder of the shards")
+    if strange := [name for name in names if not is_plain_name(name)]:
+        raise DataError(f"{folder} holds {strange[0]!r}; give it a name without colons and control characters")
     try:
-        old = json.loads((folder / MANIFEST_NAME).read_text())
-    except (OSError, ValueError):
+        old = read_manifest(folder)
+    except DataError:
         old = {}
     index, damage = build_index([folder / name for name in names], names)
     counts = [int((index.shard == number).sum()) for number in range(len(names))]
@@ -224,9 +274,10 @@ def reindex(folder: Path) -> tuple[dict[str, Any], list[tuple[str, str, str]]]:
         {"name": name, "size": os.path.getsize(folder / name), "sha256": sha256_of_file(folder / name), "count": count}
         for name, count in zip(names, counts, strict=True)
     ]
+    probed = open_dataset(str(folder / "*.tar"), keep_index=False)  # refuses labels that no table of classes could hold
     num_classes = int(index.label.max(initial=-1)) + 1
     label_names = old.get("label_names") or [str(n) for n in range(num_classes)]
-    resolution = old.get("resolution") or open_dataset(str(folder / "*.tar")).resolution
+    resolution = old.get("resolution") or probed.resolution
     kept = {key: old[key] for key in ("label_counts", "pack", "converted", "rejected") if key in old}
     manifest = manifest_of(shards, resolution, label_names) | kept
     index.save(folder / INDEX_NAME)

@@ -56,11 +56,11 @@ def to_resolution(image: Image.Image, shape: Shape) -> Image.Image:
     side, target = min(image.size), shape.resolution
     if image.width != image.height:
         if shape.crop == "none":
-            raise ImageRejected(f"not square: {image.width}x{image.height} (use --crop center)")
+            raise ImageRejected(f"not square: {image.width}x{image.height}")
         left, top = (image.width - side) // 2, (image.height - side) // 2
         image = image.crop((left, top, left + side, top + side))
     if side < target and not shape.enlarge:
-        raise ImageRejected(f"too small: {side} px for --resolution {target} (use --enlarge to accept)")
+        raise ImageRejected(f"too small: {side} px for --resolution {target}")
     return image if side == target else image.resize((target, target), FILTERS[shape.resize])
 
 

@@ -2,15 +2,18 @@
 
 OUT/val.txt, OUT/test.txt ...   names of the held-out images, one a line, for `sdtrain pack --list`
 OUT/held_out.txt                all of them, for `sdtrain pack --exclude-list`
+OUT/{train,val,test}.txt        with --celeba: the images of CelebA-HQ in the parts that CelebA defines; the held-out
+                                lists are then drawn from its val
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import re
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from sdtrain.data.pack.sources import SourceReader, list_source
 from sdtrain.data.read.images import ImageRejected, decode_image
@@ -33,6 +36,38 @@ def split(names: Sequence[str], sizes: dict[str, int], seed: int) -> dict[str, l
     return lists
 
 
+CELEBA_MAPPING, CELEBA_PARTITION = "CelebA-HQ-to-CelebA-mapping.txt", "list_eval_partition.txt"
+CELEBA_PARTS = ("train", "val", "test")
+
+
+def celeba_parts(names: Sequence[str], folder: Path) -> dict[str, list[str]]:
+    """Images of CelebA-HQ by the part of CelebA that the photograph behind each belongs to.
+
+    `folder` holds the table of CelebAMask-HQ (HQ number, CelebA number, CelebA file) and CelebA's own partition
+    (file, 0 to 2). The number of an image stands at the end of its name. Raises DataError for what does not fit.
+    """
+    part_of = {words[0]: int(words[1]) for words in _table(folder / CELEBA_PARTITION, 2)}
+    file_of = {words[0]: words[2] for words in _table(folder / CELEBA_MAPPING, 3) if words[0].isdigit()}
+    parts: dict[str, list[str]] = {part: [] for part in CELEBA_PARTS}
+    for name in names:
+        number = re.search(r"[0-9]+$", PurePosixPath(name).stem)
+        part = part_of.get(file_of.get(str(int(number[0])), "")) if number else None
+        if part is None or not 0 <= part < len(CELEBA_PARTS):
+            raise DataError(f"{name} is not in {CELEBA_MAPPING} and {CELEBA_PARTITION}; is it an image of CelebA-HQ?")
+        parts[CELEBA_PARTS[part]].append(name)
+    return parts
+
+
+def _table(path: Path, columns: int) -> list[list[str]]:
+    try:
+        rows = [line.split() for line in path.read_text().splitlines() if line.strip()]
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}); the recipe says where it comes from") from None
+    if any(len(row) != columns for row in rows):
+        raise DataError(f"{path} does not have {columns} columns; the recipe says which file is meant")
+    return rows
+
+
 def large_enough(source: Path, min_side: int) -> list[str]:
     """Names of the usable images of a folder or zip whose sides are at least `min_side` pixels."""
     reader = SourceReader(source)
@@ -48,10 +83,14 @@ def _short_side(data: bytes) -> int:
 
 
 def write_lists(out: Path, lists: dict[str, list[str]]) -> None:
-    out.mkdir(parents=True, exist_ok=True)
     everything = sorted(name for names in lists.values() for name in names)
     for part, names in {**lists, "held_out": everything}.items():
-        write_bytes(out / f"{part}.txt", "".join(f"{name}\n" for name in names).encode())
+        write_list(out / f"{part}.txt", names)
+
+
+def write_list(path: Path, names: Sequence[str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(path, "".join(f"{name}\n" for name in names).encode())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,16 +102,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--held-out", nargs="+", default=["val=150", "test=150"], metavar="NAME=COUNT")
     parser.add_argument("--min-side", type=int, default=0, metavar="N", help="only images of at least N pixels a side")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--celeba", type=Path, metavar="FOLDER", help=f"of {CELEBA_MAPPING} and {CELEBA_PARTITION}")
     args = parser.parse_args(argv)
     try:
-        sizes = {part: int(count) for part, _, count in (text.partition("=") for text in args.held_out)}
-        lists = split(large_enough(Path(args.source), args.min_side), sizes, args.seed)
-        write_lists(Path(args.out), lists)
+        lists = _lists(args)
     except UserError as error:
         print(f"sdtrain: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     print(f"{args.out}: " + ", ".join(f"{part} {len(names)}" for part, names in lists.items()))
     return EXIT_OK
+
+
+def _lists(args: argparse.Namespace) -> dict[str, list[str]]:
+    """Write all lists and return them. Raises DataError."""
+    sizes = _sizes(args.held_out)
+    names = large_enough(Path(args.source), args.min_side)
+    parts = celeba_parts(names, args.celeba) if args.celeba else {}
+    if sizes.keys() & parts.keys():
+        raise DataError("--celeba makes train, val and test itself; give --held-out other names, such as val100=100")
+    drawn = split(parts["val"] if parts else names, sizes, args.seed)
+    write_lists(Path(args.out), drawn)
+    for part, members in parts.items():
+        write_list(Path(args.out) / f"{part}.txt", members)
+    return parts | drawn
+
+
+def _sizes(texts: Sequence[str]) -> dict[str, int]:
+    found = {part: count for part, _, count in (text.partition("=") for text in texts)}
+    wrong = [part for part, count in found.items() if not count.isdigit() or not re.fullmatch(r"[\w-]+", part)]
+    if wrong:
+        raise DataError(f"--held-out {wrong[0]}={found[wrong[0]]} is not NAME=COUNT, such as val=150")
+    return {part: int(count) for part, count in found.items()}
 
 
 if __name__ == "__main__":

@@ -13,11 +13,12 @@ SHOWN = 20
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("source", help="packed folder, or glob or brace pattern of tars")
+    add("source", help="packed folder, glob or brace pattern of tars, or an address of either")
     add("--report", metavar="FILE", help="write all findings as JSON")
-    add("--resolution", type=int, default=0, metavar="N", help="expected side; default: the manifest's")
+    add("--resolution", type=int, default=0, metavar="N", help="expected side (default: the manifest's)")
     add("--quick", action="store_true", help="check structure and digests, decode no image")
-    add("--workers", type=int, default=os.cpu_count() or 1, help="processes")
+    add("--allow-pipe", action="store_true", help="run the commands of pipe: sources")
+    add("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a core, here %(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -25,7 +26,8 @@ def run(args: argparse.Namespace) -> int:
     from sdtrain.data.pack.checking import check_source, totals
     from sdtrain.files import write_json
 
-    findings, about = check_source(args.source, resolution=args.resolution, decode=not args.quick, workers=args.workers)
+    how = {"resolution": args.resolution, "decode": not args.quick, "workers": args.workers}
+    findings, about = check_source(args.source, allow_pipe=args.allow_pipe, **how)
     if args.report:
         rows = [{"shard": shard, "member": member, "reason": reason} for shard, member, reason in findings]
         write_json(Path(args.report), about | {"damage": rows, "damage_per_shard": dict(totals(findings))})
@@ -39,10 +41,11 @@ def run(args: argparse.Namespace) -> int:
 
 def _print_table(findings: list[tuple[str, str, str]]) -> None:
     from sdtrain.data.pack.checking import totals
+    from sdtrain.data.read.tars import printable
 
     print(f"{len(findings)} damaged places\n{'damage':>7}  {'shard':<24} first finding")
     for shard, count in totals(findings)[:SHOWN]:
         member, reason = next((m, r) for s, m, r in findings if s == shard)
-        print(f"{count:>7}  {shard:<24} {f'{member}: ' if member else ''}{reason}")
+        print(printable(f"{count:>7}  {shard:<24} {f'{member}: ' if member else ''}{reason}"))
     if len(totals(findings)) > SHOWN:
         print(f"... and {len(totals(findings)) - SHOWN} more shards (--report FILE lists all)")

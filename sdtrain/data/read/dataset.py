@@ -1,18 +1,16 @@
 """Open shards as a data set: number of samples, labels, resolution, hash. Free of torch.
 
-A source is a folder made by `sdtrain pack`, a glob or brace pattern of tars, an address of either (http, s3, pipe), or
-a list of those. Shards without an index are indexed by their headers; the index is kept beside them or in the cache.
+A source is a folder made by `sdtrain pack`, a glob or brace pattern of tars, an address of either (http, s3), a command
+where commands are allowed (pipe), or a list of those. Shards without an index are indexed by their
+headers; the index is kept beside them or in the cache.
 """
 
 from __future__ import annotations
 
-import glob
 import hashlib
-import json
 import os
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +19,12 @@ import numpy as np
 from sdtrain.data.read import remote
 from sdtrain.data.read.images import ImageRejected, decode_image
 from sdtrain.data.read.index import INDEX_NAME, Index, build_index, load_index
+from sdtrain.data.read.manifest import MANIFEST_NAME, read_manifest
+from sdtrain.data.read.patterns import expand
 from sdtrain.errors import DataError
+from sdtrain.files import open_regular
 
-MANIFEST_NAME = "manifest.json"
 PROBES = 8
-BRACE = re.compile(r"\{([^{}]*)\}")
 
 
 @dataclass(frozen=True)
@@ -42,6 +41,7 @@ class Dataset:
     sha256: tuple[str, ...] = ()
     damage: tuple[tuple[str, str, str], ...] = ()
     manifest: dict[str, Any] = field(default_factory=dict)
+    allow_pipe: bool = False
 
     @property
     def num_samples(self) -> int:
@@ -70,7 +70,8 @@ class Dataset:
         """The shard as a local file, fetched when it is remote."""
         url = self.shards[shard]
         if remote.is_remote(url):
-            return remote.fetch(url, self.cache, self.sha256[shard] if self.sha256 else "")
+            digest = self.sha256[shard] if self.sha256 else ""
+            return remote.fetch(url, self.cache, digest, allow_pipe=self.allow_pipe)
         return Path(url)
 
     def read(self, i: int) -> bytes:
@@ -86,7 +87,7 @@ class Dataset:
 
 
 def read_at(path: str | Path, offset: int, size: int) -> bytes:
-    fd = os.open(path, os.O_RDONLY)
+    fd = open_regular(path)
     try:
         data = os.pread(fd, size, offset)
     finally:
@@ -97,99 +98,77 @@ def read_at(path: str | Path, offset: int, size: int) -> bytes:
 
 
 def open_dataset(
-    source: str | Path | Sequence[str], cache: str | Path | None = None, keep_index: bool = True
+    source: str | Path | Sequence[str],
+    cache: str | Path | None = None,
+    keep_index: bool = True,
+    *,
+    allow_pipe: bool = False,
 ) -> Dataset:
-    """Open a source. Raises DataError when nothing matches, nothing is usable, or an index is stale.
+    """Open a source. Raises DataError when nothing matches, nothing is usable, an index is stale or a label too large.
 
-    Nothing is written with `keep_index=False`, except what must be fetched.
+    Nothing is written with `keep_index=False`, except what must be fetched. `allow_pipe` lets `pipe:` run its command.
     """
     sources = [str(source)] if isinstance(source, (str, Path)) else [str(s) for s in source]
     cache_dir = Path(cache) if cache else remote.default_cache()
-    parts = [_open_one(s, cache_dir, keep_index) for s in sources]
+    parts = [_open_one(s, cache_dir, keep_index, allow_pipe) for s in sources]
     if not parts:
         raise DataError("the list of data sources is empty; name a packed folder or a pattern of tars")
     dataset = parts[0] if len(parts) == 1 else _join(parts)
     if dataset.num_samples == 0:
         why = "; ".join(f"{shard}: {reason}" for shard, _, reason in dataset.damage[:3]) or "the shards hold no images"
         raise DataError(f"{dataset.source} has no usable sample ({why}); run: sdtrain verify {dataset.source}")
-    return dataset
+    return replace(dataset, allow_pipe=allow_pipe)
 
 
-def _open_one(source: str, cache: Path, keep_index: bool) -> Dataset:
-    if remote.is_remote(source) and source.endswith("/"):
+def _open_one(source: str, cache: Path, keep_index: bool, allow_pipe: bool) -> Dataset:
+    if remote.is_remote_folder(source):
         remote.fetch(source + INDEX_NAME, cache)
         folder = remote.fetch(source + MANIFEST_NAME, cache).parent
-        return _open_packed(source, folder, [source + name for name in _manifest_shards(folder)], cache)
+        return _open_packed(source, folder, source, cache)
     if (Path(source) / MANIFEST_NAME).is_file():
-        folder = Path(source)
-        return _open_packed(source, folder, [str(folder / name) for name in _manifest_shards(folder)], cache)
-    return _open_loose(source, expand(source), cache, keep_index)
+        return _open_packed(source, Path(source), os.path.join(source, ""), cache)
+    return _open_loose(source, expand(source), cache, keep_index, allow_pipe)
 
 
-def expand(source: str) -> list[str]:
-    """Shards that a folder, a glob or brace pattern names, in order. Raises DataError when there are none."""
-    if os.path.isdir(source):
-        source = os.path.join(source, "*.tar")
-    found: list[str] = []
-    for pattern in [source] if source.startswith("pipe:") and not BRACE.search(source) else _braces(source):
-        found.extend([pattern] if remote.is_remote(pattern) else sorted(glob.glob(pattern)))
-    if not found:
-        raise DataError(
-            f"no shard matches {source} (looked from {os.getcwd()}); check the path, or make shards with: sdtrain pack"
-        )
-    return list(dict.fromkeys(found))
-
-
-def _braces(pattern: str) -> list[str]:
-    match = BRACE.search(pattern)
-    if match is None:
-        return [pattern]
-    bounds = re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
-    if bounds:
-        width = len(bounds[1])
-        choices = [f"{n:0{width}d}" for n in range(int(bounds[1]), int(bounds[2]) + 1)]
-    else:
-        choices = match[1].split(",")
-    return [full for choice in choices for full in _braces(pattern[: match.start()] + choice + pattern[match.end() :])]
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    try:
-        manifest = json.loads((folder / MANIFEST_NAME).read_text())
-        return {**manifest, "shards": [dict(shard) for shard in manifest["shards"]]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"{folder / MANIFEST_NAME} is damaged ({error}); run: sdtrain pack --reindex {folder}"
-        ) from None
-
-
-def _manifest_shards(folder: Path) -> list[str]:
-    return [os.path.basename(shard["name"]) for shard in read_manifest(folder)["shards"]]
-
-
-def _open_packed(source: str, folder: Path, shards: list[str], cache: Path) -> Dataset:
+def _open_packed(source: str, folder: Path, prefix: str, cache: Path) -> Dataset:
+    """A folder whose manifest and index lie in `folder` and whose shards lie behind `prefix`."""
     manifest = read_manifest(folder)
-    if not (folder / INDEX_NAME).is_file():
+    if not (folder / INDEX_NAME).exists():
         raise DataError(
             f"{folder} has a manifest but no {INDEX_NAME}; rebuild it with: sdtrain pack --reindex {folder}"
         )
     index = load_index(folder / INDEX_NAME)
-    if [os.path.basename(s) for s in shards] != index.shards.tolist():
+    names = [shard["name"] for shard in manifest["shards"]]
+    if names != index.shards.tolist():
         raise DataError(
             f"{folder / INDEX_NAME} lists other shards than the manifest; run: sdtrain pack --reindex {folder}"
         )
-    return Dataset(
+    shards = [prefix + name for name in names]
+    dataset = Dataset(
         source=source,
         shards=tuple(shards),
         index=index,
-        resolution=manifest.get("resolution"),
-        label_names=tuple(manifest.get("label_names", ())),
+        resolution=manifest["resolution"],
+        label_names=tuple(manifest["label_names"]),
         hash=manifest["hash"],
         cache=cache,
         sha256=tuple(shard["sha256"] for shard in manifest["shards"]),
         damage=tuple(_size_damage(shards, index)),
         manifest=manifest,
     )
+    return _with_labels_below(dataset, len(dataset.label_names), "classes in the manifest")
+
+
+def _with_labels_below(dataset: Dataset, limit: int, of_what: str) -> Dataset:
+    """The data set itself. Raises DataError for a label that no class or table of classes can have."""
+    labels = dataset.index.label
+    if limit and len(labels) and labels.max() >= limit:
+        shard, key = dataset.locate(int(labels.argmax()))
+        raise DataError(
+            f"sample {key} in {shard} has the label {labels.max()}, with {limit} {of_what}; labels count from 0, "
+            f"run: sdtrain verify {dataset.source}"
+        )
+    return dataset
 
 
 def _size_damage(shards: list[str], index: Index) -> list[tuple[str, str, str]]:
@@ -197,35 +176,40 @@ def _size_damage(shards: list[str], index: Index) -> list[tuple[str, str, str]]:
     for path, expected in zip(shards, index.shard_sizes.tolist(), strict=True):
         if remote.is_remote(path):
             continue
-        size = os.path.getsize(path) if os.path.isfile(path) else -1
+        size = os.path.getsize(path) if os.path.isfile(path) else -1 - os.path.exists(path)
         if size > expected:
             raise DataError(
                 f"{path} has {size} bytes, its index says {expected}: the index is stale; run: sdtrain pack --reindex"
             )
         if size != expected:
-            reason = "missing shard" if size < 0 else f"truncated tar: {expected - size} bytes are missing"
-            damage.append((os.path.basename(path), "", reason))
+            reason = {-1: "missing shard", -2: "cannot be read: not a regular file"}.get(size)
+            damage.append((os.path.basename(path), "", reason or f"truncated tar: {expected - size} bytes are missing"))
     return damage
 
 
-def _open_loose(source: str, shards: list[str], cache: Path, keep_index: bool) -> Dataset:
-    index, damage = _loose_index(shards, cache, keep_index)
-    num_classes = int(index.label.max(initial=-1)) + 1
+def _open_loose(source: str, shards: list[str], cache: Path, keep_index: bool, allow_pipe: bool) -> Dataset:
+    index, damage = _loose_index(shards, cache, keep_index, allow_pipe)
     dataset = Dataset(
         source=source,
         shards=tuple(shards),
         index=index,
         resolution=None,
-        label_names=tuple(str(c) for c in range(num_classes)),
+        label_names=(),
         hash=_content_hash(index),
         cache=cache,
         damage=tuple(damage),
+        allow_pipe=allow_pipe,
     )
-    return Dataset(**{**dataset.__dict__, "resolution": _probed_resolution(dataset)})
+    _with_labels_below(dataset, len(index), "samples, more classes than samples")
+    num_classes = int(index.label.max(initial=-1)) + 1
+    names = tuple(str(c) for c in range(num_classes))
+    return replace(dataset, resolution=_probed_resolution(dataset), label_names=names)
 
 
-def _loose_index(shards: list[str], cache: Path, keep_index: bool) -> tuple[Index, list[tuple[str, str, str]]]:
-    paths = [remote.fetch(s, cache) if remote.is_remote(s) else Path(s) for s in shards]
+def _loose_index(
+    shards: list[str], cache: Path, keep_index: bool, allow_pipe: bool
+) -> tuple[Index, list[tuple[str, str, str]]]:
+    paths = [remote.fetch(s, cache, allow_pipe=allow_pipe) if remote.is_remote(s) else Path(s) for s in shards]
     places = _index_places(paths, cache)
     for kept in places:
         if kept.is_file():
@@ -238,9 +222,17 @@ def _loose_index(shards: list[str], cache: Path, keep_index: bool) -> tuple[Inde
 
 def _index_places(paths: list[Path], cache: Path) -> list[Path]:
     """Beside the shards, else in the cache. The name changes with any shard, so a stale index is never found."""
-    state = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
+    state = [(str(p.resolve()), *_size_and_time(p)) for p in paths]
     stamp = hashlib.sha256(repr(state).encode()).hexdigest()[:16]
     return [paths[0].parent / f".index-{stamp}.npz", cache / f"index-{stamp}.npz"]
+
+
+def _size_and_time(path: Path) -> tuple[int, int]:
+    try:
+        found = path.stat()
+    except OSError:
+        return -1, 0  # a link to nothing
+    return found.st_size, found.st_mtime_ns
 
 
 def _keep_index(index: Index, places: list[Path]) -> None:

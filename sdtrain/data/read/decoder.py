@@ -13,6 +13,7 @@ from PIL import Image
 from sdtrain.data.read.images import ImageRejected, decode_image
 from sdtrain.data.read.remote import fetch, is_remote
 from sdtrain.errors import DataError
+from sdtrain.files import open_regular
 
 # A request is one row of int64: where the pixels go, where the bytes lie, and what happens between.
 COLUMNS = ("dest", "shard", "offset", "size", "side", "flip", "crop_x", "crop_y", "align")
@@ -28,7 +29,10 @@ class Decoder:
     The planes are separated later, by the copy out of shared memory that is needed anyway (`planes_of`).
     """
 
-    def __init__(self, shards: Sequence[str], sha256: Sequence[str], cache: str, pad: bool) -> None:
+    def __init__(
+        self, shards: Sequence[str], sha256: Sequence[str], cache: str, pad: bool, allow_pipe: bool = False
+    ) -> None:
+        self._allow_pipe = allow_pipe
         self._shards, self._sha256, self._cache, self._pad = shards, sha256, Path(cache), pad
         self._open: OrderedDict[int, int] = OrderedDict()
 
@@ -89,7 +93,7 @@ class Decoder:
         if shard not in self._open:
             if len(self._open) >= OPEN_SHARDS:
                 os.close(self._open.popitem(last=False)[1])
-            self._open[shard] = os.open(self._path(shard), os.O_RDONLY)
+            self._open[shard] = open_regular(self._path(shard))
         self._open.move_to_end(shard)
         return self._open[shard]
 
@@ -101,4 +105,5 @@ class Decoder:
         name = self._shards[shard]
         if not is_remote(name):
             return Path(name)
-        return fetch(name, self._cache, self._sha256[shard] if self._sha256 else "")
+        digest = self._sha256[shard] if self._sha256 else ""
+        return fetch(name, self._cache, digest, allow_pipe=self._allow_pipe)

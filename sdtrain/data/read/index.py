@@ -11,12 +11,13 @@ import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
 from sdtrain.data.read.tars import Member, scan_tar
 from sdtrain.errors import DataError
-from sdtrain.files import write_bytes
+from sdtrain.files import open_regular, write_bytes
 
 IMAGE_EXTS = ("png", "jpg", "jpeg", "webp", "bmp", "tif", "tiff", "gif", "ppm")
 INDEX_NAME = "index.npz"
@@ -43,7 +44,7 @@ class Index:
 
     def key(self, i: int) -> str:
         start = int(self.key_ends[i - 1]) if i else 0
-        return self.key_bytes[start : int(self.key_ends[i])].tobytes().decode()
+        return self.key_bytes[start : int(self.key_ends[i])].tobytes().decode("utf-8", "replace")
 
     def save(self, path: Path) -> None:
         buffer = io.BytesIO()
@@ -52,14 +53,50 @@ class Index:
 
 
 def load_index(path: Path) -> Index:
-    """Raises DataError when the file is damaged or of another kind."""
+    """Raises DataError when the file is damaged, of another kind, or points outside the shards it lists."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return Index(**{name: arrays[name] for name in FIELDS})
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        with open(open_regular(path), "rb") as file:
+            _refuse_compressed(file)
+            with np.load(file, allow_pickle=False) as arrays:
+                index = Index(**{name: arrays[name] for name in FIELDS})
+        wrong = _inconsistency(index)
+        if wrong:
+            raise ValueError(wrong)
+    except (OSError, ValueError, KeyError, EOFError, MemoryError, OverflowError, zipfile.BadZipFile) as error:
         raise DataError(
             f"{path} is not a usable index ({error}); rebuild it with: sdtrain pack --reindex {path.parent}"
         ) from None
+    return index
+
+
+def _refuse_compressed(file: BinaryIO) -> None:
+    # A small compressed file can unfold to any size; ours are stored as they are.
+    with zipfile.ZipFile(file) as archive:
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            raise ValueError("its arrays are compressed")
+    file.seek(0)
+
+
+def _inconsistency(index: Index) -> str:
+    """What makes the arrays no index, or ""."""
+    rows = ("shard", "offset", "size", "label", "lq_offset", "lq_size")
+    numbers = (*rows, "shard_sizes", "key_bytes", "key_ends")
+    kinds = [getattr(index, name).dtype.kind in "iu" for name in numbers] + [index.shards.dtype.kind == "U"]
+    if not all(kinds) or any(getattr(index, name).ndim != 1 for name in FIELDS):
+        return "an array is of another type"
+    lengths = {len(getattr(index, name)) for name in (*rows, "key_ends")}
+    if len(lengths) > 1 or len(index.shards) != len(index.shard_sizes):
+        return "arrays differ in length"
+    ends = np.concatenate([[0], index.key_ends.astype(np.int64)])
+    if (np.diff(ends) < 0).any() or ends[-1] != len(index.key_bytes):
+        return "the cuts between keys are wrong"
+    if len(index) and not (0 <= index.shard.min() and index.shard.max() < len(index.shards)):
+        return "a sample lies in a shard that is not listed"
+    room = index.shard_sizes[index.shard].astype(np.int64)
+    for offset, size in ((index.offset, index.size), (index.lq_offset, index.lq_size)):
+        if ((offset < 0) | (size < 0) | (offset > room) | (size > room - offset)).any():
+            return "a sample lies outside its shard"
+    return "a label is negative" if (index.label < -1).any() else ""
 
 
 @dataclass
@@ -70,6 +107,7 @@ class Sample:
     image: Member | None = None
     lq: Member | None = None
     cls: Member | None = None
+    label: int = -1
 
 
 def samples_of(members: Sequence[Member], damage: list[tuple[str, str]]) -> list[Sample]:
@@ -100,14 +138,22 @@ def build_index(paths: Sequence[str | Path], names: Sequence[str]) -> tuple[Inde
     rows: list[tuple[int, ...]] = []
     keys: list[bytes] = []
     damage: list[tuple[str, str, str]] = []
+    sizes: list[int] = []
     for number, (path, name) in enumerate(zip(paths, names, strict=True)):
-        scan = scan_tar(path)
-        samples = samples_of(scan.members, scan.damage)
-        with open(path, "rb") as file:
-            rows.extend(_row(number, sample, file.fileno(), scan.damage) for sample in samples)
+        try:
+            scan = scan_tar(path)
+            samples = samples_of(scan.members, scan.damage)
+            with open(open_regular(path), "rb") as file:
+                made = [_row(number, sample, file.fileno(), scan.damage) for sample in samples]
+                sizes.append(os.fstat(file.fileno()).st_size)
+        except OSError as error:
+            damage.append((name, "", f"cannot be read: {error.strerror or error}"))
+            sizes.append(0)
+            continue
+        rows.extend(made)
         keys.extend(sample.key.encode() for sample in samples)
         damage.extend((name, member, reason) for member, reason in scan.damage)
-    return _index_of(names, [os.path.getsize(p) for p in paths], keys, rows), damage
+    return _index_of(names, sizes, keys, rows), damage
 
 
 def _row(number: int, sample: Sample, fd: int, damage: list[tuple[str, str]]) -> tuple[int, ...]:
@@ -119,11 +165,16 @@ def _row(number: int, sample: Sample, fd: int, damage: list[tuple[str, str]]) ->
 def _label(sample: Sample, fd: int, damage: list[tuple[str, str]]) -> int:
     if sample.cls is None:
         return -1
-    text = os.pread(fd, min(sample.cls.size, 32), sample.cls.offset).strip()
-    if text.isdigit() and int(text) < 1 << 31:
-        return int(text)
-    damage.append((sample.cls.name, "label is not a whole number"))
-    return -1
+    label = label_of(os.pread(fd, min(sample.cls.size, 32), sample.cls.offset))
+    if label is None:
+        damage.append((sample.cls.name, "label is not a whole number"))
+    return -1 if label is None else label
+
+
+def label_of(text: bytes) -> int | None:
+    """The class that a `.cls` member names: ASCII digits of a number below 2^31; None for anything else."""
+    text = text.strip()
+    return int(text) if text.isdigit() and int(text) < 1 << 31 else None
 
 
 def _index_of(names: Sequence[str], sizes: Sequence[int], keys: list[bytes], rows: list[tuple[int, ...]]) -> Index:

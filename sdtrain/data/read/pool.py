@@ -47,7 +47,8 @@ class Pool:
         self._buffer = np.frombuffer(self._memory, np.uint8)
         self._setup = {"fd": self._fd, "num_bytes": num_slots * slot_bytes, "shards": list(dataset.shards)}
         self._setup |= {"sha256": list(dataset.sha256), "cache": str(dataset.cache), "pad": pad}
-        self.decoder = Decoder(dataset.shards, dataset.sha256, str(dataset.cache), pad)
+        self._setup |= {"allow_pipe": dataset.allow_pipe}
+        self.decoder = Decoder(dataset.shards, dataset.sha256, str(dataset.cache), pad, dataset.allow_pipe)
         self._answers: queue.Queue[tuple[int, bytes]] = queue.Queue()
         self._pending: dict[int, int] = {}
         self._bad: dict[int, Bad] = {}

@@ -1,5 +1,8 @@
 """Remote shards become local files on first need.
 
+An address counts as one only where the user typed it; what a manifest names is a file of its own folder.
+`pipe:` runs a command, so it also needs `allow_pipe`.
+
 CACHE/<digest of the folder url>/shard-000000.tar    complete, and of the manifest's sha256 where one is known
 CACHE/<digest of the folder url>/.lock-<shard>       held while one process of the machine fetches it
 """
@@ -10,6 +13,8 @@ import fcntl
 import hashlib
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
+from http.client import HTTPException
 from pathlib import Path
 
 from sdtrain.errors import DataError
@@ -24,6 +29,18 @@ def is_remote(source: str) -> bool:
     return source.startswith(SCHEMES)
 
 
+def is_remote_folder(source: str) -> bool:
+    return is_remote(source) and source.endswith("/") and not source.startswith("pipe:")
+
+
+def check_pipe(source: str, allow_pipe: bool) -> None:
+    """Raise DataError for a command where commands are not allowed."""
+    if source.startswith("pipe:") and not allow_pipe:
+        raise DataError(
+            f"{source} would run a command; allow it with --allow-pipe, or for a run with --set data.allow_pipe=true"
+        )
+
+
 def cached_path(url: str, cache: Path) -> Path:
     """Where a remote file lies once fetched; equal names under different addresses do not meet."""
     if url.startswith("pipe:"):
@@ -33,22 +50,35 @@ def cached_path(url: str, cache: Path) -> Path:
     return cache / hashlib.sha256(folder.encode()).hexdigest()[:16] / name
 
 
-def fetch(url: str, cache: Path, sha256: str = "") -> Path:
+def fetch(url: str, cache: Path, sha256: str = "", *, allow_pipe: bool = False) -> Path:
     """Return the local copy of a remote file, fetching it if absent. Raises DataError when that fails."""
+    check_pipe(url, allow_pipe)
     path = cached_path(url, cache)
     if path.exists():
         return path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path.with_name(f".lock-{path.name}"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with _locked(path.with_name(f".lock-{path.name}")):
             if not path.exists():
                 _download(url, path, sha256)
-    except OSError as error:
+    except (OSError, HTTPException, ValueError) as error:
+        if isinstance(error, DataError):
+            raise
         raise DataError(
             f"fetching {url} into {cache} failed ({error}); check the address and the cache folder"
         ) from None
     return path
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a file's lock; a link in its place is refused."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
 
 
 def _download(url: str, path: Path, sha256: str) -> None:

@@ -13,12 +13,16 @@ import tarfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sdtrain.files import AtomicFile
+from sdtrain.files import AtomicFile, open_regular
 
 BLOCK = 512
 KEY_AND_EXT = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$", re.DOTALL)
 # Formats that can run code when loaded. They are named in the report and never opened.
 CODE_SUFFIXES = (".pkl", ".pickle", ".pyd", ".pth", ".pt", ".ckpt", ".joblib", ".dill")
+# No picture is larger: an uncompressed 16-bit RGBA of the most pixels that are accepted has half of it.
+MAX_MEMBER_BYTES = 1 << 30
+MAX_NAME_BYTES = 4096
+MAX_PAX_BYTES = 1 << 16
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstandard"}
 
 
@@ -48,9 +52,9 @@ class Scan:
 
 
 def scan_tar(path: str | Path) -> Scan:
-    """Walk the headers of a tar. Never raises for damage; raises OSError when the file cannot be opened."""
+    """Walk the headers of a tar. Never raises for damage; raises OSError when it is no file that can be opened."""
     scan = Scan()
-    with open(path, "rb") as file:
+    with open(open_regular(path), "rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size == 0:
             scan.damage.append(("", "empty file (0 bytes)"))
@@ -71,22 +75,43 @@ def _walk(fd: int, size: int, scan: Scan) -> None:
         info = _header(block, position, scan)
         if info is None:
             return
-        member_size = int(pax.get("size", info.size))
         start = position + BLOCK
-        if start + member_size > size:
-            lacking = start + member_size - size
-            scan.damage.append(
-                (pax.get("path") or long_name or info.name, f"truncated tar: {lacking} bytes are missing")
-            )
+        name = pax.get("path") or long_name or info.name
+        member_size = _size_of(info, pax)
+        wrong = _wrong_extent(info, member_size, size - start)
+        if wrong:
+            scan.damage.append((printable(name), f"{wrong} at byte {position}" if member_size is None else wrong))
             return
+        assert member_size is not None
         position = start + -(-member_size // BLOCK) * BLOCK
         if info.type == tarfile.GNUTYPE_LONGNAME:
-            long_name = os.pread(fd, min(member_size, 4096), start).rstrip(b"\0").decode("utf-8", "surrogateescape")
-        elif info.type in (tarfile.XHDTYPE, tarfile.XGLTYPE):
-            pax = _pax_records(os.pread(fd, min(member_size, 1 << 16), start)) if info.type == tarfile.XHDTYPE else {}
-        else:
-            _take(Member(pax.get("path") or long_name or info.name, start, member_size), info, scan)
+            long_name = os.pread(fd, member_size, start).rstrip(b"\0").decode("utf-8", "surrogateescape")
+        elif info.type == tarfile.XHDTYPE:
+            found = _pax_records(os.pread(fd, member_size, start))
+            if found is None:
+                scan.damage.append(("", f"damaged header: its attributes cannot be read at byte {start}"))
+                return
+            pax = found
+        elif info.type != tarfile.XGLTYPE:
+            _take(Member(name, start, member_size), info, pax, scan)
             long_name, pax = "", {}
+
+
+def _size_of(info: tarfile.TarInfo, pax: dict[str, str]) -> int | None:
+    """Bytes of a member; None for a number that is none. Only ASCII digits, few enough for any file."""
+    if "size" in pax and info.type not in (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME):
+        return int(pax["size"]) if re.fullmatch("[0-9]{1,18}", pax["size"]) else None
+    return info.size if info.size >= 0 else None
+
+
+def _wrong_extent(info: tarfile.TarInfo, size: int | None, left: int) -> str:
+    """Why what follows a header cannot be what it says, or ""."""
+    if size is None:
+        return "damaged header: its size is not a number of bytes"
+    if size > left:
+        return f"truncated tar: {size - left} bytes are missing"
+    longest = {tarfile.GNUTYPE_LONGNAME: MAX_NAME_BYTES, tarfile.XHDTYPE: MAX_PAX_BYTES}.get(info.type, size)
+    return f"damaged header: {size} bytes for a name or its attributes" if size > longest else ""
 
 
 def _header(block: bytes, position: int, scan: Scan) -> tarfile.TarInfo | None:
@@ -106,30 +131,35 @@ def _header_damage(block: bytes, position: int, error: Exception) -> str:
     return f"damaged header at byte {position}: {error}"
 
 
-def _pax_records(data: bytes) -> dict[str, str]:
+def _pax_records(data: bytes) -> dict[str, str] | None:
+    """The attributes in front of a member; None when they are damaged."""
     records: dict[str, str] = {}
-    while data and data[:1].isdigit():
-        length, _, _ = data.partition(b" ")
-        if not length.isdigit() or not 0 < int(length) <= len(data):
-            break
-        name, _, value = data[len(length) + 1 : int(length) - 1].partition(b"=")
+    while data:
+        match = re.match(rb"([0-9]{1,6}) ", data)
+        length = int(match[1]) if match else 0
+        if match is None or not len(match[0]) < length <= len(data):
+            return None
+        name, _, value = data[len(match[0]) : length - 1].partition(b"=")
         records[name.decode("utf-8", "replace")] = value.decode("utf-8", "surrogateescape")
-        data = data[int(length) :]
-    return {name: value for name, value in records.items() if name != "size" or value.isdigit()}
+        data = data[length:]
+    return records
 
 
-def _take(member: Member, info: tarfile.TarInfo, scan: Scan) -> None:
+def _take(member: Member, info: tarfile.TarInfo, pax: dict[str, str], scan: Scan) -> None:
     if info.isdir():
         return
-    reason = refused_member(member.name, info)
+    reason = refused_member(member, info, pax)
     if reason:
-        scan.damage.append((member.name.encode("utf-8", "backslashreplace").decode(), reason))
+        scan.damage.append((printable(member.name), reason))
     else:
         scan.members.append(member)
 
 
-def refused_member(name: str, info: tarfile.TarInfo) -> str:
+def refused_member(member: Member, info: tarfile.TarInfo, pax: dict[str, str]) -> str:
     """Why a member is never read, or ""."""
+    name = member.name
+    if info.type == tarfile.GNUTYPE_SPARSE or any(key.startswith("GNU.sparse.") for key in pax):
+        return "refused: sparse member, its bytes do not lie in a row"
     if not info.isreg():
         kind = {tarfile.SYMTYPE: "symbolic link", tarfile.LNKTYPE: "hard link"}.get(info.type, "special file")
         return f"refused: {kind} member"
@@ -139,7 +169,14 @@ def refused_member(name: str, info: tarfile.TarInfo) -> str:
         return "refused: name is not UTF-8"
     if name.lower().endswith(CODE_SUFFIXES):
         return "refused: pickle or weights member, could run code, not opened"
+    if member.size > MAX_MEMBER_BYTES:
+        return f"refused: {member.size} bytes are more than any picture has"
     return ""
+
+
+def printable(text: str) -> str:
+    """Text for a screen: control characters and broken UTF-8 as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 class ShardWriter:

@@ -1,0 +1,60 @@
+"""CIFAR-10 as a folder of images: `python -m sdtrain.data.pack.cifar10 data/cifar10/cifar-10-batches-bin OUT`.
+
+OUT/airplane/00029.png ...   the 50,000 training images by class, numbered as they lie in the batches
+
+The binary version is read; the Python version is a pickle, which could run code.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from sdtrain.errors import EXIT_OK, EXIT_USER_ERROR, DataError, UserError
+
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+SIDE = 32
+ROW = 1 + 3 * SIDE * SIDE  # the class, then three planes
+
+
+def export_cifar10(batches: Path, out: Path) -> int:
+    """Write the images of data_batch_1.bin to _5.bin as PNG files; returns their number. Raises DataError."""
+    number = 0
+    for batch in range(1, 6):
+        for row in _rows(batches / f"data_batch_{batch}.bin"):
+            folder = out / CLASSES[row[0]]
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(row[1:].reshape(3, SIDE, SIDE).transpose(1, 2, 0)).save(folder / f"{number:05d}.png")
+            number += 1
+    return number
+
+
+def _rows(path: Path) -> np.ndarray:
+    try:
+        rows = np.fromfile(path, np.uint8)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}); unpack cifar-10-binary.tar.gz there") from None
+    if len(rows) == 0 or len(rows) % ROW or rows[::ROW].max() >= len(CLASSES):
+        raise DataError(f"{path} is not a whole batch of the binary version of CIFAR-10; unpack the archive again")
+    return rows.reshape(-1, ROW)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    words = sys.argv[1:] if argv is None else list(argv)
+    if len(words) != 2:
+        print("usage: python -m sdtrain.data.pack.cifar10 BATCHES OUT", file=sys.stderr)
+        return EXIT_USER_ERROR
+    try:
+        print(f"{words[1]}: {export_cifar10(Path(words[0]), Path(words[1]))} images")
+    except UserError as error:
+        print(f"sdtrain: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    return EXIT_OK
+
+
+if __name__ == "__main__":
+    sys.exit(main())
