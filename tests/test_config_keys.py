@@ -151,7 +151,7 @@ def test_without_a_key_all_sections_are_listed(capsys):
 
 
 def test_a_player_of_the_method_has_the_keys_of_an_optimizer(capsys):
-    assert "Step size." in tell(capsys, "optimizer.G_pixel.lr")
+    assert "Step size;" in tell(capsys, "optimizer.G_pixel.lr")
     assert re.search(r"^optimizer\.D\.betas ", tell(capsys, "optimizer.D"), re.MULTILINE)
 
 
