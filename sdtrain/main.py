@@ -117,11 +117,11 @@ def check_folder(config: Any, out: Path, allow: list[str]) -> None:
 
 def write_down(run: Any, plan: dict[str, Any] | None, used: dict[str, Any]) -> None:
     from sdtrain.config.load import dump
-    from sdtrain.engine.checkpoint import write_atomically
     from sdtrain.engine.ranks import is_main
+    from sdtrain.files import write_bytes
 
     if is_main():
-        write_atomically(run.folder.path / "config.yaml", dump(run.config).encode())
+        write_bytes(run.folder.path / "config.yaml", dump(run.config).encode())
         run.folder.note_environment(used)
     if plan is not None:
         run.folder.write_json("plan.json", plan)

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from sdtrain.commands.source import Source, config_of
-from sdtrain.engine.checkpoint import MARKER, load_tensors
+from sdtrain.engine.checkpoint import MARKER
 from sdtrain.engine.ema import freeze
 from sdtrain.errors import RunError
+from sdtrain.files import load_tensors
 from sdtrain.kit import Kit
 from sdtrain.losses.perceptual import LPIPS
 from sdtrain.metrics.variation import perceptual_variation

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from sdtrain.engine.checkpoint import fault_point, save_tensors, write_atomically
 from sdtrain.engine.ranks import barrier, is_main
+from sdtrain.files import fault_point, save_tensors, write_bytes
 from sdtrain.sampling import generate, grid, sampler, to_uint8
 
 log = logging.getLogger("sdtrain")
@@ -103,7 +103,7 @@ class Task:
             save_tensors(run.folder.path / "best" / f"{name}.safetensors", run.nets[name].module.state_dict())
             fault_point("best")
             row = json.dumps({"seen_img": run.seen_img, **values}, default=str)
-            write_atomically(run.folder.path / "best" / "metrics.json", row.encode())
+            write_bytes(run.folder.path / "best" / "metrics.json", row.encode())
         barrier()
 
     def leave_stage(self) -> None:

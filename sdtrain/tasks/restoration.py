@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from sdtrain.contracts import Chunk
-from sdtrain.engine.checkpoint import save_tensors, write_atomically
 from sdtrain.engine.ranks import barrier, gather_objects, is_main, rank, sum_over_ranks, world
+from sdtrain.files import save_tensors, write_bytes
 from sdtrain.rng import Draws
 from sdtrain.tasks import sr_pictures
 from sdtrain.tasks.validation import HIGHER_IS_BETTER, ValidationList
@@ -104,14 +104,14 @@ class Task:
             self.write_network("G_ema", name, self.best[name])
             chosen = json.dumps({"stage": stage, **run.best[stage]}).encode()
             for file in ("metrics.json", f"{stage}_metrics.json"):
-                write_atomically(run.folder.path / "best" / file, chosen)
+                write_bytes(run.folder.path / "best" / file, chosen)
         barrier()
 
     def write_network(self, file: str, net: str, tensors: dict[str, Tensor]) -> None:
         """best/FILE.safetensors and its card."""
         folder = self.run.folder.path / "best"
         save_tensors(folder / f"{file}.safetensors", tensors)
-        write_atomically(folder / f"{file}.json", json.dumps(self.card(net)).encode())
+        write_bytes(folder / f"{file}.json", json.dumps(self.card(net)).encode())
 
     def card(self, net: str) -> dict[str, Any]:
         """How to rebuild a network: kind, player, role and options."""

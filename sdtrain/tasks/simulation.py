@@ -11,7 +11,6 @@ Steps go through the same phases, engine, optimizers and average as any run.
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -143,12 +142,12 @@ def describe(config: Any) -> str:
 
 def write(config: Any, out: Path, found: list[dict[str, Any]]) -> None:
     from sdtrain.config.load import dump
-    from sdtrain.engine.checkpoint import write_atomically
+    from sdtrain.files import write_bytes, write_json
 
     out.mkdir(parents=True, exist_ok=True)
-    write_atomically(out / "config.yaml", dump(config).encode())
+    write_bytes(out / "config.yaml", dump(config).encode())
     rows = [{**item, "outcome": outcome(item)} for item in found]
-    write_atomically(out / "analysis.json", (json.dumps(rows, indent=1) + "\n").encode())
+    write_json(out / "analysis.json", rows)
 
 
 def draw(config: Any, paths: list[Tensor], file: Path) -> None:
