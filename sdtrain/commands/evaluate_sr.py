@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from sdtrain.commands.eval_rows import append, compare, last_row, start_ranks
 from sdtrain.commands.source import ROLE, position_of, run_folder_of
 from sdtrain.errors import EXIT_OK, ConfigError, WeightsError
 
@@ -23,13 +24,12 @@ def run(args: argparse.Namespace, config: Any) -> int:
     """`config` is that of the run. Returns 0; raises ConfigError, DataError or WeightsError before any computation."""
     path = Path(args.path)
     config = configured(args, config)
-    from sdtrain.commands.evaluate import append, compare, last_row, start_ranks
     from sdtrain.engine.ranks import is_main
     from sdtrain.interop.network import file_of_run, load_network
     from sdtrain.methods.sdakd.inputs import make_inputs
     from sdtrain.tasks.validation import ValidationList
 
-    earlier = last_row(args.against) if args.against else None
+    earlier = last_row(args.against)
     device = start_ranks(args.device)
     file = file_of_run(path, ROLE[args.weights]) if path.is_dir() else path
     network = load_network(file, ROLE[args.weights])
@@ -45,8 +45,7 @@ def run(args: argparse.Namespace, config: Any) -> int:
     if is_main():
         report(row, plain, getattr(config.data, args.split))
         append(row, args.json)
-    if earlier is not None:
-        compare(earlier, row)
+    compare(earlier, row)
     return EXIT_OK
 
 
