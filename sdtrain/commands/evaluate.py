@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def check(args: argparse.Namespace, config: Any) -> None:
-    """Everything that can be wrong with the arguments, before torch is imported."""
+    """Everything that can be wrong with the arguments, before torch is imported: ConfigError or WeightsError."""
     from sdtrain.weights import check_weights
 
     fill_in(args, config)
@@ -166,6 +166,7 @@ def sampler_for(
 
 
 def evaluator(args: argparse.Namespace, info: dict[str, Any], device: Any) -> Any:
+    """The Evaluator these arguments ask for. Raises ConfigError for missing real images and too many fake ones."""
     from sdtrain.metrics.evaluate import Evaluator
     from sdtrain.metrics.images import open_images
     from sdtrain.weights import cache_folder

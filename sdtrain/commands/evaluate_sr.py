@@ -25,7 +25,7 @@ def run(args: argparse.Namespace, config: Any) -> int:
     path = Path(args.path)
     config = configured(args, config)
     from sdtrain.engine.ranks import is_main
-    from sdtrain.interop.network import file_of_run, load_network
+    from sdtrain.interop.loading import file_of_run, load_network
     from sdtrain.methods.sdakd.inputs import make_inputs
     from sdtrain.tasks.validation import ValidationList
 
@@ -50,7 +50,10 @@ def run(args: argparse.Namespace, config: Any) -> int:
 
 
 def configured(args: argparse.Namespace, config: Any) -> Any:
-    """The run's configuration with the metrics and the list asked for; every mistake in the arguments is found here."""
+    """The run's configuration with the metrics and the list asked for; every mistake in the arguments is found here.
+
+    Raises ConfigError or WeightsError.
+    """
     from sdtrain.weights import check_weights
 
     given = [f"--{name.replace('_', '-')}" for name in NOT_HERE if getattr(args, name) is not None]

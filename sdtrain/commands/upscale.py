@@ -178,7 +178,7 @@ class Upscaler:
     """A network with the settings of one command; Picture -> Picture."""
 
     net: Any  # a generator of sdtrain.models
-    found: Any  # sdtrain.interop.pth.Found
+    found: Any  # sdtrain.interop.network.Network
     device: Any
     tile: int = 512
     overlap: int = 32
@@ -190,14 +190,16 @@ class Upscaler:
     @classmethod
     def of(cls, args: argparse.Namespace) -> Upscaler:
         """Load the network; WeightsError unless it is a generator known here."""
-        from sdtrain.interop.pth import open_network, require
+        from sdtrain.interop.architectures import require, title
+        from sdtrain.interop.loading import load_network
         from sdtrain.interop.tiled import auto_overlap
 
         device = _device(args.device)
-        net, found = open_network(args.model, "params_ema" if args.weights == "ema" else "params")
+        found = load_network(args.model, prefer="params_ema" if args.weights == "ema" else "params")
         require(args.model, found, player="Generator")
         if args.factor is not None and found.kind != "gcfsr":
-            raise ConfigError(f"--factor is GCFSR's condition, but {args.model} holds a {found}; leave it out")
+            raise ConfigError(f"--factor is GCFSR's condition, but {args.model} holds a {title(found)}; leave it out")
+        net = found.build().requires_grad_(False)
         overlap = auto_overlap(net) if args.overlap == "auto" else int(args.overlap)
         same = dict(scale=args.scale, factor=args.factor, seed=args.seed, path=args.model)
         return cls(net.to(device), found, device, args.tile, min(overlap, args.tile // 2), **same)

@@ -15,8 +15,9 @@ from sdtrain.config.options import span_img
 from sdtrain.contracts import Stage
 from sdtrain.engine.ema import freeze
 from sdtrain.engine.player import Net
-from sdtrain.interop.network import file_of_run
-from sdtrain.interop.pth import detect, load_into, load_pth, require
+from sdtrain.interop.architectures import require
+from sdtrain.interop.loading import file_of_run, load_network
+from sdtrain.interop.network import load_into
 from sdtrain.losses.feature import FeatureMLP, PerceptualLoss
 from sdtrain.methods.sdakd.inputs import make_inputs
 from sdtrain.rng import seed_of
@@ -146,14 +147,13 @@ def teacher_from(kit: Any, path: str, player: str, section: Any) -> Net:
     role = "G_ema" if player == "Generator" else "D"
     place = Path(path).expanduser()
     file = file_of_run(place, role) if place.is_dir() else place
-    state = load_pth(file)
-    found = detect(state, file)
+    found = load_network(file)
     plain = getattr(importlib.import_module(f"sdtrain.models.{section.kind}.options"), f"{player}Options")
     options = plain(**{name: getattr(section, name) for name in plain.__dataclass_fields__})
     side = kit.resolution if section.kind == "gcfsr" else None
     require(file, found, player=player, kind=section.kind, options=options, resolution=side)  # type: ignore[arg-type]
     net = getattr(kit, player.lower())(section, role=f"{role}/teacher")
-    load_into(net.module, state, file)
+    load_into(net.module, found.state, file)
     freeze(net.module)
     return net
 
