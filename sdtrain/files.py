@@ -9,11 +9,13 @@ What a killed writer leaves behind is its .tmp, which `sweep` removes.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import secrets
 import signal
+import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -92,10 +94,19 @@ def sweep(folder: Path) -> None:
         stale.unlink(missing_ok=True)
 
 
+def open_regular(path: str | Path) -> int:
+    """A descriptor to read a file from. Raises OSError, also for a pipe or device, which would block or never end."""
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if stat.S_ISREG(os.fstat(fd).st_mode):
+        return fd
+    os.close(fd)
+    raise OSError(errno.EINVAL, "not a regular file", str(path))
+
+
 def sha256_of_file(path: str | Path) -> str:
     """Hex digest of a file of any size."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with open(open_regular(path), "rb") as file:
         while block := file.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()

@@ -35,6 +35,8 @@ def test_a_run_is_measured_as_it_measured_itself_on_1_and_2_ranks(finished, tmp_
     said = capsys.readouterr().out
     done = run_ranks(2, "-m", "sdtrain.cli", *words)
     assert done.returncode == 0 and said.startswith(done.stdout) and "bicubic" in done.stdout, done
+    lines = {line.split()[0]: line for line in done.stdout.splitlines()[2:]}
+    assert "random-inception 64, " in lines["fid"] and lines["psnr_y"].endswith(" images")
     one, two = rows(tmp_path / "rows.jsonl")
     measured = [name for name in NAMES if name in student]
     assert measured and one["protocol"] == two["protocol"] == student["protocol"]

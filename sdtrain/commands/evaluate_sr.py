@@ -14,6 +14,7 @@ from typing import Any
 from sdtrain.commands.eval_rows import append, compare, last_row, start_ranks
 from sdtrain.commands.source import ROLE, position_of, run_folder_of
 from sdtrain.errors import EXIT_OK, ConfigError, WeightsError
+from sdtrain.metrics.table import words
 
 NAMES = ("fid", "psnr_y", "ssim_y", "lpips")
 SPLITS = ("test", "val")
@@ -102,8 +103,16 @@ def folder_of_inputs(args: argparse.Namespace, config: Any) -> Path:
 
 
 def report(row: dict[str, Any], plain: dict[str, float], source: str) -> None:
+    """Print the table: the network, bicubic enlargement, and what made each number."""
     protocol = row["protocol"]
     print(f"{row['measured']} on {protocol['num_images']} photographs of {source}, low quality: {protocol['lq']}")
     print(f"  {'':12}{'network':>10}{'bicubic':>10}")
     for name, value in plain.items():
-        print(f"  {name:12}{row[name]:10.4f}{value:10.4f}")
+        print(f"  {name:12}{row[name]:10.4f}{value:10.4f}  {made_by(name, protocol)}, {protocol['num_images']} images")
+
+
+def made_by(name: str, protocol: dict[str, Any]) -> str:
+    """The network or the rule behind a value; NAME_FACTOR is a value of one factor."""
+    if name.startswith("fid"):
+        return words(protocol["fid"])
+    return protocol["lpips" if name.startswith("lpips") else "psnr_y, ssim_y"]
