@@ -10,7 +10,6 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, UntypedStorage, nn
@@ -23,51 +22,47 @@ from torch._subclasses.fake_tensor import (
 
 from sdtrain.contracts import Chunk, Phase
 from sdtrain.models.ghost import next_chunk, open_phase
-from sdtrain.rng import Draws
+from sdtrain.trainer import Trainer
 
 DependsOnValues = (DataDependentOutputException, DynamicOutputShapeException)
 
 
-def kept_bytes(config: Any, method: Any, resolution: int, num_classes: int, ghosts: int = 1) -> dict[str, int]:
-    """Bytes a forward of `ghosts` ghosts keeps, by STAGE/PHASE.
+def kept_bytes(trainer: Trainer) -> dict[str, int]:
+    """Bytes that a forward of one chunk keeps for its backward, by STAGE/PHASE.
 
-    `method` is used up: its networks have seen tensors without data. Allocates nothing and takes seconds at any size.
+    `trainer` is used up: its networks have seen tensors without data. Allocates nothing and takes seconds at any size.
     Raises one of `DependsOnValues` when a shape or a branch depends on the numbers in a tensor.
     """
     try:
         with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True):
             warnings.simplefilter("ignore")
-            return _count(config, method, _blank_chunk(config, method, resolution, num_classes, ghosts))
+            return _count(trainer, _blank_chunk(trainer))
     finally:
         _forget_cached()
 
 
-def _count(config: Any, method: Any, x: Chunk) -> dict[str, int]:
-    modules = [net.module for net in method.nets.values()]
-    trainable = {name: [p for p in net.module.parameters() if p.requires_grad] for name, net in method.nets.items()}
-    found: dict[str, int] = {}
-    for stage in method.stages:
-        if hasattr(method, "enter"):
-            method.enter(stage.name, None)
-        for phase in method.phases(stage.name, 0):
-            for net, parameters in trainable.items():  # the fence of the engine
-                asked = net in method.players(stage.name)[phase.player]
-                for parameter in parameters:
-                    parameter.requires_grad_(asked)
-            open_phase(*modules)
-            next_chunk(*modules)
-            _prepass(phase, x)
-            bf16 = config.precision == "bf16" and not phase.fp32
-            found[f"{stage.name}/{phase.name}"] = _bytes_of(phase, x, modules, bf16)
+def _count(trainer: Trainer, x: Chunk) -> dict[str, int]:
+    engine, found = trainer.engine, dict[str, int]()
+    modules = engine.modules(trainer.nets)
+    for stage in trainer.method.stages:
+        trainer.enter(stage)
+        for phase in trainer.method.phases(stage, 0):
+            with engine.fence(phase):
+                open_phase(*modules)
+                next_chunk(*modules)
+                _prepass(phase, x)
+                with saved_storages() as kept:
+                    engine.loss(phase, x)
+            found[f"{stage.name}/{phase.name}"] = total_bytes(kept, beside=modules)
     return found
 
 
-def _blank_chunk(config: Any, method: Any, resolution: int, num_classes: int, ghosts: int) -> Chunk:
-    draws = Draws(seed=0, step=0, ghosts=tuple(range(ghosts)), ghost_batch=config.ghost_batch)
-    real = torch.zeros(draws.num_samples, 3, resolution, resolution)
-    labels = torch.zeros(draws.num_samples, num_classes) if num_classes else None
-    x = Chunk(step=0, seen_img=0, real=real, labels=labels, draws=draws)
-    return method.blank(x) if hasattr(method, "blank") else x
+def _blank_chunk(trainer: Trainer) -> Chunk:
+    builder, draws = trainer.builder, trainer.draws(tuple(range(trainer.ghosts_at_once)))
+    side, classes = builder.resolution, builder.num_classes
+    real = torch.zeros(draws.num_samples, 3, side, side)
+    labels = torch.zeros(draws.num_samples, classes) if classes else None
+    return trainer.method.blank(Chunk(step=0, seen_img=0, real=real, labels=labels, draws=draws))
 
 
 def _prepass(phase: Phase, x: Chunk) -> None:
@@ -76,12 +71,6 @@ def _prepass(phase: Phase, x: Chunk) -> None:
         names = list(phase.prepass(x))
         with unset_fake_temporarily():
             phase.receive({name: torch.ones(()) for name in names})
-
-
-def _bytes_of(phase: Phase, x: Chunk, modules: list[Any], bf16: bool) -> int:
-    with saved_storages() as kept, torch.autocast("cpu", enabled=bf16):
-        phase.loss(x)
-    return total_bytes(kept, beside=modules)
 
 
 @contextmanager

@@ -25,6 +25,7 @@ COMMANDS = {
     "export": ("sdtrain.commands.exporting", "write a network for other tools"),
     "bench": ("sdtrain.commands.bench", "time a configuration: seconds and memory per 1000 images"),
     "report": ("sdtrain.commands.report", "put the figures of runs into one page"),
+    "config": ("sdtrain.commands.config_keys", "explain the keys of configurations: meaning, unit, type and default"),
     "doctor": ("sdtrain.commands.doctor", "check this machine, its ranks, weights and a configuration"),
     "fetch-weights": ("sdtrain.commands.fetch_weights", "download weights of frozen networks where there is a network"),
 }

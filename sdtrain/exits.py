@@ -45,7 +45,7 @@ def part(code: int) -> int:
         return code
     if code == EXIT_OK:
         ranks.barrier()  # nobody closes connections while another still sends
-    ranks.leave()
+    ranks.destroy()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # what threads of the group do in the interpreter's exit may abort a finished process

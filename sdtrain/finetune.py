@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from sdtrain.contracts import Method, Net
 from sdtrain.errors import WeightsError
 from sdtrain.interop.loading import OFFICIAL_SUFFIXES, load_network
 from sdtrain.interop.network import Network, as_tuples
@@ -60,13 +61,11 @@ def read_initial(config: Any, resolution: int, num_classes: int) -> Initial | No
     return Initial(states, described, _kept_p(config.init))
 
 
-def apply_initial(initial: Initial, nets: Mapping[str, Any], method: Any) -> None:
+def apply_initial(initial: Initial, nets: Mapping[str, Net], method: Method) -> None:
     """Put the weights into the networks of a fresh run. A frozen feature network keeps the tensors of `weights`."""
     for role, state in initial.states.items():
-        module = nets[role].module
-        frozen = tuple(getattr(module, "frozen_prefixes", ()))
-        own = {name: value for name, value in state.items() if not (frozen and name.startswith(frozen))}
-        module.load_state_dict(own, strict=False)  # `_fitting` has compared every name and shape
+        wanted = nets[role].state()
+        nets[role].load({name: value for name, value in state.items() if name in wanted}, f"init.{role}")
     if initial.ada_p is not None:
         method.load_state({**method.state(), "p": initial.ada_p})
 

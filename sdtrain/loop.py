@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import copy
 import logging
-from typing import Any
 
-import torch
-
-from sdtrain.contracts import Chunk, Terms
-from sdtrain.engine.checkpoint import Checkpoint
-from sdtrain.engine.phases import Meter, NonFinite
+from sdtrain.contracts import Chunk, State
+from sdtrain.engine.phases import NonFinite
 from sdtrain.engine.ranks import gather_objects, is_main, world
 from sdtrain.engine.timing import peak_memory_gb
 from sdtrain.errors import EXIT_OK, EXIT_REQUEUE
@@ -19,11 +15,11 @@ from sdtrain.run import Run
 log = logging.getLogger("sdtrain")
 
 
-def train(run: Run, checkpoint: Checkpoint | None) -> int:
+def train(run: Run) -> int:
     """Train from the present position to the end of the last stage. Returns the exit code."""
     c = run.config
     for stage in run.remaining_stages():
-        run.enter(stage, checkpoint)
+        run.begin(stage)
         for batch in run.batches():
             advance(run, run.chunks(batch))
             if run.due(c.log_img):
@@ -37,58 +33,39 @@ def train(run: Run, checkpoint: Checkpoint | None) -> int:
                 run.save()
             if stop:
                 return stopped(run, stop)
-        run.task.leave_stage()
-    return finish(run, checkpoint)
+    return finish(run)
 
 
 def advance(run: Run, chunks: list[Chunk]) -> None:
-    """One step of the clock: every phase of the method, controllers, averages."""
-    backup = snapshot(run) if run.config.on_nonfinite == "skip" else None
+    """One step; `on_nonfinite: skip` undoes one that was not finite, on every rank."""
+    if run.config.on_nonfinite != "skip":
+        return run.advance(chunks)
+    backup = snapshot(run)
     try:
-        steering: Terms = {}
-        for phase in run.method.phases(run.stage.name, run.step):
-            with run.watch.section(phase.name):
-                terms = run.engine.run(phase, chunks)
-            steering |= {n: terms[n] for n in terms if n in run.method.controls}
-        if run.method.controls:
-            run.engine.meter.add(controls(run, steering))
-        with run.watch.section("ema"):
-            run.average()
+        run.advance(chunks)
     except NonFinite as problem:
-        if backup is None:
-            raise
         log.warning("%s; this step is undone on every rank and training goes on", problem)
         undo(run, backup)
         run.skipped += 1
-    run.step += 1
+        run.step += 1
 
 
-def controls(run: Run, terms: Terms) -> Terms:
-    """Hand the method the global means it steers by; returns what it wants logged."""
-    meter = Meter()
-    meter.add(terms)
-    meter.count(list(terms))
-    moved = run.method.control(run.step, meter.means())
-    run.engine.meter.count(list(moved))
-    return {n: torch.tensor(v, device=run.device) for n, v in moved.items()}
-
-
-def snapshot(run: Run) -> dict[str, Any]:
+def snapshot(run: Run) -> State:
     """Copies of everything a step may change, so that a bad step can be undone as a whole."""
-    learning = {n: net.module for n, net in run.nets.items() if n not in run.method.teachers}
+    learning = [name for name in run.nets if name not in run.method.given]
     return {
-        "nets": {n: copy.deepcopy(module.state_dict()) for n, module in learning.items()},
-        "players": {n: {k: v.clone() for k, v in player.state().items()} for n, player in run.players.items()},
+        "nets": {name: copy.deepcopy(run.nets[name].state()) for name in learning},
+        "players": {n: {k: v.clone() for k, v in player.state().items()} for n, player in run.engine.players.items()},
         "method": copy.deepcopy(run.method.state()),
         "meter": run.engine.meter.state(),
     }
 
 
-def undo(run: Run, backup: dict[str, Any]) -> None:
+def undo(run: Run, backup: State) -> None:
     for name, tensors in backup["nets"].items():
-        run.nets[name].module.load_state_dict(tensors)
+        run.nets[name].load(tensors, name)
     for name, tensors in backup["players"].items():
-        run.players[name].load_state(tensors)
+        run.engine.players[name].load_state(tensors)
     run.method.load_state(backup["method"])
     run.engine.meter.load_state(backup["meter"], run.device)
 
@@ -97,9 +74,9 @@ def tick(run: Run) -> None:
     """Write the loss means and the timing since the last tick, and the progress line."""
     losses = run.engine.meter.means()
     run.engine.meter.clear()
-    seconds, sections = run.watch.read()
+    seconds, sections = run.timer.read()
     seconds -= sections.get("evaluate", 0.0)  # speed and ETA are those of training
-    run.watch.restart()
+    run.timer.restart()
     images = (run.seen_img - run.last_tick_img) or run.config.batch_size
     run.last_tick_img = run.seen_img
     waits = [s.get("data", 0.0) / max(seconds, 1e-9) for s in gather_objects(sections)]
@@ -133,7 +110,7 @@ def progress(run: Run, losses: dict[str, float], perf: dict[str, float]) -> None
         perf["sec_per_kimg"],
         100 * perf["data_wait_frac"],
         duration(left),
-        "  ".join(f"{n} {v:.3f}" for n, v in main.items()),
+        "  ".join(f"{n} {v:.4g}" for n, v in main.items()),
     )
 
 
@@ -147,9 +124,9 @@ def stopped(run: Run, signal_number: int) -> int:
     return EXIT_REQUEUE
 
 
-def finish(run: Run, checkpoint: Checkpoint | None) -> int:
+def finish(run: Run) -> int:
     """The last save and the test list, once; a finished run that is started again has nothing left to save."""
-    saved = checkpoint is not None and checkpoint.state["step"] == run.step
+    saved = run.checkpoint is not None and run.checkpoint.state["step"] == run.step
     if run.config.save_img and not saved and not run.due(run.config.save_img):
         run.save()
     run.task.finish()

@@ -7,13 +7,16 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 if __name__ == "__main__":  # run as a script: the repository root takes the place of this folder on the import path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from sdtrain.errors import EXIT_OK
 from sdtrain.exits import part, run_command
+
+if TYPE_CHECKING:
+    from sdtrain.run import Run
 
 log = logging.getLogger("sdtrain")
 
@@ -59,15 +62,15 @@ def train(config: Any, out: Path, allow: list[str]) -> int:
 
     run = Run(config, out, device, dataset)
     run.folder.create()
-    checkpoint, refused = run.resume()
-    if checkpoint is None and (initial := initial or check_initial(config, dataset)):
+    refused = run.resume()
+    if run.checkpoint is None and (initial := initial or check_initial(config, dataset)):
         run.start_from(initial)
         used |= {f"init.{role}": start for role, start in initial.described.items()}
     write_down(run, make_plan(config, run, initial) if not run.step else None, used)
-    announce(run, checkpoint, refused)
+    announce(run, refused)
     run.folder.open_log(run.seen_img)
     run.stop = stop
-    return train_loop(run, checkpoint)
+    return train_loop(run)
 
 
 def simulate(config: Any, out: Path, only_plan: bool) -> int:
@@ -82,10 +85,9 @@ def simulate(config: Any, out: Path, only_plan: bool) -> int:
 
 def start(config: Any) -> Any:
     """Logging and the process group. Returns this rank's device."""
-    from sdtrain.run import start_ranks
+    from sdtrain.engine.ranks import is_main, start_ranks
 
     device = start_ranks()
-    from sdtrain.engine.ranks import is_main
 
     level = logging.INFO if is_main() else logging.WARNING
     logging.basicConfig(level=level, format="%(asctime)s  %(message)s", datefmt="%H:%M:%S")
@@ -98,7 +100,7 @@ def has_checkpoints(out: Path) -> bool:
 
 def check_folder(config: Any, out: Path, allow: list[str]) -> None:
     """Raises `ConfigError` when the folder holds a run whose configuration differs in what decides weights."""
-    from sdtrain.config.load import differences, read_tree, to_tree
+    from sdtrain.config.compare import differences, read_tree, to_tree
     from sdtrain.config.schema import method
     from sdtrain.errors import ConfigError
 
@@ -116,8 +118,8 @@ def check_folder(config: Any, out: Path, allow: list[str]) -> None:
         )
 
 
-def write_down(run: Any, plan: dict[str, Any] | None, used: dict[str, Any]) -> None:
-    from sdtrain.config.load import dump
+def write_down(run: Run, plan: dict[str, Any] | None, used: dict[str, Any]) -> None:
+    from sdtrain.config.compare import dump
     from sdtrain.engine.ranks import is_main
     from sdtrain.files import write_bytes
 
@@ -128,7 +130,7 @@ def write_down(run: Any, plan: dict[str, Any] | None, used: dict[str, Any]) -> N
         run.folder.write_json("plan.json", plan)
 
 
-def announce(run: Any, checkpoint: Any, refused: list[str]) -> None:
+def announce(run: Run, refused: list[str]) -> None:
     """Say where the run starts, with what, and why newer checkpoints were not used."""
     from sdtrain.engine.ranks import world
     from sdtrain.loop import count
@@ -136,12 +138,12 @@ def announce(run: Any, checkpoint: Any, refused: list[str]) -> None:
     for reason in refused:
         log.warning("checkpoint %s", reason)
     log.info("%s on %d rank(s), %s", run.dataset.describe(), world(), run.device)
-    ghosts = (run.num_ghosts, run.config.ghost_batch, run.ghosts_at_once)
+    ghosts = (run.config.num_ghosts, run.config.ghost_batch, run.ghosts_at_once)
     log.info("%d ghosts of %d images a step, %d here at once", *ghosts)
-    if checkpoint is None:
+    if run.checkpoint is None:
         log.info("starting in %s", run.folder.path)
     else:
-        log.info("going on at %s from %s", count(run.seen_img), checkpoint.path)
+        log.info("going on at %s from %s", count(run.seen_img), run.checkpoint.path)
 
 
 def main(argv: list[str] | None = None) -> int:

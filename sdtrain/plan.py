@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sdtrain.config import schema
-from sdtrain.config.load import config_hash, valid_world_sizes
+from sdtrain.config.compare import config_hash
+from sdtrain.config.keys import valid_world_sizes
 from sdtrain.errors import ConfigError, DataError, WeightsError
 
+if TYPE_CHECKING:
+    from sdtrain.config.keys import Config
+    from sdtrain.contracts import Method
+    from sdtrain.data.read.dataset import Dataset
+    from sdtrain.finetune import Initial
+    from sdtrain.run import Run
+    from sdtrain.trainer import Trainer
 
-def check_data(config: Any, keep_index: bool = True) -> Any:
+
+def check_data(config: Config, keep_index: bool = True) -> Dataset:
     """Open the training data; without `keep_index` nothing is written.
 
     Raises `DataError` for too few samples or labels that are not there, `ConfigError` for a resolution that cannot be.
@@ -38,7 +47,7 @@ def check_data(config: Any, keep_index: bool = True) -> Any:
     return dataset
 
 
-def weights_needed(config: Any) -> dict[str, str]:
+def weights_needed(config: Config) -> dict[str, str]:
     """Frozen networks this run uses: file name in the weights registry -> source."""
     needs: dict[str, str | None] = {}
     asked = schema.method(config.method).weights_needed(config)
@@ -52,7 +61,7 @@ def weights_needed(config: Any) -> dict[str, str]:
     return {name: source or "download" for name, source in needs.items()}
 
 
-def check_weights_needed(config: Any) -> dict[str, Any]:
+def check_weights_needed(config: Config) -> dict[str, Any]:
     """Raises `WeightsError` listing every file that is missing, where to put it, and how to fetch it."""
     from sdtrain.weights import check_weights
 
@@ -63,13 +72,15 @@ def check_weights_needed(config: Any) -> dict[str, Any]:
     return {name: describe_source(name, source) for name, source in needs.items()}
 
 
-def check_initial(config: Any, dataset: Any) -> Any:
+def check_initial(config: Config, dataset: Dataset) -> Initial | None:
     """The weights a fresh run starts from, read and checked; None without `init`. Raises `WeightsError`."""
     from sdtrain.finetune import read_initial, wanted
 
     if not wanted(config):
         return None
-    return read_initial(config, config.data.resolution or dataset.resolution, dataset.num_classes)
+    side = config.data.resolution or dataset.resolution
+    assert side is not None  # `check_data` came first
+    return read_initial(config, side, dataset.num_classes)
 
 
 def describe_source(name: str, source: str) -> dict[str, Any]:
@@ -82,7 +93,7 @@ def describe_source(name: str, source: str) -> dict[str, Any]:
     return {"source": source, "place": str(path), "sha256": sha256_of(path) if path.is_file() else "missing"}
 
 
-def make_plan(config: Any, run: Any = None, initial: Any = None) -> dict[str, Any]:
+def make_plan(config: Config, run: Run | None = None, initial: Initial | None = None) -> dict[str, Any]:
     """The plan as data. Builds the networks (on the CPU) unless a `run` that has them is given.
 
     `initial` is what `check_initial` has found; without a run it is looked up here.
@@ -90,13 +101,14 @@ def make_plan(config: Any, run: Any = None, initial: Any = None) -> dict[str, An
     from sdtrain.weights import check_weights
 
     dataset = check_data(config, keep_index=run is not None)
-    method = run.method if run is not None else _build(config, dataset)
+    trainer = run if run is not None else _build(config, dataset)
+    method = trainer.method
     initial = initial if run is not None else check_initial(config, dataset)
     total_img = method.stages[-1].end_img if method.stages else 0
     needs = weights_needed(config)
     networks = _networks(method, exact=config.summation == "exact")
     memory = _memory(networks, _stages(method))
-    kept = {} if run is not None else _kept_gb(config, dataset, method)
+    kept = {} if run is not None else _kept_gb(trainer)
     return {
         "name": config.name,
         "config_hash": config_hash(config),
@@ -116,7 +128,7 @@ def make_plan(config: Any, run: Any = None, initial: Any = None) -> dict[str, An
         "networks": networks,
         "memory_gb_per_rank": memory,
         "activations_gb": kept,
-        "ghosts_at_once": _ghosts_at_once(config),
+        "ghosts_at_once": trainer.ghosts_at_once,
         "checkpoint_gb": sum(n["checkpoint_gb"] for n in networks.values()),
         "disk_gb": sum(n["checkpoint_gb"] for n in networks.values()) * (config.keep_checkpoints + 1),
         "weights": {name: describe_source(name, source) for name, source in needs.items()},
@@ -126,28 +138,26 @@ def make_plan(config: Any, run: Any = None, initial: Any = None) -> dict[str, An
     }
 
 
-def _stages(method: Any) -> list[dict[str, Any]]:
+def _stages(method: Method) -> list[dict[str, Any]]:
     """What every stage trains and until when."""
     return [
-        {"name": s.name, "end_img": s.end_img, "trains": [n for nets in method.players(s.name).values() for n in nets]}
+        {"name": s.name, "end_img": s.end_img, "trains": [n for nets in s.players.values() for n in nets]}
         for s in method.stages
     ]
 
 
-def _networks(method: Any, exact: bool) -> dict[str, dict[str, Any]]:
+def _networks(method: Method, exact: bool) -> dict[str, dict[str, Any]]:
     """Parameters and bytes of every network the method holds.
 
     `summation: exact` keeps, beside a float32 gradient, its float64 sum and the copy of it that ranks exchange.
     """
-    trained = {net: p for stage in method.stages for p, nets in method.players(stage.name).items() for net in nets}
+    trained = {net for stage in method.stages for nets in stage.players.values() for net in nets}
     table = {}
     for name, net in method.nets.items():
-        parameters = list(net.module.parameters())
-        live = sum(p.numel() for p in parameters if p.requires_grad or name in trained and p.requires_grad)
-        total = sum(p.numel() for p in parameters)
-        kept = 0 if name in method.teachers else live + (total - live if name not in trained else 0)
+        live, total = sum(p.numel() for p in net.parameters().values()), net.size()
+        kept = 0 if name in method.given else live if name in trained else total
         table[name] = {
-            "role": "trained" if name in trained else "teacher, frozen" if name in method.teachers else "average",
+            "role": "trained" if name in trained else "teacher, frozen" if name in method.given else "average",
             "parameters": total,
             "trainable": live,
             "weights_gb": total * 4 / 1e9,
@@ -158,15 +168,17 @@ def _networks(method: Any, exact: bool) -> dict[str, dict[str, Any]]:
     return table
 
 
-def _build(config: Any, dataset: Any) -> Any:
+def _build(config: Config, dataset: Dataset) -> Trainer:
     import torch
 
-    from sdtrain.kit import Kit
+    from sdtrain.trainer import Trainer
 
-    kit = Kit(config, torch.device("cpu"), config.data.resolution or dataset.resolution, dataset.num_classes)
-    kit.steps_per_epoch = dataset.num_samples / config.batch_size
-    kit.random_weights = True
-    return kit.method()
+    side, cpu = config.data.resolution or dataset.resolution, torch.device("cpu")
+    assert side is not None  # `check_data` came first
+    trainer = Trainer(config, cpu, side, dataset.num_classes, num_samples=dataset.num_samples, random_weights=True)
+    if config.summation == "fast":  # on as many ranks as the run can have
+        trainer.ghosts_at_once = config.ghosts_at_once or config.num_ghosts // max(valid_world_sizes(config))
+    return trainer
 
 
 def _memory(networks: dict[str, dict[str, Any]], stages: list[dict[str, Any]]) -> dict[str, float]:
@@ -177,26 +189,17 @@ def _memory(networks: dict[str, dict[str, Any]], stages: list[dict[str, Any]]) -
     return {**parts, "total_without_activations": sum(parts.values())}
 
 
-def _ghosts_at_once(config: Any) -> int:
-    """Ghosts in one forward, on as many ranks as the run can have."""
-    if config.summation == "exact":
-        return 1
-    return config.ghosts_at_once or config.num_ghosts // max(valid_world_sizes(config))
-
-
-def _kept_gb(config: Any, dataset: Any, method: Any) -> dict[str, float]:
-    """What a forward of each phase keeps for its backward; empty when that depends on values. Uses the method up."""
+def _kept_gb(trainer: Trainer) -> dict[str, float]:
+    """What a forward of each phase keeps for its backward; empty when that depends on values. Uses the trainer up."""
     from sdtrain.activations import DependsOnValues, kept_bytes
 
-    side, classes = config.data.resolution or dataset.resolution, dataset.num_classes
     try:
-        kept = kept_bytes(config, method, side, classes, _ghosts_at_once(config))
+        return {phase: n / 1e9 for phase, n in kept_bytes(trainer).items()}
     except DependsOnValues:  # somebody's network looks at numbers; the rest of the plan stands
         return {}
-    return {phase: n / 1e9 for phase, n in kept.items()}
 
 
-def _switched_off(config: Any) -> list[str]:
+def _switched_off(config: Config) -> list[str]:
     """Terms with weight zero: not computed at all."""
     weights = {
         "sd.alpha": getattr(getattr(config, "sd", None), "alpha", None),

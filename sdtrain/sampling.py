@@ -33,7 +33,7 @@ def labels_for(draws: Draws, class_counts: Sequence[int]) -> Tensor | None:
 
 @torch.no_grad()
 def generate(
-    net: Any,
+    module: Any,
     indices: Sequence[int],
     *,
     seed: int,
@@ -42,7 +42,6 @@ def generate(
     **style: Any,
 ) -> Tensor:
     """Images [N, 3, R, R] in [-1, 1] of the latents with these indices, in eval mode; `style` goes to the generator."""
-    module = getattr(net, "module", net)
     draws = draws_for(indices, seed, device)
     was_training = module.training
     module.eval()
@@ -53,14 +52,20 @@ def generate(
 
 
 def sampler(
-    net: Any, *, seed: int, class_counts: Sequence[int], device: torch.device | str, batch_size: int = 32, **style: Any
+    module: Any,
+    *,
+    seed: int,
+    class_counts: Sequence[int],
+    device: torch.device | str,
+    batch_size: int = 32,
+    **style: Any,
 ) -> Callable[[Sequence[int]], Tensor]:
     """A function from sample indices to uint8 images [N, 3, R, R] on the CPU."""
 
     def sample(indices: Sequence[int]) -> Tensor:
         parts = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
         more = {"seed": seed, "class_counts": class_counts, "device": device, **style}
-        return torch.cat([to_uint8(generate(net, part, **more)).cpu() for part in parts])
+        return torch.cat([to_uint8(generate(module, part, **more)).cpu() for part in parts])
 
     return sample
 

@@ -16,12 +16,9 @@ from tiny import make_shards, tiny_config, write_config
 from sdtrain.activations import kept_bytes, saved_storages
 from sdtrain.config.load import load_config
 from sdtrain.contracts import Chunk
-from sdtrain.engine.phases import Engine
-from sdtrain.engine.player import Player
-from sdtrain.kit import Kit
 from sdtrain.models.fastgan import networks as fastgan
 from sdtrain.plan import make_plan, render
-from sdtrain.rng import Draws
+from sdtrain.trainer import Trainer
 
 SIDE, CPU = 32, torch.device("cpu")
 
@@ -31,10 +28,8 @@ def configured(folder: Path, options: dict[str, Any]) -> Any:
     return load_config(write_config(folder / "c.yaml", tiny_config(folder / "shards", **own)))
 
 
-def method_of(config: Any) -> Any:
-    kit = Kit(config, CPU, SIDE, 0)
-    kit.random_weights = True
-    return kit.method()
+def trainer_of(config: Any) -> Trainer:
+    return Trainer(config, CPU, SIDE, num_samples=100, random_weights=True)
 
 
 def watching(loss: Callable[[Chunk], Any], kept: dict[int, torch.UntypedStorage]) -> Callable[[Chunk], Any]:
@@ -49,19 +44,18 @@ def watching(loss: Callable[[Chunk], Any], kept: dict[int, torch.UntypedStorage]
 
 def really_kept(config: Any) -> dict[str, int]:
     """Bytes that a forward of one ghost keeps, by phase, counted by the same rule in phases that really run."""
-    method, found = method_of(config), {}
-    stage = method.stages[0].name
-    members = method.players(stage)
-    players = {n: Player(n, [method.nets[m] for m in members[n]], getattr(config.optimizer, n)) for n in members}
-    engine = Engine(players, method.nets, CPU, config.precision)
-    draws = Draws(seed=0, step=0, ghosts=(0,), ghost_batch=config.ghost_batch)
+    trainer, found = trainer_of(config), {}
+    stage = trainer.method.stages[0]
+    trainer.enter(stage)
+    draws = trainer.draws((0,))
     real = torch.rand(config.ghost_batch, 3, SIDE, SIDE) * 2 - 1
-    weights = {p.untyped_storage()._cdata for net in method.nets.values() for p in net.module.state_dict().values()}
-    for phase in method.phases(stage, 0):
+    held = [p for net in trainer.engine.modules(trainer.nets) for p in net.state_dict().values()]
+    weights = {p.untyped_storage()._cdata for p in held}
+    for phase in trainer.method.phases(stage, 0):
         kept: dict[int, torch.UntypedStorage] = {}
         watched = dataclasses.replace(phase, loss=watching(phase.loss, kept))
-        engine.run(watched, [Chunk(step=0, seen_img=0, real=real, labels=None, draws=draws)])
-        found[f"{stage}/{phase.name}"] = sum(
+        trainer.engine.run(watched, [Chunk(step=0, seen_img=0, real=real, labels=None, draws=draws)])
+        found[f"{stage.name}/{phase.name}"] = sum(
             storage.nbytes() for number, storage in kept.items() if number not in weights
         )
     return found
@@ -74,7 +68,7 @@ def really_kept(config: Any) -> dict[str, int]:
 )
 def test_what_is_counted_without_data_is_what_a_run_keeps(tmp_path: Path, options: dict[str, Any]) -> None:
     config = configured(tmp_path, options)
-    counted, real = kept_bytes(config, method_of(config), SIDE, 0), really_kept(config)
+    counted, real = kept_bytes(trainer_of(config)), really_kept(config)
     assert counted.keys() == real.keys() and all(real.values())
     for phase, size in real.items():
         assert counted[phase] == pytest.approx(size, rel=0.05), phase
@@ -82,7 +76,7 @@ def test_what_is_counted_without_data_is_what_a_run_keeps(tmp_path: Path, option
 
 def test_ada_counts_as_if_it_reached_as_far_as_it_may(tmp_path: Path) -> None:
     config = configured(tmp_path, {**STYLE, "augment": {"kind": "ada", "p": 0.3, "target": 0.6, "interval": 2}})
-    counted, real = kept_bytes(config, method_of(config), SIDE, 0), really_kept(config)
+    counted, real = kept_bytes(trainer_of(config)), really_kept(config)
     assert counted.keys() == real.keys() == {"main/G", "main/G_pl", "main/D", "main/D_r1"}
     assert all(counted[phase] >= real[phase] > 0 for phase in real)
 
@@ -90,7 +84,8 @@ def test_ada_counts_as_if_it_reached_as_far_as_it_may(tmp_path: Path) -> None:
 def test_two_ghosts_at_once_keep_twice_as_much_and_the_plan_says_which_phase_needs_most(tmp_path: Path) -> None:
     make_shards(tmp_path / "shards")
     config = configured(tmp_path, {})
-    one, two = (kept_bytes(config, method_of(config), SIDE, 0, ghosts) for ghosts in (1, 2))
+    fast = dataclasses.replace(config, summation="fast", ghosts_at_once=2)
+    one, two = (kept_bytes(trainer_of(c)) for c in (config, fast))
     assert two["main/G"] == pytest.approx(2 * one["main/G"], rel=0.02)
     plan = make_plan(config)
     assert plan["activations_gb"] == {phase: size / 1e9 for phase, size in one.items()}

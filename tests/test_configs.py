@@ -14,7 +14,9 @@ from PIL import Image
 
 from sdtrain import cli
 from sdtrain.config import schema
-from sdtrain.config.load import dump, load_config, valid_world_sizes
+from sdtrain.config.compare import dump
+from sdtrain.config.keys import valid_world_sizes
+from sdtrain.config.load import load_config
 from sdtrain.plan import make_plan, render
 
 FILES = sorted((REPO / "configs").rglob("*.yaml"))

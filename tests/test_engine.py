@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import nn
 
 from sdtrain.config.options import Optimizer
-from sdtrain.contracts import Chunk, Phase
+from sdtrain.config.schedule import Schedule, value_at
+from sdtrain.contracts import Chunk, Phase, Stage
+from sdtrain.engine.ddp import Ddp, DdpNet
 from sdtrain.engine.ema import ema_beta, freeze, update_ema
-from sdtrain.engine.phases import Engine
-from sdtrain.engine.player import Net, Player, lr_factor
 from sdtrain.models.ghost import GhostBatchNorm2d, SpectralConv2d, set_ghost_batch
 from sdtrain.rng import Draws
 
@@ -27,13 +29,15 @@ class Small(nn.Module):
         return self.norm(self.conv(x))
 
 
-def game(exact: bool) -> tuple[Engine, dict[str, Net]]:
+def game(exact: bool, clip_norm: float = 0.0) -> tuple[Ddp, dict[str, DdpNet]]:
     torch.manual_seed(0)
-    nets = {name: Net(Small().train()) for name in ("G", "D")}
+    adam = Optimizer(lr=1e-3, clip_norm=clip_norm)
+    engine = Ddp(CPU, {"G": adam, "D": adam}, exact=exact)
+    nets = {name: engine.net(Small().train()) for name in ("G", "D")}
     for net in nets.values():
         set_ghost_batch(net.module, 2)
-    players = {name: Player(name, [net], Optimizer(lr=1e-3)) for name, net in nets.items()}
-    return Engine(players, nets, CPU, "fp32", exact), nets
+    engine.begin(Stage(name="main", end_img=100, players={"G": ("G",), "D": ("D",)}), 0, nets, {})
+    return engine, nets
 
 
 def chunks(at_once: int, num_ghosts: int = 4) -> list[Chunk]:
@@ -46,7 +50,7 @@ def chunks(at_once: int, num_ghosts: int = 4) -> list[Chunk]:
     return made
 
 
-def phase(nets: dict[str, Net], player: str = "G") -> Phase:
+def phase(nets: dict[str, DdpNet], player: str = "G") -> Phase:
     def loss(x: Chunk) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         fake = nets["G"](x.real)[:, :3]
         terms = {"a": fake.square().mean(), "b": nets["D"](fake).cos().mean(), "c": fake.abs().mean()}
@@ -55,7 +59,7 @@ def phase(nets: dict[str, Net], player: str = "G") -> Phase:
     return Phase(name=player, player=player, loss=loss)
 
 
-def parameters(net: Net) -> list[torch.Tensor]:
+def parameters(net: DdpNet) -> list[torch.Tensor]:
     return [p.detach().clone() for p in net.module.parameters()]
 
 
@@ -123,18 +127,36 @@ def test_a_frozen_network_stays_in_eval_inside_a_training_parent():
     assert not any(p.requires_grad for p in parent["teacher"].parameters())
 
 
-def test_the_learning_rate_is_a_function_of_images_seen():
-    options = Optimizer(lr=1.0, warmup_img=100, milestones_img=(500,), decay=0.5, linear_decay_img=(800, 1000))
-    seen = [lr_factor(options, img) for img in (0, 50, 100, 500, 800, 900, 1000)]
-    assert seen == [0.0, 0.5, 1.0, 0.5, 0.5, 0.25, 0.0]
+def test_a_schedule_is_a_function_of_images_seen():
+    steps = Schedule(points=(("0", 1.0), ("100", 0.5), ("80%", 0.25)), curve="steps")
+    assert [value_at(steps, img, (0, 1000)) for img in (0, 99, 100, 799, 800, 5000)] == [1, 1, 0.5, 0.5, 0.25, 0.25]
+    line = Schedule(points=(("100", 1.0), ("1ki", 0.0)))
+    assert [value_at(line, img) for img in (0, 100, 550, 1000, 2000)] == [1, 1, 0.5, 0, 0]
+    cosine = Schedule(points=(("0", 2.0), ("1000", 0.0)), curve="cosine")
+    assert [value_at(cosine, img) for img in (0, 500, 1000)] == [2, 1, 0]
+    assert value_at(cosine, 250) == 2 - (0.5 - 0.5 * math.cos(math.pi / 4)) * 2
+    assert value_at(0.3, 77) == 0.3
+
+
+def test_adam_of_a_lazy_penalty_follows_its_interval_and_a_schedule_the_clock():
+    lr = Schedule(points=(("0", 1.0), ("100", 0.5)))
+    found = {}
+    for rescale in ("none", "betas", "all"):
+        engine = Ddp(CPU, {"D": Optimizer(lr=lr, betas=(0.0, 0.99), rescale=rescale)})
+        stage = Stage(name="main", end_img=1000, players={"D": ("D",)})
+        engine.begin(stage, 0, {"D": engine.net(Small())}, {"D": 16})
+        engine.players["D"].set_clock(50)
+        group = engine.players["D"].optimizer.param_groups[0]
+        found[rescale] = (group["lr"], group["betas"][1])
+    slow = 0.99 ** (16 / 17)
+    assert found == {"none": (0.75, 0.99), "betas": (0.75, slow), "all": (0.75 * (16 / 17), slow)}
 
 
 def test_a_clipped_gradient_has_the_norm_asked_for_and_an_unclipped_one_its_own():
     norms = []
     for clip in (0.0, 1e-3):
-        engine, nets = game(True)
+        engine, nets = game(True, clip)
         player = engine.players["G"]
-        player.options = Optimizer(lr=1e-3, clip_norm=clip)
         player.step = lambda p=player: norms.append(torch.stack(torch._foreach_norm(p.gradients())).norm())
         engine.run(phase(nets), chunks(1))
     assert norms[0] > 1e-2

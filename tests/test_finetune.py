@@ -203,7 +203,7 @@ def test_the_configurations_of_fine_tuning_load_and_keep_the_average(path: Path)
         assert config.augment.kind == "ada" and config.augment.speed_img == 100_000
     twin = path.with_name(path.stem.replace("_sd_l1", "").removesuffix("_sd") + ".yaml")
     if twin != path and twin.exists():
-        from sdtrain.config.load import differences, to_tree
+        from sdtrain.config.compare import differences, to_tree
 
         keys = {d.key for d in differences(to_tree(load_config(twin)), to_tree(config))}
         assert keys <= {"name", "sd.alpha", "sd.loss", "sd.augment"}

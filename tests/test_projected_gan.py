@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from sdtrain.augment import diffaug
 from sdtrain.errors import ConfigError, WeightsError
-from sdtrain.losses.adversarial import ADVERSARIAL, r1_penalty
+from sdtrain.losses.adversarial import ADVERSARIAL, gradient_penalty
 from sdtrain.models.fastgan.networks import Generator, GeneratorOptions
 from sdtrain.models.ghost import close_phase, next_chunk, open_phase, set_ghost_batch
 from sdtrain.models.projected.networks import Discriminator, DiscriminatorOptions, EfficientNetLite0, projection_sizes
@@ -326,12 +326,12 @@ def test_losses_at_hand_computed_logits() -> None:
     expected = {
         "hinge": (0.5, 1.0, 0.5),
         "logistic": (float(log[:2].mean()), float((log[0] + log[2]) / 2), float((log[3] + log[4]) / 2)),
-        "least_squares": (1.0, 2.5, 4.5),
+        "least-squares": (1.0, 2.5, 4.5),
         "wasserstein": (-1.0, -0.5, 0.5),
     }
     assert set(ADVERSARIAL) == set(expected)
     for name, game in ADVERSARIAL.items():
-        got = [*game.d(real, fake), game.g(fake)]
+        got = [*game.d(real, fake), game.g(fake, None)]
         assert [float(value) for value in got] == pytest.approx(expected[name]), name
 
 
@@ -340,10 +340,10 @@ def test_a_step_against_each_loss_moves_logits_the_right_way(name: str) -> None:
     real, fake = torch.zeros(3, 1, requires_grad=True), torch.zeros(3, 1, requires_grad=True)
     sum(ADVERSARIAL[name].d(real, fake)).backward()
     assert (real.grad < 0).all()
-    if name != "least_squares":  # (D - 0)^2 is flat at 0
+    if name != "least-squares":  # (D - 0)^2 is flat at 0
         assert (fake.grad > 0).all()
     fake.grad = None
-    ADVERSARIAL[name].g(fake).backward()
+    ADVERSARIAL[name].g(fake, None).backward()
     assert (fake.grad < 0).all()
 
 
@@ -351,7 +351,7 @@ def test_r1_is_the_mean_squared_gradient_norm_and_can_be_differentiated() -> Non
     x = numbers(3, 2, 4, 4).requires_grad_()
     scale = torch.tensor(2.0, requires_grad=True)
     logits = (scale * x.square().sum(dim=(1, 2, 3)) / 2)[:, None].expand(-1, 5)  # gradient: scale * x
-    penalty = r1_penalty(x, logits)
+    penalty = gradient_penalty(x, logits)
     norms = [float((2 * sample).square().sum()) for sample in x.detach()]
     assert penalty.item() == pytest.approx(sum(norms) / 3, rel=1e-5)
     penalty.backward()

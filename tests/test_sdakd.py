@@ -27,17 +27,18 @@ from torch.nn import functional as F
 
 from sdtrain.config.load import load_config
 from sdtrain.config.options import parse_span, span_img
-from sdtrain.contracts import Chunk
+from sdtrain.contracts import Chunk, Stage
 from sdtrain.errors import ConfigError, DataError, WeightsError
 from sdtrain.interop.pth import save_pth
-from sdtrain.kit import Kit
 from sdtrain.main import main
 from sdtrain.methods.sdakd import build as sr_build
 from sdtrain.plan import check_data, make_plan
 from sdtrain.rng import Draws
+from sdtrain.trainer import Trainer
 
 SIDE = 32
 ADAM = {"lr": 1e-3, "betas": [0.9, 0.99]}
+NETS = {"G", "D", "MLP", "G_ema", "G_T", "D_T", "G_T_raw"}
 PLAYERS = ("G_pixel", "G_original", "D_original", "G_sup", "D_sup", "G", "D")
 
 
@@ -131,9 +132,12 @@ def load(tmp_path: Path, tree: dict[str, Any]) -> Any:
 
 
 def build(config: Any, side: int = SIDE) -> Any:
-    kit = Kit(config, torch.device("cpu"), side, 0)
-    kit.steps_per_epoch = 6.0
-    return kit.method()
+    """The method, wired; `enter` begins one of its stages."""
+    return Trainer(config, torch.device("cpu"), side, num_samples=6 * config.batch_size)
+
+
+def stage(trainer: Any, name: str) -> Stage:
+    return next(stage for stage in trainer.method.stages if stage.name == name)
 
 
 def rows(run: Path, kinds: tuple[str, ...] = ("train", "eval", "baseline")) -> list[dict[str, Any]]:
@@ -144,16 +148,16 @@ def chunk(method: Any, config: Any, step: int = 0) -> Chunk:
     draws = Draws(seed=0, step=step, ghosts=(0, 1), ghost_batch=config.ghost_batch)
     images = torch.stack([torch.from_numpy(np.array(picture(i, SIDE))).permute(2, 0, 1) for i in range(4)])
     x = Chunk(step=step, seen_img=0, real=method.to_range(images), labels=None, draws=draws)
-    return method.prepare(x, "supervised")
+    return method.prepare(x)
 
 
 @pytest.fixture
 def students(lists, tmp_path) -> tuple[Any, Any, Chunk]:
     """(method, config, chunk) with frozen teachers, as stages 2 and 3 have them."""
     config = load(tmp_path, settings(lists, lambda_1=0.7, lambda_2=0.3))
-    method = build(config)
-    method.enter("supervised", {})
-    return method, config, chunk(method, config)
+    trainer = build(config)
+    trainer.enter(stage(trainer, "supervised"), {})
+    return trainer.method, config, chunk(trainer.method, config)
 
 
 def naive_sup(method: Any, x: Chunk) -> torch.Tensor:
@@ -220,8 +224,9 @@ def test_eq_4_is_the_adversarial_loss_on_ground_truth_and_on_the_images_of_the_g
 
 def test_self_distillation_adds_the_distance_to_the_students_own_average(lists, tmp_path):
     config = load(tmp_path, settings(lists, lambda_2=0.3, sd={"alpha": 2.0, "loss": "l1", "augment": False}))
-    method = build(config)
-    method.enter("adversarial", {})
+    trainer = build(config)
+    trainer.enter(stage(trainer, "adversarial"), {})
+    method = trainer.method
     x = chunk(method, config)
     with torch.no_grad():
         method.nets["G_ema"].module.conv_last.bias.add_(0.25)
@@ -232,9 +237,9 @@ def test_self_distillation_adds_the_distance_to_the_students_own_average(lists, 
 
 
 def test_lambda_1_zero_computes_no_map_and_trains_no_mlp(lists, tmp_path):
-    method = build(load(tmp_path, settings(lists, lambda_1=0)))
-    assert "MLP" not in method.nets and method.layers == ()
-    assert method.players("supervised")["G_sup"] == ("G",)
+    trainer = build(load(tmp_path, settings(lists, lambda_1=0)))
+    assert "MLP" not in trainer.nets and trainer.method.layers == ()
+    assert stage(trainer, "supervised").players["G_sup"] == ("G",)
 
 
 def test_teachers_get_no_gradient_in_the_stages_of_the_students(students):
@@ -259,7 +264,8 @@ def test_frozen_teachers_cost_no_optimizer_state_and_the_plan_says_what_each_sta
 
 
 @pytest.mark.parametrize(
-    "text, images", [("2 epochs", 48), ("3 steps", 12), ("64 images", 64), (64, 64), ("1ki", 1000), ("0 steps", 0)]
+    "text, images",
+    [("2 epochs", 48), ("3 steps", 12), ("64 images", 64), ("1kimg", 1000), ("1ki", 1000), ("0 steps", 0)],
 )
 def test_lengths_are_epochs_steps_or_images(text, images):
     assert span_img(parse_span(text), 6.0, 4) == images
@@ -267,11 +273,11 @@ def test_lengths_are_epochs_steps_or_images(text, images):
 
 def test_stages_follow_each_other_on_one_clock_and_given_teachers_leave_out_stage_1(lists, tmp_path):
     config = load(tmp_path, settings(lists, n3="1 epoch"))
-    ends = [(s.name, s.end_img) for s in sr_build.stages_of(config, 6.0)]
+    ends = [(s.name, s.end_img) for s in sr_build.stages_of(config, NETS, 6.0, 4)]
     assert ends == [("teacher_pixel", 8), ("teacher", 16), ("supervised", 32), ("adversarial", 56)]
     given = replace(config, teacher=replace(config.teacher, generator="a", discriminator="b"))
-    assert [s.name for s in sr_build.stages_of(given, 6.0)] == ["supervised", "adversarial"]
-    short = sr_build.stages_of(replace(config, total_img=20), 6.0)
+    assert [s.name for s in sr_build.stages_of(given, NETS, 6.0, 4)] == ["supervised", "adversarial"]
+    short = sr_build.stages_of(replace(config, total_img=20), NETS, 6.0, 4)
     assert (short[-1].name, short[-1].end_img) == ("supervised", 20)
 
 
@@ -284,12 +290,13 @@ def test_stages_follow_each_other_on_one_clock_and_given_teachers_leave_out_stag
     ],
 )
 def test_baselines_and_ablations_are_configurations(lists, tmp_path, changes, expected):
-    method = build(load(tmp_path, settings(lists, **changes)))
-    for stage, nets in expected.items():
-        assert tuple(net for part in method.players(stage).values() for net in part) == nets
+    trainer = build(load(tmp_path, settings(lists, **changes)))
+    method = trainer.method
+    for name, nets in expected.items():
+        assert tuple(net for part in stage(trainer, name).players.values() for net in part) == nets
     if "adversary" in changes:
         assert method.nets["D"].module.options.num_feat == 4  # the teacher's width
-        method.enter("adversarial", {})
+        trainer.enter(stage(trainer, "adversarial"), {})
         for key, value in method.nets["D_T"].module.state_dict().items():
             torch.testing.assert_close(method.nets["D"].module.state_dict()[key], value)
     else:
@@ -354,13 +361,13 @@ def killed_at(finished: Path, position: int, target: Path) -> Path:
 @pytest.mark.parametrize("position", [8, 16, 24, 32, 40])
 def test_a_killed_run_goes_on_bit_for_bit_and_enters_each_stage_once(finished, tmp_path, position, monkeypatch):
     entered: list[str] = []
-    take = sr_build.take_weights
+    take = Trainer.take_starts
 
-    def taken(method: Any, stage: str, best: Any) -> None:
-        entered.append(stage)
-        take(method, stage, best)
+    def taken(self: Any, stage: Stage, best: Any) -> None:
+        entered.append(stage.name)
+        take(self, stage, best)
 
-    monkeypatch.setattr(sr_build, "take_weights", taken)
+    monkeypatch.setattr(Trainer, "take_starts", taken)
     run = killed_at(finished, position, tmp_path / "run")
     assert main(["--cfg", str(finished.parent / "tiny.yaml"), "--out", str(run)]) == 0
     ends = {"teacher_pixel": 8, "teacher": 16, "supervised": 32, "adversarial": 48}
@@ -373,10 +380,11 @@ def test_a_killed_run_goes_on_bit_for_bit_and_enters_each_stage_once(finished, t
 
 
 def test_stage_3_starts_from_the_generator_that_validation_liked_and_the_last_discriminator(lists, tmp_path):
-    method = build(load(tmp_path, settings(lists)))
+    trainer = build(load(tmp_path, settings(lists)))
+    method = trainer.method
     liked = {k: v + 1 for k, v in method.nets["G_ema"].module.state_dict().items()}
     D = {k: v.clone() for k, v in method.nets["D"].module.state_dict().items()}
-    method.enter("adversarial", {"G_ema": liked})
+    trainer.enter(stage(trainer, "adversarial"), {"G_ema": liked})
     for net in ("G", "G_ema"):
         assert all(torch.equal(liked[k], v) for k, v in method.nets[net].module.state_dict().items())
     assert all(torch.equal(D[k], v) for k, v in method.nets["D"].module.state_dict().items())

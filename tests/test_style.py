@@ -9,10 +9,12 @@ import statistics
 import sys
 import tokenize
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
 from conftest import REPO, run_python
+from import_graph import ANYTHING, all_imports, circles, graph, imports_of, lies_in, modules, reached
 
 PACKAGE = REPO / "sdtrain"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
@@ -24,11 +26,16 @@ def relative(path: Path) -> str:
     return path.relative_to(REPO).as_posix()
 
 
+@cache
+def syntax(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
 def functions(path: Path) -> Iterator[tuple[str, int]]:
     """Each function with the number of its lines: decorators, docstring and blank lines are not counted."""
     text = path.read_text(encoding="utf-8")
     lines = text.splitlines()
-    for node in ast.walk(ast.parse(text)):
+    for node in ast.walk(syntax(path)):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             first = node.body[1:] if ast.get_docstring(node) is not None else node.body
             start = first[0].lineno if first else node.end_lineno
@@ -61,8 +68,7 @@ def test_every_module_and_every_test_file_begins_by_saying_what_it_is_for():
     silent = [
         relative(path)
         for path in (*SOURCES, *TESTS)
-        if path.read_text(encoding="utf-8").strip()
-        and not ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+        if path.read_text(encoding="utf-8").strip() and not ast.get_docstring(syntax(path))
     ]
     assert silent == []
 
@@ -94,7 +100,7 @@ def test_importing_the_package_is_cheap_and_has_no_side_effect():
     script = """
 import os, sys
 before = dict(os.environ)
-import sdtrain, sdtrain.cli, sdtrain.config.load, sdtrain.config.options, sdtrain.errors
+import sdtrain, sdtrain.cli, sdtrain.config.load, sdtrain.commands.config_keys, sdtrain.config.options, sdtrain.errors
 assert dict(os.environ) == before
 assert not {"torch", "numpy", "PIL"} & set(sys.modules)
 """
@@ -104,7 +110,7 @@ assert not {"torch", "numpy", "PIL"} & set(sys.modules)
 
 def imports(path: Path) -> set[str]:
     found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(syntax(path)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -116,16 +122,127 @@ def test_imports_are_absolute():
     assert [relative(path) for path in SOURCES if any(name.startswith(".") for name in imports(path))] == []
 
 
-def test_methods_know_nothing_of_the_machinery():
-    machinery = ("sdtrain.engine", "sdtrain.loop", "sdtrain.run", "sdtrain.plan", "sdtrain.cli", "accelerate")
-    for path in (PACKAGE / "methods").glob("*.py"):
-        assert not [name for name in imports(path) if name.startswith((*machinery, "torch.distributed"))], relative(
-            path
-        )
+ROUTES = {
+    "import own.machine": "own.machine",
+    "import own.machine as m": "own.machine",
+    "from own import machine": "own.machine",
+    "from own.machine import part": "own.machine",
+    "from own.machine import *": "own.machine",
+    "def f():\n    from own.machine import part": "own.machine",
+    "class C:\n    def f(self):\n        import own.machine": "own.machine",
+    "if TYPE_CHECKING:\n    import own.other\nelse:\n    import own.machine": "own.machine",
+    "try:\n    import fast\nexcept ImportError:\n    import own.machine": "own.machine",
+    "importlib.import_module('own.machine')": "own.machine",
+    "f = lambda kind: import_module(f'own.{kind}')": "own.machine",
+    "__import__('own.machine')": "own.machine",
+    "NAMES = ('own.machine',)\nimport_module(NAMES[0])": "own.machine",
+    "import_module(name)": ANYTHING,
+    "import_module('own.' + name)": ANYTHING,
+    "exec(text)": ANYTHING,
+    "import torch\ntorch.distributed.barrier()": "torch.distributed",
+    "import torch as t\nt.distributed.barrier()": "torch.distributed",
+    "from torch import distributed": "torch.distributed",
+    "import torch.distributed as dist": "torch.distributed",
+}
+
+
+@pytest.mark.parametrize("text, target", ROUTES.items())
+def test_a_module_is_seen_by_whatever_route_it_is_reached(text: str, target: str):
+    assert any(lies_in(item.target, [target]) for item in imports_of("own.here", text, ["own.machine", "own.other"]))
+
+
+def test_what_only_type_checkers_see_is_no_import():
+    assert not imports_of("own.here", "if TYPE_CHECKING:\n    import own.machine", ["own.machine"])
+
+
+def test_circles_and_ways_are_found_in_a_graph():
+    edges = {"a": {"b"}, "b": {"c"}, "c": {"b", "d"}, "e": {"e"}}
+    assert reached(edges, "a") == {"a": ["a"], "b": ["a", "b"], "c": ["a", "b", "c"], "d": ["a", "b", "c", "d"]}
+    assert list(circles(edges)) == [{"b", "c"}]
+
+
+# The imports that break a rule today; nothing may be added here.
+MACHINERY_IN_MATHEMATICS: frozenset[tuple[str, str]] = frozenset()
+CIRCLES = (
+    {"sdtrain.run", "sdtrain.tasks.simulation", *(f"sdtrain.commands.{n}" for n in ("snapshots", "plots", "report"))},
+)
+LATE_WITHOUT_REASON = {
+    *(f"sdtrain.commands.{name}" for name in ("doctor", "evaluate", "evaluate_sr", "exporting", "importing", "plots")),
+    *(f"sdtrain.commands.{name}" for name in ("report", "sample", "snapshots", "upscale")),
+    *("sdtrain.data.pack.pack", "sdtrain.data.pack.verify", "sdtrain.data.read.remote", "sdtrain.engine.runfolder"),
+    *("sdtrain.finetune", "sdtrain.loop", "sdtrain.metrics.evaluate", "sdtrain.plan", "sdtrain.tasks.validation"),
+}
+
+MACHINERY = (
+    *("sdtrain.engine", "sdtrain.run", "sdtrain.loop", "sdtrain.plan", "sdtrain.cli", "sdtrain.main", "sdtrain.tasks"),
+    *("sdtrain.commands", "sdtrain.interop", "accelerate", "deepspeed", "torch.distributed", ANYTHING),
+)
+FORMULAS = ("sdtrain.losses", "sdtrain.models", "sdtrain.augment")
+
+
+def is_mathematics(name: str) -> bool:
+    return lies_in(name, FORMULAS) or re.fullmatch(r"sdtrain\.methods\.\w+\.method", name) is not None
+
+
+@cache
+def without(known: frozenset[tuple[str, str]]) -> dict[str, set[str]]:
+    return graph(item for item in all_imports() if (item.source, item.target) not in known)
+
+
+MATHEMATICS = [name for name in modules() if is_mathematics(name)]
+
+
+@pytest.mark.parametrize("name", MATHEMATICS)
+def test_mathematics_knows_nothing_of_the_machinery(name: str):
+    """Neither a loss, a model, an augmentation nor what a method minimises reaches it, directly or through others.
+
+    The file that builds a method's networks reads weights; it is handed to the method, never imported by it.
+    """
+    for target, way in reached(without(MACHINERY_IN_MATHEMATICS), name).items():
+        builds = re.fullmatch(r"sdtrain\.methods\.\w+\.build", target)
+        assert not lies_in(target, MACHINERY) and not builds, " -> ".join(way)
+
+
+def test_all_of_the_mathematics_is_looked_at():
+    methods = {f"sdtrain.methods.{name}.method" for name in ("dirac", "sdgan", "sdakd")}
+    assert methods | {"sdtrain.losses.distance", "sdtrain.augment.ada"} <= set(MATHEMATICS) and len(MATHEMATICS) > 30
+
+
+def test_modules_do_not_import_each_other_in_circles_while_they_load():
+    assert list(circles(graph(item for item in all_imports() if not item.late))) == []
+
+
+def test_modules_do_not_need_each_other_in_circles_while_they_run():
+    found = list(circles(graph(all_imports())))
+    assert [group for group in found if not any(group <= known for known in CIRCLES)] == []
+
+
+# What takes long to load, or is not installed everywhere: the reasons to import inside a function.
+HEAVY = (
+    *("torch", "torchvision", "torch_fidelity", "accelerate", "deepspeed", "timm", "lpips", "natten", "kornia"),
+    *("numpy", "scipy", "skimage", "PIL", "matplotlib", "tensorboard", "safetensors", "webdataset", "tqdm"),
+    *("onnx", "onnxruntime", "onnxscript", "pydantic", "yaml"),
+)
+LATE_FOR_ANOTHER_REASON = {
+    "sdtrain.engine.timing": "resource is no module of Windows",
+    "sdtrain.main": "a script is another module than the one others import; signals are caught before torch loads",
+}
+
+
+def test_imports_inside_functions_spare_the_start_something_heavy():
+    """What is imported late is heavy, or loads something heavy when it is imported itself."""
+    loading = graph(item for item in all_imports() if not item.late)
+    light: dict[str, set[str]] = {}
+    for item in all_imports():
+        heavy = any(lies_in(target, HEAVY) for target in reached(loading, item.target))
+        if item.late and not item.by_name and not heavy:
+            light.setdefault(item.source, set()).add(item.target)
+    known = LATE_WITHOUT_REASON | set(LATE_FOR_ANOTHER_REASON)
+    assert {name: targets for name, targets in light.items() if name not in known} == {}
 
 
 def calls(path: Path, function: str) -> Iterator[ast.Call]:
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(syntax(path)):
         if isinstance(node, ast.Call) and ast.unparse(node.func) == function:
             yield node
 

@@ -181,7 +181,8 @@ def test_fewer_samples_than_a_batch_and_a_pattern_that_matches_nothing_are_told(
 @pytest.fixture
 def existing(place: Path, tmp_path: Path) -> Path:
     """A run folder as far as it is looked at before torch: its configuration, and that it has a checkpoint."""
-    from sdtrain.config.load import dump, load_config
+    from sdtrain.config.compare import dump
+    from sdtrain.config.load import load_config
 
     (tmp_path / "run" / "checkpoints" / "img_000000016").mkdir(parents=True)
     config = load_config(write_config(tmp_path / "bad.yaml", tiny_config(place / "shards")))

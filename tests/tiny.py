@@ -297,7 +297,7 @@ def program(file: Path) -> None:
     for number, job in enumerate(json.loads(file.read_text())):
         results.append(forked(job, file.with_suffix(f".log{number}")) if world == 1 else do(job, rank))
     file.with_suffix(f".{rank}").write_text(json.dumps(results))
-    importlib.import_module("sdtrain.engine.ranks").leave()
+    importlib.import_module("sdtrain.engine.ranks").destroy()
 
 
 if __name__ == "__main__":

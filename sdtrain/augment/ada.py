@@ -72,27 +72,28 @@ class AdaOptions:
 _BLIT = ("xflip", "rotate90", "xint")
 _GEOM = ("scale", "rotate", "aniso", "xfrac")
 _COLOR = ("brightness", "contrast", "lumaflip", "hue", "saturation")
-PRESETS: dict[str, tuple[str, ...]] = {
-    "blit": _BLIT,
-    "geom": _GEOM,
-    "color": _COLOR,
-    "filter": ("imgfilter",),
-    "noise": ("noise",),
-    "cutout": ("cutout",),
-    "bg": (*_BLIT, *_GEOM),
-    "bgc": (*_BLIT, *_GEOM, *_COLOR),
-    "bgcf": (*_BLIT, *_GEOM, *_COLOR, "imgfilter"),
-    "bgcfn": (*_BLIT, *_GEOM, *_COLOR, "imgfilter", "noise"),
-    "bgcfnc": (*_BLIT, *_GEOM, *_COLOR, "imgfilter", "noise", "cutout"),
+PRESETS: dict[str, dict[str, float]] = {
+    "blit": dict.fromkeys(_BLIT, 1.0),
+    "geom": dict.fromkeys(_GEOM, 1.0),
+    "color": dict.fromkeys(_COLOR, 1.0),
+    "filter": {"imgfilter": 1.0},
+    "noise": {"noise": 1.0},
+    "cutout": {"cutout": 1.0},
+    "bg": dict.fromkeys((*_BLIT, *_GEOM), 1.0),
+    "bgc": dict.fromkeys((*_BLIT, *_GEOM, *_COLOR), 1.0),
+    "bgcf": dict.fromkeys((*_BLIT, *_GEOM, *_COLOR, "imgfilter"), 1.0),
+    "bgcfn": dict.fromkeys((*_BLIT, *_GEOM, *_COLOR, "imgfilter", "noise"), 1.0),
+    "bgcfnc": dict.fromkeys((*_BLIT, *_GEOM, *_COLOR, "imgfilter", "noise", "cutout"), 1.0),
+    "r3gan": dict.fromkeys((*_BLIT, *_GEOM, "cutout"), 1.0) | dict.fromkeys(_COLOR, 0.5),
 }
 
 
 def preset(name: str, options: AdaOptions | None = None) -> AdaOptions:
-    """Options with the multipliers of a named pipeline set to one ('bgc' is the official default)."""
+    """Options with the multipliers of a named pipeline ('bgc' is the official default of ADA, 'r3gan' of R3GAN)."""
     if name not in PRESETS:
         raise ConfigError(f"augmentation pipeline '{name}' is unknown; choose one of {', '.join(PRESETS)}")
-    switched_on: dict[str, Any] = dict.fromkeys(PRESETS[name], 1.0)
-    return replace(options or AdaOptions(), **switched_on)
+    multipliers: dict[str, Any] = dict(PRESETS[name])
+    return replace(options or AdaOptions(), **multipliers)
 
 
 def update_p(

@@ -9,15 +9,22 @@ import argparse
 import json
 import statistics
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdtrain.errors import EXIT_OK, ConfigError, DataError
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    import torch
 
     from sdtrain.commands.variants import Variant
+    from sdtrain.config.keys import Config
+    from sdtrain.contracts import Feed
+    from sdtrain.data.read.dataset import Dataset
+    from sdtrain.data.read.stream import Batch
 
 # variant -> keys of the configuration
 VARIANTS: dict[str, list[str]] = {
@@ -37,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--variants", default=DEFAULT, help=f"comma-separated, of {', '.join(VARIANTS)} (default: {DEFAULT})")
     add("--steps", type=int, default=10, help="measured steps of each variant; one more warms up (default: 10)")
     add("--resolution", type=int, help="side of the images in pixels (default: that of the configuration)")
+    add("--single", action="store_true", help="all ghosts in one forward, as official code on one GPU")
     add("--bf16", action="store_true", help="trained networks in bf16 (precision: bf16)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: a GPU where there is one)")
     add("--json", type=Path, metavar="FILE", help="append the figures as one JSON row")
@@ -48,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from sdtrain.commands.variants import Clock, Variant, compare
+    from sdtrain.methods.sdgan.method import SDGAN
 
     has_gpu = torch.cuda.is_available()
     device = torch.device(("cuda" if has_gpu else "cpu") if args.device == "auto" else args.device)
@@ -55,13 +64,13 @@ def run(args: argparse.Namespace) -> int:
     first = next(iter(configs.values()))
     source = Source(first, args.resolution, device)
     variants = [Variant(n, c, device, source.resolution, source.num_classes) for n, c in configs.items()]
-    with source:
-        compare(variants, source.batches(), args.steps, clock)
+    with source.feeding(variants[0].method.feed):
+        compare(variants, source.stream, args.steps, clock)
     found = figures(variants)
     found |= {"cfg": args.cfg, "resolution": source.resolution, "device": device.type, "clock": clock.name}
     print(header(first, source, found, args.steps))
     print(table(found))
-    costly = [v for v in variants if v.method.distance is not None]
+    costly = [v for v in variants if isinstance(v.method, SDGAN) and v.method.distance is not None]
     if costly:
         found["distillation"] = distillation(costly[-1], variants[0], source, args.steps, clock)
         print(render_distillation(found["distillation"]))
@@ -83,6 +92,7 @@ def configurations(args: argparse.Namespace) -> dict[str, Any]:
     if args.steps < 1:
         raise ConfigError(f"--steps {args.steps}: measure at least 1 step")
     common = [*args.set, *(["precision=bf16"] if args.bf16 else [])]
+    common += ["summation=fast", "ghosts_at_once=null"] if args.single else []
     common += [f"data.resolution={args.resolution}"] if args.resolution else []
     config = load_config(args.cfg, common)
     if not hasattr(config, "sd"):
@@ -94,11 +104,11 @@ def configurations(args: argparse.Namespace) -> dict[str, Any]:
 class Source:
     """Batches of the configured data, or noise of the same shape when it cannot be read."""
 
-    def __init__(self, config: Any, resolution: int | None, device: Any) -> None:
+    def __init__(self, config: Config, resolution: int | None, device: torch.device) -> None:
         from sdtrain.data.read.dataset import open_dataset
 
         self.config, self.device = config, device
-        self.stream: Any = None
+        self.dataset: Dataset | None = None
         self.num_classes = 0
         self.note = "noise instead of images: waiting for data is not measured"
         try:
@@ -109,43 +119,38 @@ class Source:
         if wanted is None:
             raise ConfigError(f"{config.data.train} cannot be read and says no size; add --resolution PIXELS")
         self.resolution = int(wanted)
-        if dataset is not None and dataset.resolution == wanted and dataset.num_samples >= config.batch_size:
-            self._open(dataset)
+        if dataset is not None and dataset.resolution in (wanted, None) and dataset.num_samples >= config.batch_size:
+            self.dataset, self.num_classes = dataset, dataset.num_classes
+            self.note = f"images of {dataset.source}, {config.data.workers} workers"
 
-    def _open(self, dataset: Any) -> None:
+    @contextmanager
+    def feeding(self, feed: Feed) -> Iterator[Source]:
+        """Read with the workers of the configuration inside."""
         from sdtrain.data.read.stream import Stream
 
-        c = self.config
-        shape = {"seed": c.seed, "batch_size": c.batch_size, "ghost_batch": c.ghost_batch}
-        pace = {"workers": c.data.workers, "prefetch": c.data.prefetch, "xflip": c.data.xflip}
-        self.stream = Stream(dataset, ghosts=range(c.num_ghosts), **shape, **pace)
-        self.num_classes, self.note = dataset.num_classes, f"images of {dataset.source}, {c.data.workers} workers"
+        c, self.feed = self.config, feed
+        with ExitStack() as stack:
+            if self.dataset is not None:
+                stream = Stream(
+                    self.dataset,
+                    seed=c.seed,
+                    batch_size=c.batch_size,
+                    ghost_batch=c.ghost_batch,
+                    ghosts=range(c.num_ghosts),
+                    xflip=c.data.xflip,
+                    workers=c.data.workers,
+                    prefetch=c.data.prefetch,
+                    **asdict(feed),
+                )
+                self.stream: Iterator[Batch] = stack.enter_context(stream)
+            else:
+                self.stream = repeat(self.noise())
+            yield self
 
-    def __enter__(self) -> Source:
-        if self.stream is not None:
-            self.stream.__enter__()
-        return self
-
-    def __exit__(self, *problem: Any) -> None:
-        if self.stream is not None:
-            self.stream.__exit__(*problem)
-
-    def batches(self) -> Iterator[tuple[Tensor, Tensor | None]]:
-        while self.stream is None:
-            yield self.noise()
-        for batch in self.stream:
-            labels = None if batch.labels is None else batch.labels.to(self.device)
-            yield batch.images.to(self.device), labels
-
-    def noise(self) -> tuple[Tensor, Tensor | None]:
-        """Images and, for a data set with classes, labels that all say the first one."""
-        import torch
-
+    def noise(self) -> Batch:
         from sdtrain.commands.variants import synthetic
 
-        labels = torch.eye(self.num_classes)[[0] * self.config.batch_size] if self.num_classes else None
-        images = synthetic(self.config, self.resolution, self.device)
-        return images, None if labels is None else labels.to(self.device)
+        return synthetic(self.config, self.feed, self.resolution, self.num_classes)
 
 
 def figures(variants: list[Variant]) -> dict[str, Any]:
@@ -176,7 +181,7 @@ def header(config: Any, source: Source, found: dict[str, Any], steps: int) -> st
     place = torch.cuda.get_device_name(source.device) if source.device.type == "cuda" else "CPU"
     return (
         f"{found['cfg']} at {source.resolution} px on {place}, {found['clock']}, {config.precision}, batch "
-        f"{config.batch_size} in ghosts of {config.ghost_batch}\n"
+        f"{config.batch_size} in ghosts of {config.ghost_batch}, summation {config.summation}\n"
         f"{source.note}; frozen networks with random weights; medians of {steps} interleaved steps"
     )
 
@@ -204,8 +209,8 @@ def distillation(variant: Variant, baseline: Variant, source: Source, steps: int
 
     from sdtrain.commands.variants import cost_of_distillation, machine_rates
 
-    parts = cost_of_distillation(variant, *source.noise(), steps, clock)
-    chunk = variant.config.ghost_batch * (variant.config.ghosts_at_once or variant.config.num_ghosts)
+    parts = cost_of_distillation(variant, source.noise(), steps, clock)
+    chunk = variant.config.ghost_batch * variant.trainer.ghosts_at_once
     bf16 = "bf16" in (variant.config.precision, variant.config.sd.precision)
     speed, bandwidth = machine_rates(source.device, torch.bfloat16 if bf16 else torch.float32, clock)
     flops, kept = (sum(part[key] for part in parts.values()) / chunk for key in ("flops", "bytes"))

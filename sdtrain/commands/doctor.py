@@ -95,7 +95,9 @@ def weights() -> Iterator[Finding]:
 
 
 def configuration(name: str, overrides: list[str], world: int | None) -> Finding:
-    from sdtrain.config.load import config_hash, load_config, valid_world_sizes
+    from sdtrain.config.compare import config_hash
+    from sdtrain.config.keys import valid_world_sizes
+    from sdtrain.config.load import load_config
 
     try:
         config = load_config(name, overrides, world)

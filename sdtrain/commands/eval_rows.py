@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sdtrain.errors import ConfigError
+from sdtrain.metrics.protocol import require_same
 from sdtrain.metrics.table import METRICS, merged
 
 DECIMALS = {**merged(dict(metric.shown) for metric in METRICS.values()), "psnr_y": 3, "ssim_y": 4, "lpips": 4}
@@ -52,7 +53,6 @@ def last_row(file: Path | None) -> dict[str, Any] | None:
 def compare(earlier: dict[str, Any] | None, row: dict[str, Any]) -> None:
     """Print the differences from an earlier row, if there is one. Raises ConfigError when the protocols differ."""
     from sdtrain.engine.ranks import is_main
-    from sdtrain.metrics.protocol import require_same
 
     if earlier is None:
         return

@@ -94,7 +94,7 @@ def folder_of_inputs(args: argparse.Namespace, config: Any) -> Path:
     assert run_folder is not None
     if args.real is None:
         return run_folder
-    from sdtrain.config.load import config_hash
+    from sdtrain.config.compare import config_hash
     from sdtrain.data.read.dataset import open_dataset
     from sdtrain.weights import cache_folder
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "file", type=Path, help="StyleGAN2-ADA or ProjectedGAN .pkl, StyleNAT .pt, super-resolution .pth"
+        "file", type=Path, help="StyleGAN2-ADA, ProjectedGAN or R3GAN .pkl, StyleNAT .pt, super-resolution .pth"
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder to write into")
     parser.add_argument("--role", action="append", choices=("G", "D", "G_ema"), help="only this network (repeatable)")

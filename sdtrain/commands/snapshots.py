@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sdtrain.builder import Builder
 from sdtrain.commands.source import Source, config_of
 from sdtrain.engine.checkpoint import MARKER
-from sdtrain.engine.ema import freeze
+from sdtrain.engine.make import make_engine
+from sdtrain.engine.net import load_strictly
 from sdtrain.errors import RunError
 from sdtrain.files import load_tensors
-from sdtrain.kit import Kit
 from sdtrain.losses.perceptual import LPIPS
 from sdtrain.metrics.variation import perceptual_variation
 from sdtrain.models.ghost import set_ghost_batch
-from sdtrain.run import load_strictly
 from sdtrain.sampling import generate, to_uint8
 from sdtrain.weights import check_weights, load_weights
 
@@ -125,8 +125,9 @@ def quadrant(D: Any, teacher: Source, indices: list[int], scores: Tensor) -> dic
 def discriminator(checkpoint: Path, teacher: Source) -> Any:
     """D of a checkpoint in eval mode, with its frozen features. Its own augmentation is left out."""
     config = config_of(checkpoint)
-    kit = Kit(config, teacher.device, teacher.net.resolution, len(teacher.class_counts))
-    net = kit.discriminator(config.model.discriminator)
-    load_strictly(net.module, load_tensors(checkpoint / "D.safetensors"), f"{checkpoint.name}/D")
-    set_ghost_batch(net.module, D_BATCH)
-    return freeze(net.module)
+    engine = make_engine(config, teacher.device)
+    builder = Builder(config, engine, teacher.net.resolution, len(teacher.class_counts))
+    module = builder.discriminator(config.model.discriminator)
+    load_strictly(module, load_tensors(checkpoint / "D.safetensors"), f"{checkpoint.name}/D")
+    set_ghost_batch(module, D_BATCH)
+    return builder.frozen(module)

@@ -5,21 +5,20 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from sdtrain.activations import saved_storages, total_bytes
-from sdtrain.contracts import Chunk
-from sdtrain.engine.ema import beta_of, update_ema
-from sdtrain.engine.phases import Engine
-from sdtrain.engine.player import Player
-from sdtrain.kit import Kit
-from sdtrain.rng import Draws, generator
+from sdtrain.config.keys import Config
+from sdtrain.contracts import Chunk, Feed, Method
+from sdtrain.data.read.stream import Batch
+from sdtrain.methods.sdgan.method import SDGAN
+from sdtrain.rng import generator
+from sdtrain.trainer import Trainer
 
 PERIOD = 48  # steps after which lazy regularisation (every 4, every 16) has been through all its combinations
 
@@ -46,60 +45,37 @@ class Clock:
         return self() - start, result
 
 
-@dataclass
 class Variant:
     """One configuration, built, with what was measured of it."""
 
-    name: str
-    config: Any
-    device: torch.device
-    resolution: int
-    num_classes: int = 0
-    seconds: dict[str, list[float]] = field(default_factory=dict)  # phase -> seconds a round
-    waited: list[float] = field(default_factory=list)  # share of the wall time of a step spent waiting for data
-    memory: float = 0.0  # bytes
-
-    def __post_init__(self) -> None:
+    def __init__(self, name: str, config: Config, device: torch.device, resolution: int, num_classes: int = 0) -> None:
+        self.name, self.config, self.device = name, config, device
+        self.seconds: dict[str, list[float]] = {}  # phase -> seconds a round
+        self.waited: list[float] = []  # share of the wall time of a step spent waiting for data
+        self.memory = 0.0  # bytes
         before = self._allocated()
-        kit = Kit(self.config, self.device, self.resolution, self.num_classes)
-        self.method = kit.method()
-        self.stage = self.method.stages[0].name
-        own, options = self.method.players(self.stage), self.config.optimizer
-        nets = self.method.nets
-        self.players = {n: Player(n, [nets[m] for m in own[n]], getattr(options, n)) for n in own}
-        self.engine = Engine(self.players, nets, self.device, self.config.precision)
+        self.trainer = Trainer(config, device, resolution, num_classes, num_samples=config.batch_size)
+        self.method = self.trainer.method
+        self.stage = self.method.stages[-1]
+        self.trainer.enter(self.stage)
         self.built = self._allocated() - before
 
     def _allocated(self) -> int:
         return torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
 
-    def chunks(self, images: Tensor, labels: Tensor | None, step: int) -> list[Chunk]:
-        """uint8 images of a whole batch on the device -> chunks, as a run on one rank cuts them."""
-        c = self.config
-        at_once = c.ghosts_at_once or c.num_ghosts
-        made = []
-        for first in range(0, c.num_ghosts, at_once):
-            ghosts = tuple(range(first, min(first + at_once, c.num_ghosts)))
-            part = slice(first * c.ghost_batch, (first + len(ghosts)) * c.ghost_batch)
-            draws = Draws(seed=c.seed, step=step, ghosts=ghosts, ghost_batch=c.ghost_batch, device=self.device)
-            real = self.method.to_range(images[part])
-            shown = None if labels is None else labels[part]
-            made.append(Chunk(step=step, seen_img=step * c.batch_size, real=real, labels=shown, draws=draws))
-        return made
+    def chunks(self, batch: Batch, step: int) -> list[Chunk]:
+        """A whole batch cut as a run on one rank cuts it; made outside of the time of the phases."""
+        self.trainer.step = step
+        return self.trainer.chunks(batch)
 
     def step(self, chunks: list[Chunk], clock: Clock) -> dict[str, float]:
         """One step with every phase it can have; seconds by phase."""
         found = {}
         for phase in self.method.phases(self.stage, chunks[0].step):
-            found[phase.name], _ = clock.time(partial(self.engine.run, phase, chunks))
-        found["ema"], _ = clock.time(self.average)
-        self.engine.meter.clear()
+            found[phase.name], _ = clock.time(partial(self.trainer.engine.run, phase, chunks))
+        found["ema"], _ = clock.time(self.trainer.average)
+        self.trainer.engine.meter.clear()
         return found
-
-    def average(self) -> None:
-        beta = beta_of(self.config.ema, self.config.batch_size, self.config.batch_size)
-        for name, source in self.method.averages(self.stage).items():
-            update_ema(self.method.nets[name].module, self.method.nets[source].module, beta)
 
     def shares(self) -> dict[str, float]:
         """How often each phase runs: 1, or 1/16 for a lazy one."""
@@ -116,7 +92,7 @@ class Variant:
 
     def rounds(self) -> list[float]:
         """Seconds of an average step, by round."""
-        return [self.step_seconds(self.round(i)) for i in range(len(self.seconds["G"]))]
+        return [self.step_seconds(self.round(i)) for i in range(len(self.seconds["ema"]))]
 
     def measure_memory(self, chunks: list[Chunk]) -> None:
         """CUDA: the peak of a step without the other variants. CPU: weights, gradients, Adam, what backward keeps."""
@@ -128,33 +104,41 @@ class Variant:
             self.memory = torch.cuda.max_memory_allocated(self.device) - before + self.built + self._optimizer_bytes()
             return
         with saved_storages() as kept:
-            self.engine.run(self.method.phases(self.stage, 1)[0], chunks[:1])
-        modules = [net.module for net in self.method.nets.values()]
-        modules += [m for m in (self.method.distance,) if isinstance(m, torch.nn.Module)]
+            self.trainer.engine.run(self.method.phases(self.stage, 1)[0], chunks[:1])
+        modules = self.trainer.engine.modules(self.trainer.nets) + frozen_networks(self.method)
         state = sum(t.numel() * t.element_size() for m in modules for t in (*m.parameters(), *m.buffers()))
-        gradients = max(sum(p.numel() * 4 for p in player.params) for player in self.players.values())
+        players = self.trainer.engine.players.values()
+        per_weight = 4 + (16 if self.config.summation == "exact" else 0)  # see `plan.py`
+        gradients = max(sum(p.numel() * per_weight for p in player.params) for player in players)
         self.memory = total_bytes(kept, beside=modules) + state + gradients + self._optimizer_bytes()
 
     def _optimizer_bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for player in self.players.values() for t in player.state().values())
+        players = self.trainer.engine.players.values()
+        return sum(t.numel() * t.element_size() for player in players for t in player.state().values())
 
 
-def synthetic(config: Any, resolution: int, device: torch.device) -> Tensor:
-    """uint8 noise of the shape of a batch: timings do not depend on what is in the images."""
-    shape = (config.batch_size, 3, resolution, resolution)
-    return torch.randint(0, 256, shape, generator=generator("bench"), dtype=torch.uint8).to(device)
+def frozen_networks(method: Method) -> list[nn.Module]:
+    """Distances and the like that a method looks through."""
+    return [part for part in vars(method).values() if isinstance(part, nn.Module)]
 
 
-def compare(
-    variants: list[Variant], batches: Iterator[tuple[Tensor, Tensor | None]], rounds: int, clock: Clock
-) -> None:
+def synthetic(config: Config, feed: Feed, resolution: int, num_classes: int = 0) -> Batch:
+    """A batch of uint8 noise: timings do not depend on what is in the images. Labels all say the first class."""
+    count, side = config.batch_size, feed.crop or resolution
+    images = torch.randint(0, 256, (count, 3, side, side), generator=generator("bench"), dtype=torch.uint8)
+    labels = torch.eye(num_classes)[[0] * count] if num_classes else None
+    lq = images[:, :, :: feed.scale, :: feed.scale].contiguous() if feed.paired else None
+    return Batch(step=0, images=images, labels=labels, indices=torch.arange(count), lq=lq)
+
+
+def compare(variants: list[Variant], batches: Iterator[Batch], rounds: int, clock: Clock) -> None:
     """Rounds of A B C A B C ..., so that whatever else the machine does hits all alike; the first round warms up."""
     for number in range(rounds + 1):
         for variant in variants:
             began = time.perf_counter()
-            images, labels = next(batches)
+            batch = next(batches)
             waited = time.perf_counter() - began
-            chunks = variant.chunks(images, labels, number * PERIOD)
+            chunks = variant.chunks(batch, number * PERIOD)
             found = variant.step(chunks, clock)
             if number == 0:
                 variant.measure_memory(chunks)
@@ -168,12 +152,13 @@ def compare(
 
 
 def cost_of_distillation(
-    variant: Variant, images: Tensor, labels: Tensor | None, rounds: int, clock: Clock
+    variant: Variant, batch: Batch, rounds: int, clock: Clock
 ) -> dict[str, dict[str, float]]:
     """Seconds, FLOPs and bytes kept a batch of the parts of L_SD: teacher, T, distance, backward to the image."""
-    method, chunk = variant.method, variant.chunks(images, labels, 0)[0]
+    method, chunk = variant.method, variant.chunks(batch, 0)[0]
+    assert isinstance(method, SDGAN)  # `distilling` came first
     draws = chunk.draws.sub("G")
-    with torch.no_grad(), variant.engine.autocast():
+    with torch.no_grad(), variant.trainer.engine.autocast():
         fake = method.generate(method.G, chunk, draws)
     parts: dict[str, dict[str, float]] = {}
     taken: dict[str, list[float]] = {}
@@ -186,16 +171,17 @@ def cost_of_distillation(
     return parts
 
 
-def _distil(method: Any, variant: Variant, chunk: Chunk, draws: Any, fake: Tensor, part: Callable[..., Any]) -> None:
+def _distil(method: SDGAN, variant: Variant, chunk: Chunk, draws: Any, fake: Tensor, part: Callable[..., Any]) -> None:
     """L_SD of `methods/sdgan.py`, part by part."""
     student = fake.detach().float().requires_grad_(True)
-    with variant.engine.autocast():
+    with variant.trainer.engine.autocast():
         with torch.no_grad():
             teacher = part("teacher forward", lambda: method.generate(method.G_ema, chunk, draws, teacher=True))
         x, y = student, teacher
         if method.T is not None:
-            x, y = part("T", lambda: method.T(student, teacher, draws.sub("T")))
-        loss = part("distance forward", lambda: method.distance(x, y).mean())
+            x, y = part("T", partial(method.T, student, teacher, draws.sub("T")))
+        assert method.distance is not None  # `distilling` came first
+        loss = part("distance forward", partial(method.distance, x, y)).mean()
     part("backward", lambda: torch.autograd.grad(loss, student))
 
 

@@ -66,7 +66,10 @@ class ModelDeclaration:
     discriminator: type | None = None
     """Options of `networks.Discriminator`; None = there is none."""
     scaled: Callable[..., Any] | None = None
-    """(options, C, ...) -> options of a student with the share C of the channels; None = it cannot be narrowed."""
+    """(options, C, growth=, style=) -> options of a student with the share C of the channels; None = there is none.
+
+    It takes the keywords it knows and leaves those of other models aside.
+    """
     feature_weights: str | None = None
     """Name in `sdtrain.weights` of a frozen network inside the discriminator, handed to it as `feature_weights`."""
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import types
 import typing
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Union
 
 from pydantic import ValidationError
 
 from sdtrain.config.declare import field_types
-from sdtrain.config.options import Images
+from sdtrain.config.options import Images, Span
+from sdtrain.config.words import dotted, nearest, show, show_plain
 from sdtrain.config.yaml_source import KeyPath, Source, Tree
 
 PLAIN_TYPES: dict[Any, str] = {
@@ -23,19 +23,19 @@ PLAIN_TYPES: dict[Any, str] = {
     type(None): "null",
     Any: "anything",
 }
+IMAGE_EXAMPLES = " such as 4000, 200k or 1.5M (1k = 1000)"
 BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 NO_VALUE = object()
-
-
-def dotted(path: Iterable[str]) -> str:
-    return ".".join(path)
+MAX_ERRORS = 100  # a sentence takes a search for the nearest name
 
 
 def describe(annotation: Any) -> str:
     """What a value of this type looks like, for a person."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if annotation == Images:
-        return "a number of images such as 4000, 200ki or 1.5Mi"
+        return f"a number of images{IMAGE_EXAMPLES}"
+    if annotation == Span:
+        return "a number and its unit, such as 30 epochs, 500 steps or 64k images"
     if origin is Annotated:
         return describe(arguments[0]) + _bounds(arguments[1:])
     if origin is Literal:
@@ -61,21 +61,6 @@ def _bounds(metadata: tuple[Any, ...]) -> str:
     return " " + " and ".join(found) if found else ""
 
 
-def show_plain(value: Any) -> str:
-    return (
-        {True: "true", False: "false", None: "null"}[value] if value is None or isinstance(value, bool) else str(value)
-    )
-
-
-def show(value: Any) -> str:
-    """A value as the message names it."""
-    if isinstance(value, str):
-        return f"the text '{value}'"
-    if isinstance(value, list):
-        return "a list"
-    return "a section" if isinstance(value, dict) else show_plain(value)
-
-
 def _is_union(annotation: Any) -> bool:
     return typing.get_origin(annotation) in (Union, types.UnionType)
 
@@ -89,19 +74,20 @@ def annotation_at(annotation: Any, path: KeyPath) -> Any:
     if not path:
         return annotation
     key, rest = path[0], path[1:]
-    for option in _alternatives(annotation):
+    for option in alternatives(annotation):
         inner = _child(option, key)
         if inner is not None:
             return annotation_at(inner, rest)
     return Any
 
 
-def _alternatives(annotation: Any) -> Iterator[Any]:
+def alternatives(annotation: Any) -> Iterator[Any]:
+    """The members of a union, or the type itself, without bounds."""
     if typing.get_origin(annotation) is Annotated:
         annotation = typing.get_args(annotation)[0]
     if _is_union(annotation):
         for argument in typing.get_args(annotation):
-            yield from _alternatives(argument)
+            yield from alternatives(argument)
     else:
         yield annotation
 
@@ -133,24 +119,18 @@ def value_at(tree: Any, path: KeyPath) -> Any:
 
 
 def all_keys(annotation: Any, path: KeyPath = ()) -> Iterator[KeyPath]:
-    for option in _alternatives(annotation):
+    """Sections and the keys in them, from the top."""
+    for option in alternatives(annotation):
         if isinstance(option, type) and dataclasses.is_dataclass(option):
             for name, inner in field_types(option).items():
                 yield (*path, name)
                 yield from all_keys(inner, (*path, name))
 
 
-def nearest(word: str, names: Iterable[str]) -> str:
-    """' (did you mean ...?)' or nothing."""
-    lower = {name.lower(): name for name in names}
-    close = difflib.get_close_matches(word.lower(), lower, n=1, cutoff=0.6)
-    return f" (did you mean '{lower[close[0]]}'?)" if close else ""
-
-
 def type_problems(error: ValidationError, cls: Any, source: Source) -> dict[KeyPath, str]:
     """One sentence for each key at fault."""
     found: dict[KeyPath, str] = {}
-    for item in error.errors(include_url=False):
+    for item in error.errors(include_url=False)[:MAX_ERRORS]:
         path, kind = key_path(item["loc"], item["type"], source.tree), item["type"]
         if path not in found:
             found[path] = f"{source.place(path)}: {_sentence(path, kind, item['msg'], cls, source.tree)}"
@@ -184,7 +164,7 @@ def _hint(value: Any, annotation: Any) -> str:
     """What the writer probably meant."""
     if not isinstance(value, str):
         return ""
-    options = list(_alternatives(annotation))
+    options = list(alternatives(annotation))
     words = [
         str(word) for option in options if typing.get_origin(option) is Literal for word in typing.get_args(option)
     ]
@@ -209,9 +189,7 @@ def _number_hint(value: str) -> str:
 def unknown_key(path: KeyPath, cls: Any) -> str:
     """Name the nearest key of the same section, else, at the top, the same word in a section, else list the keys."""
     section = annotation_at(cls, path[:-1])
-    names = [
-        name for option in _alternatives(section) if dataclasses.is_dataclass(option) for name in key_names(option)
-    ]
+    names = [name for option in alternatives(section) if dataclasses.is_dataclass(option) for name in key_names(option)]
     hint = nearest(path[-1], names)
     if not hint:
         elsewhere = [dotted(key) for key in all_keys(cls) if key[-1] == path[-1] and len(path) == 1]

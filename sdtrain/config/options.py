@@ -1,7 +1,8 @@
-"""Option classes that methods and configurations share: one line of meaning and a unit under each field. Free of torch.
+"""Option classes that methods and configurations share. Free of torch.
 
-Everything public here may be named in the `Options` class of a method file and in the `GeneratorOptions` /
-`DiscriminatorOptions` of a model file; `config_schema.py` evaluates those classes without importing torch.
+Under each field, here and in the options of every method and model, stands what it means. A meaning begins with the
+unit in brackets, `[pixels] Side of ...`, unless the type says it (Images, Span) or there is none (a weight, a share).
+`sdtrain config KEY` and configs/README.md show these lines.
 """
 
 import re
@@ -10,39 +11,47 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-IMAGE_UNITS = {"": 1, "ki": 1_000, "Mi": 1_000_000}
+from sdtrain.config.schedule import Schedule
+
+AMOUNT = r"(\d+(?:\.\d+)?)"
+POWERS = {"k": 1_000, "M": 1_000_000}
+COUNT = re.compile(rf"{AMOUNT}([kM])(?:i|img)?")
 
 
 def parse_images(value: Any) -> Any:
-    """Turn 4000, 4e3, '200ki' or '1.5Mi' into a count of images; hand anything else on, for the type check to refuse.
+    """Turn 4000, 4e3, '200k' or '1.5M' into a count of images; hand anything else on, for the type check to refuse.
 
-    The suffixes are the kimg and Mimg of the GAN papers, so powers of ten: 1ki = 1000 images, 1Mi = 1000 ki.
+    The suffixes mean the kimg and Mimg of the GAN papers, so powers of ten: 1k = 1ki = 1kimg = 1000 images.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)(ki|Mi)", value) if isinstance(value, str) else None
+    match = COUNT.fullmatch(value) if isinstance(value, str) else None
     if match:
-        value = round(float(match[1]) * IMAGE_UNITS[match[2]], 3)
+        value = round(float(match[1]) * POWERS[match[2]], 3)
     is_whole = isinstance(value, float) and value.is_integer()
     return int(value) if is_whole else value
 
 
-SPAN = re.compile(r"(\d+(?:\.\d+)?)(ki|Mi)?(?: (epoch|step|image)s?)?")
+SPAN = re.compile(rf"{AMOUNT}(?:([kM])(i|img)?)?(?: (epoch|step|image)s?)?")
 
 
 def parse_span(value: Any) -> Any:
-    """A stretch of training as text: '30 epochs', '500 steps', '1.4Mi images'; a bare count means images."""
+    """A stretch of training as text: '30 epochs', '500 steps', '1.4M images'; 64ki and 64kimg are images by name."""
     text = str(value).strip() if isinstance(value, (int, float, str)) and not isinstance(value, bool) else ""
     match = SPAN.fullmatch(text)
-    if match is None:
-        raise ValueError("write a number and its unit, such as 30 epochs, 500 steps or 64ki images")
-    return text if match[3] else f"{text} images"
+    if match is None or (match[3] == "img" and match[4] in ("epoch", "step")):
+        raise ValueError("write a number and its unit, such as 30 epochs, 500 steps or 64k images")
+    if match[4]:
+        return text
+    if match[3]:
+        return f"{text} images"
+    raise ValueError(f"the unit is missing: write {text} epochs, {text} steps or {text} images")
 
 
 def span_img(span: str, steps_per_epoch: float, batch_size: int) -> int:
     """Images in a span, whole steps: rounded, and at least one step unless the span is zero."""
     match = SPAN.fullmatch(span)
     assert match is not None  # the type Span lets nothing else through
-    number = float(match[1]) * IMAGE_UNITS[match[2] or ""]
-    steps = number * {"epoch": steps_per_epoch, "step": 1.0}.get(match[3], 1 / batch_size)
+    number = float(match[1]) * POWERS.get(match[2], 1)
+    steps = number * {"epoch": steps_per_epoch, "step": 1.0}.get(match[4], 1 / batch_size)
     return max(round(steps), 1) * batch_size if number else 0
 
 
@@ -53,7 +62,7 @@ CountOrZero = Annotated[int, Field(ge=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-AdversarialLoss = Literal["hinge", "logistic", "least-squares", "wasserstein"]
+AdversarialLoss = Literal["hinge", "logistic", "least-squares", "wasserstein", "relativistic"]
 DistanceLoss = Literal["lpips-vgg", "l1", "l2", "ms-ssim"]
 MetricName = Literal["fid", "rfid", "kid", "pr"]
 
@@ -69,15 +78,15 @@ class Data:
     test: str | list[str] | None = None
     """Shards that are evaluated once, at the end; null = none."""
     resolution: Count | None = None
-    """Side of the training images in pixels; null = that of the dataset manifest."""
+    """[pixels] Side of the training images; null = that of the dataset manifest."""
     labels: bool | None = None
     """Class labels of the shards: true = needed, false = left aside, null = used where they are there."""
     xflip: bool = False
     """Show each image also mirrored (half of the time, by the seed)."""
     workers: CountOrZero = 2
-    """Decoding processes a rank; 0 decodes in the training process."""
+    """[processes] Decoding processes a rank; 0 decodes in the training process."""
     prefetch: Count = 2
-    """Batches each worker keeps ready."""
+    """[batches] Batches each worker keeps ready."""
     cache: str | None = None
     """Folder for copies of remote shards; null = the user's cache folder."""
     max_bad: Fraction = 0.001
@@ -88,34 +97,26 @@ class Data:
 class Optimizer:
     """Adam for one player."""
 
-    lr: NonNegative = 2e-4
-    """Step size."""
-    betas: tuple[Fraction, Fraction] = (0.0, 0.99)
-    """Decay of the running mean and of the running square."""
+    lr: NonNegative | Schedule = 2e-4
+    """Step size; a number or a schedule."""
+    betas: tuple[Fraction | Schedule, Fraction | Schedule] = (0.0, 0.99)
+    """Decay of the running mean and of the running square; numbers or schedules."""
+    rescale: Literal["none", "betas", "all"] = "none"
+    """For a lazy penalty every k steps (StyleGAN2): betas to the power of k / (k + 1), all = lr times that too."""
     eps: Positive = 1e-8
     """Added to the root of the running square."""
     clip_norm: NonNegative = 0.0
     """Largest norm of the gradient of the main loss, over all parameters; 0 = not clipped (StyleNAT's D: 5)."""
     kind: Literal["adam", "sgd"] = "adam"
     """Which; sgd is plain gradient descent (Dirac-GAN)."""
-    warmup_img: Images = 0
-    """Images over which lr rises from zero."""
-    milestones_img: tuple[Images, ...] = ()
-    """Positions at which lr is multiplied by `decay`."""
-    decay: Positive = 0.5
-    """Factor at each milestone."""
-    drop_at: tuple[Fraction, ...] = ()
-    """Shares of the stage after which lr is multiplied by `decay`."""
-    linear_decay_img: tuple[Images, Images] | None = None
-    """lr falls in a straight line to zero between these positions; null = never."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ema:
     """The running average of the generator: what is evaluated, and the teacher of self-distillation."""
 
-    half_life_img: Images = 20_000
-    """Images after which an old weight counts half (beta = 0.5 ** (batch_size / half life))."""
+    half_life_img: Images | Schedule = 20_000
+    """Images after which an old weight counts half (beta = 0.5 ** (batch_size / half life)); may be a schedule."""
     rampup: Positive | None = 0.05
     """Half-life is at most this share of the images seen; null = constant from the start."""
     decay: Fraction | None = None
@@ -170,24 +171,28 @@ class Augment:
     """DiffAugment: which of color,translation,cutout; ADA: one of its presets; null = all three, or bgc."""
     cutout: Fraction = 0.2
     """DiffAugment: side of the blanked square, as a share of the side."""
-    p: Fraction = 0.0
-    """ADA: probability at the start; constant when target is null."""
+    p: Fraction | Schedule = 0.0
+    """ADA: probability at the start; constant, or a schedule, when target is null."""
     target: Fraction | None = 0.6
     """ADA: wanted mean sign of D on real images; null = p stays."""
     interval: Count = 4
-    """ADA: steps between two moves of p."""
+    """[steps] ADA: steps between two moves of p."""
     speed_img: Images = 500_000
     """ADA: images in which p can go from 0 to 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class R1:
-    """Gradient penalty of D on real images, lazy: every so many steps, times the interval."""
+    """Gradient penalty of D, lazy: every so many steps, times the interval."""
 
-    gamma: NonNegative = 0.0
-    """Weight; 0 = off."""
+    gamma: NonNegative | Schedule = 0.0
+    """Weight; a number or a schedule; 0 = off."""
     every: Count = 16
-    """Steps between two penalties."""
+    """[steps] Steps between two penalties."""
+    on: Literal["real", "both"] = "real"
+    """Real images (R1), or real and generated ones (R1 + R2 of R3GAN)."""
+    joint: bool = False
+    """In one step with the adversarial loss (GCFSR, R3GAN) instead of a step of its own (StyleGAN2)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,11 +202,11 @@ class PathLength:
     weight: NonNegative = 0.0
     """Weight; 0 = off."""
     every: Count = 4
-    """Steps between two penalties."""
+    """[steps] Steps between two penalties."""
     decay: Fraction = 0.01
     """How fast the running mean length follows."""
     shrink: Count = 2
-    """Only 1/shrink of the samples are used."""
+    """[times] Only 1/shrink of the samples are used."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,17 +216,17 @@ class Metrics:
     names: tuple[MetricName, ...] = ("fid",)
     """Which: Frechet distance, the same in random features, kernel distance, precision and recall."""
     num_fake: Count = 50_000
-    """Generated images."""
+    """[images] Generated images."""
     num_real: Count | None = None
-    """Real images; null = all of them."""
+    """[images] Real images; null = all of them."""
     extractor: Literal["inception", "random-inception"] = "inception"
     """Features of fid, kid and pr."""
     tap: Literal[64, 192, 768, 2048] = 2048
-    """Width of the feature layer."""
+    """[channels] Width of the feature layer."""
     seeds: Count = 5
-    """Random networks averaged by rfid."""
+    """[networks] Random networks averaged by rfid."""
     batch_size: Count = 32
-    """Images through the extractor at once, a rank."""
+    """[images] Images through the extractor at once, a rank."""
     select_by: str = "fid"
     """The value that chooses `best/`, lower is better."""
 

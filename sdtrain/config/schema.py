@@ -104,7 +104,8 @@ def schema(common: type, name: str | None, chosen: tuple[tuple[Role, str | None]
     players = [(player, Optimizer, dataclasses.field(default_factory=Optimizer)) for player in declared.players]
     sections = make_class("Optimizers", players)
     fields["optimizer"] = ("optimizer", sections, dataclasses.field(default_factory=sections))
-    return Schema(harden(make_class("Config", fields.values(), common)), declared.problems)
+    bases = (declared.options, common) if name else (common,)
+    return Schema(harden(make_class("Config", fields.values(), *bases)), declared.problems)
 
 
 def _model_class(chosen: dict[Role, str | None]) -> type:

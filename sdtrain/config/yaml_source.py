@@ -1,7 +1,8 @@
-"""Read YAML together with the place of every key, and merge the files and `--set` overrides of one configuration.
+"""Read YAML together with the place of every key, and merge texts and `--set` overrides.
 
 Differences from PyYAML's own loader, all towards fewer surprises: `1e-3` is a number, only true and false are booleans
 (`on`, `yes` are text), `010` and dates are text, a key given twice is an error, and tags and aliases are refused.
+Nothing that a file holds may keep a launch busy: its bytes, its depth and the number of its values are bounded.
 """
 
 from __future__ import annotations
@@ -9,17 +10,19 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import yaml
 
+from sdtrain.config.words import clip, dotted
 from sdtrain.errors import ConfigError
 
 KeyPath = tuple[str, ...]
 Tree = dict[str, Any]
 
 REFUSED = object()
+MAX_BYTES = 1_000_000  # a text
+MAX_VALUES, MAX_KEYS, MAX_DEPTH = 20_000, 2_000, 30
 PLAIN = {f"tag:yaml.org,2002:{name}": name for name in ("str", "int", "float", "bool", "null", "map", "seq")}
 PATTERNS = {
     "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
@@ -33,15 +36,36 @@ PATTERNS = {
 
 
 class _Loader(yaml.SafeLoader):
-    """Composes nodes only; `yaml_implicit_resolvers` is filled below."""
+    """Composes nodes only, and not too many; `yaml_implicit_resolvers` is filled below."""
 
     yaml_implicit_resolvers: dict = {}
+    depth = values = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
+        self.depth += 1
+        self.values += 1
+        problem = self.excess()
+        if problem:
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=self.peek_event().start_mark)
+        node = super().compose_node(parent, index)
+        if isinstance(node, yaml.ScalarNode) and not is_text(node.value):
+            problem = "text holds a character that is none (NUL or half of a pair)"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+        self.depth -= 1
+        return node
+
+    def excess(self) -> str | None:
+        """What the node that comes next has too much of."""
         if self.check_event(yaml.AliasEvent):
-            mark = self.peek_event().start_mark
-            raise yaml.MarkedYAMLError(problem="aliases (*name) are refused: write the value out", problem_mark=mark)
-        return super().compose_node(parent, index)
+            return "aliases (*name) are refused: write the value out"
+        if self.depth > MAX_DEPTH:
+            return f"sections are nested more than {MAX_DEPTH} deep"
+        return f"a configuration holds at most {MAX_VALUES} values" if self.values > MAX_VALUES else None
+
+
+def is_text(value: str) -> bool:
+    """Whether a file name and a JSON file can hold it."""
+    return not re.search("[\0\ud800-\udfff]", value)
 
 
 class Dumper(yaml.SafeDumper):
@@ -79,17 +103,6 @@ def dump_tree(tree: Tree) -> str:
     return yaml.dump(tree, Dumper=Dumper, sort_keys=False, default_flow_style=None, allow_unicode=False, width=100)
 
 
-def read_file(path: Path, shown: str | None = None) -> Source:
-    """The tree of one file. Problems that leave the rest readable are collected; ConfigError if nothing can be read."""
-    shown = shown or str(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = "it is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else error.strerror
-        raise ConfigError(f"{shown}: cannot read this configuration: {reason}") from error
-    return read_text(text, shown)
-
-
 def read_text(text: str, shown: str) -> Source:
     node = compose(text, shown)
     source = Source(places={(): shown})
@@ -102,23 +115,30 @@ def read_text(text: str, shown: str) -> Source:
 
 def compose(text: str, shown: str) -> yaml.Node | None:
     """The node tree; ConfigError with the line when the text is not YAML."""
+    if len(text) > MAX_BYTES:
+        raise too_long(shown)
     try:
         return yaml.compose(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}" if mark else ""
-        raise ConfigError(f"{shown}{line}: not valid YAML: {error.problem or error.context}") from error
-    except RecursionError as error:
-        raise ConfigError(f"{shown}: not a configuration: sections are nested too deeply") from error
+        problem = clip(error.problem or error.context or "", 200)
+        raise ConfigError(f"{shown}{line}: not valid YAML: {problem}") from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"{shown}: not valid YAML: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{shown}: not valid YAML: {clip(' '.join(str(error).split()), 200)}") from error
+    except (ValueError, OverflowError) as error:
+        raise ConfigError(f"{shown}: not valid YAML: a number or the code of a letter is too large") from error
+
+
+def too_long(shown: str) -> ConfigError:
+    return ConfigError(f"{shown}: not a configuration: it is longer than {MAX_BYTES} bytes")
 
 
 def _value(node: yaml.Node, path: KeyPath, shown: str, source: Source) -> Any:
     kind = PLAIN.get(node.tag)
     if kind is None:
         line = node.start_mark.line + 1
-        tag = node.tag.replace("tag:yaml.org,2002:", "!!")
+        tag = clip(node.tag.replace("tag:yaml.org,2002:", "!!"))
         source.problems.append(f"{shown}:{line}: tag '{tag}' is refused: a configuration holds plain values only")
         return REFUSED
     if isinstance(node, yaml.MappingNode):
@@ -139,10 +159,12 @@ def _mapping(node: yaml.MappingNode, path: KeyPath, shown: str, source: Source) 
             source.problems.append(f"{shown}:{line}: a key must be a word, not a list or a section")
         elif key in lines:
             source.problems.append(
-                f"{shown}:{line}: key '{'.'.join(here)}' is given twice, first on line {lines[key]}: keep one"
+                f"{shown}:{line}: key '{dotted(here)}' is given twice, first on line {lines[key]}: keep one"
             )
         else:
             lines[key] = line
+            if len(source.places) > MAX_KEYS:
+                raise ConfigError(f"{shown}:{line}: a configuration has at most {MAX_KEYS} keys")
             source.places[here] = f"{shown}:{line}"
             tree[key] = _value(value_node, here, shown, source)
     return {key: value for key, value in tree.items() if value is not REFUSED}
@@ -177,41 +199,17 @@ def _merge_tree(below: Tree, above: Tree, path: KeyPath, places: dict[KeyPath, s
     return tree
 
 
-def read_with_bases(path: Path, seen: tuple[Path, ...] = ()) -> Source:
-    """A file laid over the file its `base:` names (relative to it), and so on. Run names are not inherited."""
-    source = read_file(path, _shown(path))
-    base = source.tree.pop("base", None)
-    if base is None:
-        return source
-    seen = (*seen, path.resolve())
-    place = source.place(("base",))
-    if not isinstance(base, str):
-        raise ConfigError(f"{place}: key 'base' must be the name of one YAML file, not {base!r}")
-    below = path.parent / base
-    if below.resolve() in seen:
-        raise ConfigError(f"{place}: base '{base}' leads back to {seen[-1].name}: a configuration cannot extend itself")
-    if not below.is_file():
-        raise ConfigError(f"{place}: base '{base}' does not exist (looked for {_shown(below)})")
-    lower = read_with_bases(below, seen)
-    lower.tree.pop("name", None)
-    return merge(lower, source)
-
-
-def _shown(path: Path) -> str:
-    try:
-        return str(path.resolve().relative_to(Path.cwd()))
-    except ValueError:
-        return str(path)
-
-
 def parse_overrides(overrides: Iterable[str]) -> Iterator[Source]:
     """One source for each `key.path=value`; the value is YAML."""
     for text in overrides:
         key, equals, value = text.partition("=")
-        shown = f"--set {text}"
+        shown = f"--set {clip(text, 200)}"
         path = tuple(key.strip().split("."))
         if not equals or not all(path):
             yield Source(problems=[f"{shown}: write it as --set key.path=value"])
+            continue
+        if len(path) > MAX_DEPTH:
+            yield Source(problems=[f"{shown}: no key lies {len(path)} sections deep"])
             continue
         yield _override(path, value, shown)
 

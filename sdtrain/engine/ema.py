@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from sdtrain.config.options import Ema
+from sdtrain.config.schedule import value_at
 
 
 def ema_beta(half_life_img: float, rampup: float | None, seen_img: int, batch_size: int) -> float:
@@ -22,7 +23,8 @@ def ema_beta(half_life_img: float, rampup: float | None, seen_img: int, batch_si
 def beta_of(options: Ema, seen_img: int, batch_size: int) -> float:
     if options.decay is not None:
         return options.decay
-    return ema_beta(float(options.half_life_img), options.rampup, seen_img, batch_size)
+    half_life_img = value_at(options.half_life_img, seen_img)
+    return ema_beta(half_life_img, options.rampup, seen_img, batch_size)
 
 
 @torch.no_grad()

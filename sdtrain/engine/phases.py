@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import nn
 
-from sdtrain.contracts import Chunk, Phase, Terms
-from sdtrain.engine.player import Net, Player, only_training
-from sdtrain.engine.ranks import agree_max, gather_objects, rank, sum_over_ranks, world
+from sdtrain.config.options import Optimizer
+from sdtrain.contracts import Chunk, Loss, Net, Phase, Stage, Terms
+from sdtrain.engine.meter import Meter
+from sdtrain.engine.player import BasePlayer, Span, only_training
+from sdtrain.engine.ranks import agree_max, gather_objects, rank, sum_over_ranks
 from sdtrain.models.ghost import close_phase, next_chunk, open_phase
 
 
@@ -18,78 +22,54 @@ class NonFinite(RuntimeError):
     """A loss or gradient was not finite; no optimizer of this phase has moved on any rank."""
 
 
-class Meter:
-    """Means of named scalars over steps and ranks, kept as float64 sums on the device until somebody asks."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-        self.counts: dict[str, int] = {}
-
-    def add(self, terms: Terms, weight: float = 1.0) -> None:
-        for name, value in terms.items():
-            value = value.detach().double() * weight
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
-
-    def count(self, names: Sequence[str]) -> None:
-        for name in names:
-            self.counts[name] = self.counts.get(name, 0) + 1
-
-    def means(self) -> dict[str, float]:
-        """Global means since `clear`, in the order in which the terms first appeared."""
-        names = list(self.sums)
-        if not names:
-            return {}
-        total = torch.stack([self.sums[n].reshape(()) for n in names])
-        sum_over_ranks([total])
-        return {n: t / world() / self.counts[n] for n, t in zip(names, total.tolist())}
-
-    def clear(self) -> None:
-        self.sums, self.counts = {}, {}
-
-    def state(self) -> dict[str, list[float]]:
-        """This rank's sums and counts; floats survive JSON exactly."""
-        return {n: [float(s), float(self.counts[n])] for n, s in self.sums.items()}
-
-    @staticmethod
-    def shared_out(states: dict[str, dict[str, list[float]]], num_ranks: int) -> dict[str, list[float]]:
-        """What a rank takes over from those that saved: its own sums, or their mean if they were another number."""
-        if len(states) == num_ranks:
-            return states[str(rank())]
-        first = next(iter(states.values()), {})
-        return {n: [sum(s[n][0] for s in states.values()) / len(states), count] for n, (_, count) in first.items()}
-
-    def load_state(self, state: dict[str, list[float]], device: torch.device) -> None:
-        self.sums = {n: torch.tensor(s, dtype=torch.float64, device=device) for n, (s, _) in state.items()}
-        self.counts = {n: int(c) for n, (_, c) in state.items()}
-
-
-class Engine:
-    """Moves players. Knows ranks, precision and devices; knows nothing of losses."""
+class PhaseEngine(ABC):
+    """What engines share: the order of things within a phase. See `contracts.Engine`."""
 
     def __init__(
         self,
-        players: dict[str, Player],
-        nets: dict[str, Net],
         device: torch.device,
-        precision: str,
-        exact: bool = False,
+        options: Mapping[str, Optimizer],
+        precision: str = "fp32",
+        exact: bool = True,
+        clamp: bool = False,
     ) -> None:
-        """`exact`: every chunk is one ghost, and gradients are added up in float64 (config key `summation`)."""
-        self.players, self.nets, self.device, self.exact = players, nets, device, exact
+        """`options`: by player. `exact`: one ghost a chunk, sums in float64. `clamp`: repair gradients, never stop."""
+        self.device, self.options, self.exact, self.clamp = device, options, exact, clamp
         self.bf16 = precision == "bf16"
+        self.players: dict[str, BasePlayer] = {}
         self.meter = Meter()
 
+    @abstractmethod
+    def net(self, module: nn.Module, trained: bool = True) -> Net:
+        """Take a network over."""
+
+    @abstractmethod
+    def player(self, name: str, nets: Sequence[Net], options: Optimizer, span: Span, lazy: int | None) -> BasePlayer:
+        """The player of these networks."""
+
+    @abstractmethod
+    def modules(self, nets: Mapping[str, Net]) -> list[nn.Module]:
+        """What holds the layers that have pass state."""
+
+    def begin(self, stage: Stage, start_img: int, nets: Mapping[str, Net], lazy: Mapping[str, int]) -> None:
+        span = (start_img, stage.end_img)
+        self.players = {
+            name: self.player(name, [nets[net] for net in own], self.options[name], span, lazy.get(name))
+            for name, own in stage.players.items()
+        }
+        for player in self.players.values():
+            player.clear()
+        self.layers = self.modules(nets)
+
     def run(self, phase: Phase, chunks: Sequence[Chunk]) -> Terms:
-        """One phase over this rank's share of the global batch. Raises `NonFinite` on all ranks together."""
         player = self.players[phase.player]
-        player.set_lr(chunks[0].seen_img)
-        modules = [net.module for net in self.nets.values()]
-        with only_training(player, list(self.players.values())):
+        player.set_clock(chunks[0].seen_img)
+        with self.fence(phase):
             self._prepass(phase, chunks)
-            open_phase(*modules)
-            terms = self._backward(phase, player, chunks, modules)
-            finite = self._agree_finite(phase, player, terms)
-            close_phase(*modules, sum_over_ranks=sum_over_ranks, apply=finite)
+            open_phase(*self.layers)
+            terms = self._backward(phase, player, chunks)
+            finite = self._agree_finite(player, terms)
+            close_phase(*self.layers, sum_over_ranks=sum_over_ranks, apply=finite)
             if not finite:
                 raise NonFinite(self._explain(phase, terms, chunks[0].step))
             if not phase.fp32:  # penalties are not clipped (official StyleNAT)
@@ -99,45 +79,48 @@ class Engine:
         self.meter.count(list(terms))
         return terms
 
-    def _backward(self, phase: Phase, player: Player, chunks: Sequence[Chunk], modules: list) -> Terms:
-        share = Meter()
-        overlap = phase.reaches_all and not self.exact
+    @contextmanager
+    def fence(self, phase: Phase) -> Iterator[None]:
+        """Only the networks of the phase's player ask for gradients inside."""
+        with only_training(self.players[phase.player], list(self.players.values())):
+            yield
+
+    def loss(self, phase: Phase, chunk: Chunk) -> Loss:
+        """The forward pass of one chunk, in the precision of the phase."""
+        with self.autocast(not phase.fp32):
+            return phase.loss(chunk)
+
+    def autocast(self, wanted: bool = True) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16 and wanted)
+
+    def _backward(self, phase: Phase, player: BasePlayer, chunks: Sequence[Chunk]) -> Terms:
+        share, total = Meter(), sum(chunk.draws.num_samples for chunk in chunks)
         for i, chunk in enumerate(chunks):
-            next_chunk(*modules)
-            weight = chunk.draws.num_samples / sum(c.draws.num_samples for c in chunks)
-            with player.sharing(overlap, last=i == len(chunks) - 1):
-                with self.autocast(not phase.fp32):
-                    loss, terms = phase.loss(chunk)
-                (loss if self.exact else loss * weight).backward()
-            if self.exact:
-                player.collect_gradients()
+            next_chunk(*self.layers)
+            weight = chunk.draws.num_samples / total
+            with player.chunk(phase, last=i == len(chunks) - 1):
+                loss, terms = self.loss(phase, chunk)
+                player.backward(loss, weight)
             share.add({**terms, f"{phase.name}/loss": loss}, weight)
-        if self.exact:
-            player.average_collected(len(chunks) * world())
-        elif not overlap:
-            player.average_gradients()
+        player.finish(phase, len(chunks))
         return share.sums
 
     def _prepass(self, phase: Phase, chunks: Sequence[Chunk]) -> None:
         if phase.prepass is None:
             return
-        means = Meter()
-        modules = [net.module for net in self.nets.values()]
+        means, total = Meter(), sum(chunk.draws.num_samples for chunk in chunks)
         for chunk in chunks:
-            open_phase(*modules)
+            open_phase(*self.layers)
             with torch.no_grad() if not phase.fp32 else torch.enable_grad(), self.autocast(not phase.fp32):
                 terms = phase.prepass(chunk)
-            means.add(terms, chunk.draws.num_samples / sum(c.draws.num_samples for c in chunks))
-            close_phase(*modules, apply=False)
+            means.add(terms, chunk.draws.num_samples / total)
+            close_phase(*self.layers, apply=False)
         means.count(list(means.sums))
         values = means.means()
         if phase.receive is not None:
             phase.receive({n: torch.tensor(v, device=self.device, dtype=torch.float32) for n, v in values.items()})
 
-    def autocast(self, wanted: bool = True) -> torch.autocast:
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16 and wanted)
-
-    def _agree_finite(self, phase: Phase, player: Player, terms: Terms) -> bool:
+    def _agree_finite(self, player: BasePlayer, terms: Terms) -> bool:
         numbers = [t.reshape(()).float() for t in terms.values()]
         numbers += [n.float() for n in torch._foreach_norm(player.gradients())]
         bad = not bool(torch.stack(numbers).isfinite().all())

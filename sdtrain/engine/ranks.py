@@ -2,11 +2,31 @@
 
 from __future__ import annotations
 
+import datetime
+import os
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+RANK_TIMEOUT = datetime.timedelta(minutes=30)  # a collective waits this long for the slowest rank
+
+
+def start_ranks(device: str = "auto") -> torch.device:
+    """Join the process group that accelerate or torchrun announced; returns this rank's device.
+
+    `device` is auto (a GPU where there is one), cpu or cuda.
+    """
+    from accelerate import PartialState
+
+    on_gpu = torch.cuda.is_available() and not os.environ.get("SDTRAIN_CPU") and device != "cpu"
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    together: dict[str, Any] = {} if alone else {"timeout": RANK_TIMEOUT, "backend": "nccl" if on_gpu else "gloo"}
+    state = PartialState(cpu=not on_gpu, **together)
+    if state.device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+    return state.device
 
 
 def _grouped() -> bool:
@@ -25,7 +45,7 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def leave() -> None:
+def destroy() -> None:
     """End this process's part in the group; its threads, left to the interpreter's exit, may abort a finished one."""
     if _grouped():
         dist.destroy_process_group()

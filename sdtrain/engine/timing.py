@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 
 
-class Stopwatch:
+class Timer:
     """Adds up seconds by section. On CUDA the device's own events are used, and read only when somebody asks."""
 
     def __init__(self, device: torch.device) -> None:

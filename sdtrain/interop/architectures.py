@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from sdtrain.errors import WeightsError
+from sdtrain.interop import r3gan
 from sdtrain.interop import super_resolution as sr
 from sdtrain.interop.network import Network, Player, as_tuples
 
@@ -169,6 +170,8 @@ NETWORKS: dict[str, Row] = {
     "discriminator.mini_discs.0.main.0.main.1.bias": PROJECTED,
     "discriminator.mini_discs.0.main.0.main.2.bias": PROJECTED,
     "layers.0.blocks.0.attn.rpb": ("stylenat", "Generator", stylenat_generator, "StyleNAT"),
+    "Model.AggregationLayer.Layer.weight": ("r3gan", "Generator", r3gan.generator, "R3GAN"),
+    "Model.ExtractionLayer.Layer.weight": ("r3gan", "Discriminator", r3gan.discriminator, "R3GAN"),
     "final_linear.0.weight_orig": ("stylenat", "Discriminator", stylenat_discriminator, "StyleNAT"),
     "conv9.weight": ("unet_sn", "Discriminator", sr.unet_sn, "UNetDiscriminatorSN"),
     "condition_scale1.0.weight": ("gcfsr", "Generator", sr.gcfsr_generator, "GCFSR"),

@@ -79,7 +79,8 @@ def _of_config(path: Path, player: Player) -> dict[str, Any]:
     folder = next((parent for parent in list(path.resolve().parents)[:3] if (parent / "config.yaml").is_file()), None)
     if folder is None:
         return {}
-    from sdtrain.config.load import load_config, to_tree
+    from sdtrain.config.compare import to_tree
+    from sdtrain.config.load import load_config
 
     config = to_tree(load_config(folder / "config.yaml"))
     section = dict(config.get("model", {}).get(player.lower()) or {})

@@ -1,8 +1,8 @@
 """Networks of official checkpoint files: which ones a file holds, their architecture, and the way back.
 
-StyleGAN2-ADA and ProjectedGAN snapshots hold whole modules (G, D, G_ema), StyleNAT containers hold state dicts (g, d,
-g_ema), super-resolution files one state dict. Names inside sdtrain are the official ones, so import and export carry
-tensors over unchanged, bit for bit.
+StyleGAN2-ADA, ProjectedGAN and R3GAN snapshots hold whole modules (G, D, G_ema), StyleNAT containers hold state dicts
+(g, d, g_ema), super-resolution files one state dict. Names inside sdtrain are the official ones, so import and export
+carry tensors over unchanged, bit for bit.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sdtrain.errors import ConfigError, WeightsError
 from sdtrain.files import sha256_of_file
+from sdtrain.interop import r3gan
 from sdtrain.interop.architectures import NETWORKS, checked, recognise
 from sdtrain.interop.network import Network, Player, read_card
 from sdtrain.interop.pickle_machine import Record
@@ -66,11 +67,12 @@ def is_state(value: Any) -> bool:
 def _snapshot(
     modules: Mapping[str, Record], content: Content, source: dict[str, Any], options: dict[str, Any]
 ) -> Official:
-    """StyleGAN2-ADA (modules with constructor arguments) or ProjectedGAN (modules by class)."""
+    """StyleGAN2-ADA (modules with constructor arguments), ProjectedGAN or R3GAN (modules by class)."""
     style = all(module.name.startswith(PERSISTENT) for module in modules.values())
     what = "StyleGAN2-ADA snapshot" if style else "ProjectedGAN snapshot"
-    source = {**source, "what": what}
     read = _stylegan2 if style else _projected
+    what, read = (r3gan.WHAT, _r3gan) if r3gan.is_snapshot(modules) else (what, read)
+    source = {**source, "what": what}
     resolution = next(
         (m.attributes["img_resolution"] for m in modules.values() if "img_resolution" in m.attributes), None
     )
@@ -123,6 +125,12 @@ def _projected(role: str, module: Record, source: dict[str, Any], options: dict[
     if module.attributes.get("c_dim"):
         changes["num_classes"] = module.attributes["c_dim"]
     return recognise(state, role, source, options=own, **changes)
+
+
+def _r3gan(role: str, module: Record, source: dict[str, Any], options: dict[str, Any], _: Any) -> Network:
+    """Number formats stand in the modules, everything else in the shapes."""
+    low = r3gan.low_precision_res(source["file"], module, upwards=role != "D")
+    return recognise(state_of(source["file"], module), role, source, options={"num_low_precision_res": low, **options})
 
 
 def _container(held: Mapping[str, Any], content: Content, source: dict[str, Any], options: dict[str, Any]) -> Official:

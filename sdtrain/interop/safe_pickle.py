@@ -29,6 +29,12 @@ MAX_DEPTH = 64
 # numpy scalars that official code leaves in attributes, by dtype code
 SCALARS = {"f8": "<d", "f4": "<f", "i8": "<q", "i4": "<i", "u1": "<B", "b1": "<?"}
 
+R3GAN = (
+    "Generator GeneratorStage GenerativeBasis Discriminator DiscriminatorStage DiscriminativeBasis ResidualBlock "
+    "UpsampleLayer DownsampleLayer Convolution InterpolativeUpsamplerCUDA InterpolativeDownsamplerCUDA "
+    "BiasedActivationCUDA"
+)
+
 # classes whose instances become records, by the start of their module
 CLASSES = {
     "pg_modules.networks_fastgan.": "Generator DummyMapping FastganSynthesis FastganSynthesisCond",
@@ -36,6 +42,9 @@ CLASSES = {
     "UpBlockBigCond CCBN DownBlock DownBlockPatch SeparableConv2d FeatureFusionBlock CSM",
     "pg_modules.discriminator.": "ProjectedDiscriminator MultiScaleD SingleDisc SingleDiscCond",
     "pg_modules.projector.": "F_RandomProj",
+    "R3GAN.": R3GAN,
+    "BaselineGAN.": R3GAN,  # what R3GAN was called when its first weights were released
+    "training.networks": "Generator Discriminator",
     "torch.nn.modules.": "Sequential ModuleDict ModuleList Conv2d ConvTranspose2d BatchNorm2d Upsample "
     "AdaptiveAvgPool2d AvgPool2d LeakyReLU ReLU ReLU6 Sigmoid Identity Embedding Linear Module _WrappedHook",
     "torch.nn.utils.spectral_norm.": "SpectralNorm SpectralNormStateDictHook SpectralNormLoadStateDictPreHook",
@@ -45,6 +54,7 @@ CLASSES = {
     "argparse.": "Namespace",
     "numpy.": "ndarray",
 }
+DTYPES = ("torch.float32", "torch.bfloat16")  # values, never called
 PERSISTENT = "persistent."
 TENSORFLOW = "dnnlib.tflib."
 
@@ -165,7 +175,7 @@ class Globals:
             )
         if name in self.calls:
             return Token(name, self.calls[name])
-        return storage_token(name) or class_token(name)
+        return Token(name) if name in DTYPES else storage_token(name) or class_token(name)
 
     def _blob(self, data: Any) -> Any:
         """An inner torch blob. It may name storage types and nothing else, so blobs do not nest."""

@@ -18,7 +18,7 @@ def hinge_d(real_logits: Tensor, fake_logits: Tensor) -> tuple[Tensor, Tensor]:
     return F.relu(1 - real_logits).mean(), F.relu(1 + fake_logits).mean()
 
 
-def hinge_g(fake_logits: Tensor) -> Tensor:
+def hinge_g(fake_logits: Tensor, real_logits: Tensor | None = None) -> Tensor:
     """-mean D(fake)."""
     return -fake_logits.mean()
 
@@ -28,7 +28,7 @@ def logistic_d(real_logits: Tensor, fake_logits: Tensor) -> tuple[Tensor, Tensor
     return F.softplus(-real_logits).mean(), F.softplus(fake_logits).mean()
 
 
-def logistic_g(fake_logits: Tensor) -> Tensor:
+def logistic_g(fake_logits: Tensor, real_logits: Tensor | None = None) -> Tensor:
     """Non-saturating: mean -log sigmoid(D(fake)); Goodfellow et al. 2014, StyleGAN2."""
     return F.softplus(-fake_logits).mean()
 
@@ -38,7 +38,7 @@ def least_squares_d(real_logits: Tensor, fake_logits: Tensor) -> tuple[Tensor, T
     return (real_logits - 1).square().mean(), fake_logits.square().mean()
 
 
-def least_squares_g(fake_logits: Tensor) -> Tensor:
+def least_squares_g(fake_logits: Tensor, real_logits: Tensor | None = None) -> Tensor:
     """mean (D(fake) - 1)^2."""
     return (fake_logits - 1).square().mean()
 
@@ -48,32 +48,37 @@ def wasserstein_d(real_logits: Tensor, fake_logits: Tensor) -> tuple[Tensor, Ten
     return -real_logits.mean(), fake_logits.mean()
 
 
-def wasserstein_g(fake_logits: Tensor) -> Tensor:
+def wasserstein_g(fake_logits: Tensor, real_logits: Tensor | None = None) -> Tensor:
     """-mean D(fake)."""
     return -fake_logits.mean()
 
 
 class Adversarial(NamedTuple):
-    """One game: d(real_logits, fake_logits) -> (loss on real, loss on fake), g(fake_logits) -> loss."""
+    """One game. Both sides may see real and fake logits of the same number of samples."""
 
     d: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-    g: Callable[[Tensor], Tensor]
+    """(real_logits, fake_logits) -> (loss on real, loss on fake), whose sum D minimises."""
+    g: Callable[[Tensor, Tensor | None], Tensor]
+    """(fake_logits, real_logits) -> what G minimises."""
+    relativistic: bool = False
+    """G's side looks at real logits; elsewhere they are not computed and None is given."""
 
 
 ADVERSARIAL: dict[str, Adversarial] = {
     "hinge": Adversarial(hinge_d, hinge_g),
     "logistic": Adversarial(logistic_d, logistic_g),
-    "least_squares": Adversarial(least_squares_d, least_squares_g),
+    "least-squares": Adversarial(least_squares_d, least_squares_g),
     "wasserstein": Adversarial(wasserstein_d, wasserstein_g),
 }
 
 
-def r1_penalty(real_images: Tensor, logits: Tensor) -> Tensor:
-    """mean over samples of ||grad_x D(x)||^2 (Mescheder et al. 2018, Eq. 9, without gamma/2); differentiable again.
+def gradient_penalty(images: Tensor, logits: Tensor) -> Tensor:
+    """mean over samples of ||grad_x D(x)||^2, differentiable again: R1 on real images, R2 on generated ones.
 
-    real_images [N, C, H, W] must require grad and logits [N, K] come from them; D(x) is the mean of a sample's logits.
+    (Mescheder et al. 2018, Eq. 9, without gamma/2.) images [N, C, H, W] must require grad and logits [N, K] or [N] come
+    from them; D(x) is the mean of a sample's logits.
     Samples must not influence each other's logits, or their cross terms count too (as in the official code).
     """
     scores = logits.flatten(1).mean(1) if logits.ndim > 1 else logits
-    (gradient,) = torch.autograd.grad(scores.sum(), real_images, create_graph=True)
+    (gradient,) = torch.autograd.grad(scores.sum(), images, create_graph=True)
     return gradient.square().sum(dim=(1, 2, 3)).mean()

@@ -5,7 +5,7 @@ feature map distilled through a two-layer MLP, and the probability of "real" (Eq
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -140,12 +140,16 @@ class FeatureMLP(nn.Sequential):
         super().__init__(nn.Conv2d(c_s, c_t, 1), nn.ReLU(), nn.Conv2d(c_t, c_t, 1))
 
 
-def _squares(mlp: nn.Module, f_s: Tensor, f_t: Tensor) -> Tensor:
+def _squares(mlp: Callable[[Tensor], Tensor], f_s: Tensor, f_t: Tensor) -> Tensor:
     return (mlp(f_s) - f_t).float().square().sum()
 
 
 def mlp_loss(
-    mlp: nn.Module, f_s: Tensor, f_t: Tensor, reduction: Literal["mean", "sum"] = "mean", tiles: int = 1
+    mlp: Callable[[Tensor], Tensor],
+    f_s: Tensor,
+    f_t: Tensor,
+    reduction: Literal["mean", "sum"] = "mean",
+    tiles: int = 1,
 ) -> Tensor:
     """L_MLP = ||MLP(F_S) - F_T||^2: [N, c_S, H, W], [N, c_T, H, W] -> scalar, float32. The teacher's map is a constant.
 

@@ -5,13 +5,20 @@ from __future__ import annotations
 import json
 import logging
 import math
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-import torch
+from torch import Tensor, nn
 
+from sdtrain.contracts import Task
+from sdtrain.data.read.dataset import Dataset, open_dataset
 from sdtrain.engine.ranks import barrier, is_main
 from sdtrain.files import fault_point, save_tensors, write_bytes
-from sdtrain.sampling import generate, grid, sampler, to_uint8
+from sdtrain.metrics.evaluate import Evaluator
+from sdtrain.sampling import grid, sampler
+
+if TYPE_CHECKING:
+    from sdtrain.run import Run
 
 log = logging.getLogger("sdtrain")
 
@@ -22,50 +29,53 @@ def grid_shape(resolution: int) -> tuple[int, int]:
     return columns * columns, columns
 
 
-class Task:
+class GenerationTask(Task):
     """Bound to one run."""
 
-    ends_with_evaluation = False  # `finish` sees to the last weights
-
-    def __init__(self, run: Any) -> None:
+    def __init__(self, run: Run) -> None:
         self.run = run
-        self._evaluators: dict[str, Any] = {}
-        self.style = {"seed": run.config.seed, "class_counts": run.dataset.class_counts, "device": run.device}
+        self._evaluators: dict[str, Evaluator] = {}
+        self.seed, self.class_counts, self.device = run.config.seed, run.dataset.class_counts, run.device
 
     @property
     def eval_img(self) -> int:
-        """Images between two evaluations; 0 = never."""
         return self.run.config.eval_img
 
     def pictures(self) -> None:
         """Grids of G and of its average, on the same latents every time and in every run of the seed."""
         run = self.run
-        total, columns = grid_shape(run.kit.resolution)
-        for tag, name in (("fakes", run.method.students[0]), ("fakes_ema", run.method.evaluated)) if is_main() else ():
-            parts = [range(i, min(i + 16, total)) for i in range(0, total, 16)]
-            images = [to_uint8(generate(run.nets[name], part, **self.style)).cpu() for part in parts]
-            run.folder.image(tag, grid(torch.cat(images), columns), run.seen_img)
+        total, columns = grid_shape(run.resolution)
+        for tag, name in (("fakes", "G"), ("fakes_ema", self.evaluated)):
+            with run.nets[name].whole() as G:
+                if is_main():
+                    images = self.sampler(G, 16)(range(total))
+                    run.folder.image(tag, grid(images, columns), run.seen_img)
         barrier()
+
+    @property
+    def evaluated(self) -> str:
+        return self.run.method.stages[-1].evaluated
+
+    def sampler(self, G: nn.Module, batch_size: int) -> Callable[[Sequence[int]], Tensor]:
+        return sampler(
+            G, seed=self.seed, class_counts=self.class_counts, device=self.device, batch_size=batch_size
+        )
 
     def evaluate(self, split: str) -> None:
         """Measure the average by the configured metrics, all ranks together; the best so far goes to best/."""
         run = self.run
-        sample = sampler(run.nets[run.method.evaluated], batch_size=run.config.metrics.batch_size, **self.style)
-        with run.watch.section("evaluate"):
-            values, protocol = self.evaluator(split).measure(sample)
-        run.folder.row(kind="eval", seen_img=run.seen_img, split=split, weights="ema", **values, protocol=protocol)
+        with run.timer.section("evaluate"), run.nets[self.evaluated].whole() as G:
+            values, protocol = self.evaluator(split).measure(self.sampler(G, run.config.metrics.batch_size))
+        row = {"seen_img": run.seen_img, "stage": run.stage.name, "split": split, "weights": "ema"}
+        run.folder.row(kind="eval", **row, **values, protocol=protocol)
         log.info("eval %s  %s", split, "  ".join(f"{k} {v:.4g}" for k, v in values.items() if isinstance(v, float)))
         if split == "val":
             self.keep_best(values)
 
-    def evaluator(self, split: str) -> Any:
+    def evaluator(self, split: str) -> Evaluator:
         """The evaluator of a split, made when first needed; statistics of real images are kept in the run folder."""
         if split not in self._evaluators:
-            from sdtrain.metrics.evaluate import Evaluator
-
             c, m = self.run.config, self.run.config.metrics
-            weights = {"inception": c.weights.inception or "download"}
-            more = {"batch_size": m.batch_size, "workers": c.data.workers, "device": self.run.device}
             self._evaluators[split] = Evaluator(
                 self._images(split),
                 metrics=m.names,
@@ -74,40 +84,37 @@ class Task:
                 extractor=m.extractor,
                 tap=int(m.tap),
                 seeds=m.seeds,
-                weights=weights,
+                weights={"inception": c.weights.inception or "download"},
                 cache=self.run.folder.path / "cache",
                 split=split,
                 latents_seed=c.seed,
-                **more,
+                batch_size=m.batch_size,
+                workers=c.data.workers,
+                device=self.device,
             )
         return self._evaluators[split]
 
-    def _images(self, split: str) -> Any:
+    def _images(self, split: str) -> Dataset:
         """The data set of a split; without one of its own, validation measures against the training images."""
         source = getattr(self.run.config.data, split)
         if source is None:
             return self.run.dataset
-        from sdtrain.data.read.dataset import open_dataset
-
         return open_dataset(source, cache=self.run.config.data.cache)
 
-    def keep_best(self, values: dict[str, Any]) -> None:
+    def keep_best(self, values: Mapping[str, Any]) -> None:
         """best/ holds the weights with the lowest `metrics.select_by`, and the metrics that chose them."""
-        run = self.run
-        key = run.config.metrics.select_by
-        if not values.get(key, math.inf) < run.best.get(key, math.inf):
+        run, key = self.run, self.run.config.metrics.select_by
+        before = run.best.get(run.stage.name, {}).get(key, math.inf)
+        if not values.get(key, math.inf) < before:
             return
-        run.best = {key: values[key], "seen_img": run.seen_img}
+        run.best = {run.stage.name: {key: values[key], "seen_img": run.seen_img}}
+        tensors = run.nets[self.evaluated].state()
         if is_main():
-            name = run.method.evaluated
-            save_tensors(run.folder.path / "best" / f"{name}.safetensors", run.nets[name].module.state_dict())
+            save_tensors(run.folder.path / "best" / f"{self.evaluated}.safetensors", tensors)
             fault_point("best")
             row = json.dumps({"seen_img": run.seen_img, **values}, default=str)
             write_bytes(run.folder.path / "best" / "metrics.json", row.encode())
         barrier()
-
-    def leave_stage(self) -> None:
-        """Generation has one stage."""
 
     def finish(self) -> None:
         """Pictures and metrics of the last weights, unless this position has just had them, and the test list once."""
@@ -119,3 +126,6 @@ class Task:
             just_now = split == "val" and run.due(c.eval_img)
             if not just_now and not run.folder.measured(run.seen_img, split):
                 self.evaluate(split)
+
+
+TASK = GenerationTask

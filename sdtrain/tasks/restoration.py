@@ -14,47 +14,61 @@ import copy
 import json
 import logging
 import math
-from typing import Any
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from sdtrain.contracts import Chunk
+from sdtrain.contracts import Chunk, Net, Restoration, Task, Tensors
+from sdtrain.data.degrade.chain import reflect_to
+from sdtrain.data.read.order import order
+from sdtrain.data.read.reader import read_image
 from sdtrain.engine.ranks import barrier, gather_objects, is_main, rank, sum_over_ranks, world
 from sdtrain.files import save_tensors, write_bytes
 from sdtrain.rng import Draws
 from sdtrain.tasks import sr_pictures
-from sdtrain.tasks.validation import HIGHER_IS_BETTER, ValidationList
+from sdtrain.tasks.validation import HIGHER_IS_BETTER, Upscale, ValidationList
 
+if TYPE_CHECKING:
+    from sdtrain.run import Run
+
+Values = Mapping[str, float]
 log = logging.getLogger("sdtrain")
 
 
-class Task:
+class RestorationTask(Task):
     """Bound to one run."""
 
-    def __init__(self, run: Any) -> None:
+    def __init__(self, run: Run) -> None:
+        assert isinstance(run.method, Restoration)
         self.run, self.config, self.method = run, run.config, run.method
         self.lists: dict[str, ValidationList] = {}
-        self.best: dict[str, dict[str, Tensor]] = {}  # net -> weights that validation liked best in this stage
+        self.best: dict[str, Tensors] = {}  # net -> weights that validation liked best in this stage
 
     @property
     def eval_img(self) -> int:
-        """Images between two validations; 0 = never. The paper validates after each epoch."""
+        """The paper validates after each epoch."""
         c = self.config
         if not c.eval_img or not c.data.val:
             return 0
-        steps = round(c.eval_epochs * self.run.kit.steps_per_epoch)
+        steps = round(c.eval_epochs * self.run.builder.steps_per_epoch)
         return max(steps, 1) * c.batch_size if c.eval_epochs else c.eval_img
 
     @property
-    def ends_with_evaluation(self) -> bool:
-        """The last weights of a stage are validated before they are saved, unless that has just happened."""
+    def ends_with_evaluation(self) -> bool:  # type: ignore[override]  # it depends on the configuration
         return bool(self.eval_img)
 
     @property
     def stage(self) -> str:
-        """The present stage; the last one when a finished run is opened again."""
-        return (getattr(self.run, "stage", None) or self.method.stages[-1]).name
+        return self.run.stage.name
+
+    @property
+    def evaluated(self) -> str:
+        """The network that validation is about: the teacher's average while it trains, else the student's."""
+        return self.run.stage.evaluated
 
     def of(self, split: str) -> ValidationList:
         if split not in self.lists:
@@ -64,26 +78,26 @@ class Task:
 
     def evaluate(self, split: str) -> None:
         """Measure the stage's average on the list; remember it when it is the best of the stage so far."""
-        run, name = self.run, self.method.evaluated_in(self.stage)
-        if name in self.method.teachers:  # it does not change while only its discriminator trains
+        if self.evaluated in self.method.given:  # it does not change while only its discriminator trains
             return
-        values = self._measure(split, lambda i, factor: self.of(split).upscale(run.nets[name], i, factor))
+        with self.run.nets[self.evaluated].whole() as net:
+            values = self._measure(split, self._upscaler(split, net))
         self._row("eval", split, values, weights="ema")
         if split == "val":
             self.keep_best(values)
 
-    def _measure(self, split: str, upscale: Any) -> dict[str, float]:
-        with self.run.watch.section("evaluate"):
+    def _measure(self, split: str, upscale: Upscale) -> dict[str, float]:
+        with self.run.timer.section("evaluate"):
             return self.of(split).measure(upscale)
 
-    def _row(self, kind: str, split: str, values: dict[str, float], **more: Any) -> None:
+    def _row(self, kind: str, split: str, values: Values, **more: Any) -> None:
         run = self.run
         where = {"seen_img": run.seen_img, "stage": self.stage, "split": split}
         run.folder.row(kind=kind, **where, **more, **values, protocol=self.of(split).protocol())
         shown = "  ".join(f"{n} {v:.4g}" for n, v in values.items())
         log.info("%s %s %s  %s", kind, split, more.get("method", self.stage), shown)
 
-    def keep_best(self, values: dict[str, float]) -> None:
+    def keep_best(self, values: Values) -> None:
         """The paper's rule: lowest validation FID (or whatever `validation.select_by` says), in each stage."""
         run, key = self.run, self.config.validation.select_by
         stage = self.stage
@@ -92,38 +106,40 @@ class Task:
         if not sign * values[key] < sign * before:
             return
         run.best = {**run.best, stage: {**values, "seen_img": run.seen_img}}
-        names = [self.method.evaluated_in(stage), *(["MLP"] if "MLP" in run.nets and stage == "supervised" else [])]
-        self.best = {n: {k: v.detach().clone() for k, v in run.nets[n].module.state_dict().items()} for n in names}
+        names = [self.evaluated, *(["MLP"] if "MLP" in run.nets and stage == "supervised" else [])]
+        self.best = {n: {k: v.detach().clone() for k, v in run.nets[n].state().items()} for n in names}
         self.write_best(stage)
 
     def write_best(self, stage: str) -> None:
         """Files of the best weights of `stage`, for people and for `sdtrain upscale`."""
-        run, name = self.run, self.method.evaluated_in(stage)
+        run = self.run
+        name = next(s.evaluated for s in self.method.stages if s.name == stage)
+        self.write_network(f"{stage}_G", name, self.best[name])
+        self.write_network("G_ema", name, self.best[name])
         if is_main():
-            self.write_network(f"{stage}_G", name, self.best[name])
-            self.write_network("G_ema", name, self.best[name])
             chosen = json.dumps({"stage": stage, **run.best[stage]}).encode()
             for file in ("metrics.json", f"{stage}_metrics.json"):
                 write_bytes(run.folder.path / "best" / file, chosen)
         barrier()
 
-    def write_network(self, file: str, net: str, tensors: dict[str, Tensor]) -> None:
-        """best/FILE.safetensors and its card."""
+    def write_network(self, file: str, name: str, tensors: Tensors) -> None:
+        """best/FILE.safetensors and its card. All ranks together."""
         folder = self.run.folder.path / "best"
-        save_tensors(folder / f"{file}.safetensors", tensors)
-        write_bytes(folder / f"{file}.json", json.dumps(self.card(net)).encode())
+        with self.run.nets[name].whole() as net:
+            card = self.card(name, net)
+        if is_main():
+            save_tensors(folder / f"{file}.safetensors", tensors)
+            write_bytes(folder / f"{file}.json", json.dumps(card).encode())
 
-    def card(self, net: str) -> dict[str, Any]:
+    def card(self, name: str, net: nn.Module) -> dict[str, Any]:
         """How to rebuild a network: kind, player, role and options."""
-        section = self.config.model.discriminator if net.startswith("D") else self.config.model.generator
-        options = {k: v for k, v in vars(self.run.nets[net].module.options).items() if k != "kind"}
-        role = "D" if net.startswith("D") else "G_ema"
-        player = "Discriminator" if role == "D" else "Generator"
-        card = {"kind": section.kind, "player": player, "role": role, "options": options}
-        faces = self.config.model.generator.kind == "gcfsr"
-        return card | ({"resolution": self.run.kit.resolution} if faces else {})
+        model, judge = self.config.model, name.startswith("D")
+        options = {k: v for k, v in vars(net.options).items() if k != "kind"}
+        who = {"player": "Discriminator", "role": "D"} if judge else {"player": "Generator", "role": "G_ema"}
+        card = {"kind": (model.discriminator if judge else model.generator).kind, **who, "options": options}
+        return card | ({"resolution": self.run.resolution} if model.generator.kind == "gcfsr" else {})
 
-    def hand_over(self) -> dict[str, dict[str, Tensor]]:
+    def hand_over(self) -> Mapping[str, Tensors]:
         """The best weights of the stage that is over, whose last are kept; the next begins to collect its own."""
         names = [stage.name for stage in self.method.stages]
         at = names.index(self.stage)
@@ -136,24 +152,22 @@ class Task:
         """What a checkpoint must hold so that the next stage starts the same after a kill: NET/TENSOR."""
         return {f"{net}/{name}": value for net, part in self.best.items() for name, value in part.items()}
 
-    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        self.best = {}
+    def load_tensors(self, tensors: Tensors) -> None:
+        found: dict[str, dict[str, Tensor]] = {}
         for name, value in tensors.items():
             net, _, tensor = name.partition("/")
-            self.best.setdefault(net, {})[tensor] = value.to(self.run.device)
+            found.setdefault(net, {})[tensor] = value.to(self.run.device)
+        self.best = {**found}
         if self.best:
             self.write_best(list(self.run.best)[-1])  # best/ is what this checkpoint knows, whatever came after it
 
-    def leave_stage(self) -> None:
-        """Kept when the next stage begins or the run ends: then a kill between the two loses nothing."""
-
     def write_last(self, stage: str) -> None:
         """How a stage ended, beside its best."""
-        run = self.run
-        trained = [net for nets in self.method.players(stage).values() for net in nets if net != "MLP"]
-        for net in trained if is_main() else ():
-            source = net if net.startswith("D") else self.method.evaluated_in(stage)
-            self.write_network(f"{stage}_last_{net[0]}", source, run.nets[source].module.state_dict())
+        ended = next(s for s in self.method.stages if s.name == stage)
+        trained = [net for nets in ended.players.values() for net in nets if net != "MLP"]
+        for net in trained:
+            source = net if net.startswith("D") else ended.evaluated
+            self.write_network(f"{stage}_last_{net[0]}", source, self.run.nets[source].state())
         barrier()
 
     def finish(self) -> None:
@@ -168,9 +182,10 @@ class Task:
             self.pictures()
         if not self.eval_img:
             return
-        table = {"bicubic": self._measure(split, self.of(split).bicubic)}
+        table: dict[str, Values] = {"bicubic": self._measure(split, self.of(split).bicubic)}
         if "G_T" in run.nets:
-            table["teacher"] = self._measure(split, self._upscaler(split, run.nets["G_T"].module))
+            with run.nets["G_T"].whole() as teacher:
+                table["teacher"] = self._measure(split, self._upscaler(split, teacher))
         for name, values in table.items():
             self._row("baseline", split, values, method=name)
         if c.data.test:
@@ -189,20 +204,20 @@ class Task:
         found = [r for r in rows if r["kind"] == kind and r["split"] == split and r["seen_img"] == self.run.seen_img]
         return bool(gather_objects(len(found))[0])
 
-    def _upscaler(self, split: str, net: Any) -> Any:
+    def _upscaler(self, split: str, net: nn.Module) -> Upscale:
         return lambda i, factor: self.of(split).upscale(net, i, factor)
 
-    def best_network(self) -> Any:
+    def best_network(self) -> nn.Module:
         """A copy of the average with the best weights of the last stage (its last weights where nothing was chosen)."""
-        name = self.method.evaluated_in(self.stage)
-        net = copy.deepcopy(self.run.nets[name].module)
-        if name in self.best:
-            net.load_state_dict(self.best[name])
-        return net
+        with self.run.nets[self.evaluated].whole() as net:
+            copied = copy.deepcopy(net)
+        if self.evaluated in self.best:
+            copied.load_state_dict(self.best[self.evaluated])
+        return copied
 
-    def report(self, split: str, table: dict[str, dict[str, float]]) -> None:
+    def report(self, split: str, table: Mapping[str, Values]) -> None:
         """The validation of each stage's best and the test of the last, as one table in the log."""
-        rows = {f"{stage} (val)": values for stage, values in self.run.best.items()}
+        rows: dict[str, Values] = {f"{stage} (val)": values for stage, values in self.run.best.items()}
         rows |= {f"{name} ({split})": values for name, values in table.items()}
         names = self.config.validation.names
         log.info("%-24s %s", "", "  ".join(f"{n:>8}" for n in names))
@@ -215,64 +230,59 @@ class Task:
             self.strips()
         self.histograms()
 
-    def strips(self, split: str = "val", student: Any = None) -> None:
+    def strips(self, split: str = "val", student: nn.Module | None = None) -> None:
         """Images spread evenly over a list; of validation with the present student, of the test with the best."""
         run, images = self.run, self.of(split)
         assert images.stored
-        if is_main():
-            nets = [student or run.nets["G_ema"], *([run.nets["G_T"]] if "G_T" in run.nets else [])]
-            count, factor = min(self.config.validation.strips, len(images)), images.factors[-1]
-            rows = []
-            for i in range(0, len(images), len(images) // count)[:count]:
-                made = [images.bicubic(i, factor), *(images.upscale(net, i, factor) for net in nets)]
-                rows.append(sr_pictures.strip([images.lq(i, factor), *(m[0].cpu() for m in made), images.hq(i)]))
-            tag = "strips" if split == "val" else f"strips_{split}"
-            run.folder.image(tag, sr_pictures.as_hwc(torch.cat(rows, 1)), run.seen_img)
+        with ExitStack() as stack:
+            nets = [student or stack.enter_context(run.nets["G_ema"].whole())]
+            nets += [stack.enter_context(run.nets["G_T"].whole())] if "G_T" in run.nets else []
+            if is_main():
+                tag = "strips" if split == "val" else f"strips_{split}"
+                run.folder.image(tag, sr_pictures.as_hwc(self.sheet(images, nets)), run.seen_img)
         barrier()
+
+    def sheet(self, images: ValidationList, nets: Sequence[nn.Module]) -> Tensor:
+        """LQ, bicubic, what each network makes of it, HQ: one row an image, uint8 [3, H, W]."""
+        count, factor = min(self.config.validation.strips, len(images)), images.factors[-1]
+        rows = []
+        for i in range(0, len(images), len(images) // count)[:count]:
+            made = [images.bicubic(i, factor), *(images.upscale(net, i, factor) for net in nets)]
+            rows.append(sr_pictures.strip([images.lq(i, factor), *(m[0].cpu() for m in made), images.hq(i)]))
+        return torch.cat(rows, 1)
 
     def histograms(self) -> None:
         """P(real) of every discriminator on images of the student from the first training images of a fixed order."""
         run, seen = self.run, self.run.seen_img
-        found = {name: self.d_outputs(run.nets[name]) for name in ("D_T", "D") if name in run.nets}
-        names = {"D": "D_S", "D_T": "D_T"}
-        counts = {names[n]: sr_pictures.histogram(values) for n, values in found.items()}
-        record = {names[n]: {"probabilities": v, "counts": counts[names[n]]} for n, v in found.items()}
+        names = {"D_T": "D_T", "D": "D_S"}
+        found = {names[name]: self.d_outputs(run.nets[name]) for name in names if name in run.nets}
+        counts = {name: sr_pictures.histogram(values) for name, values in found.items()}
+        record = {name: {"probabilities": found[name], "counts": counts[name]} for name in found}
         run.folder.write_json(f"samples/d_outputs_{seen:09d}.json", {"seen_img": seen, **record})
         run.folder.image("d_outputs", sr_pictures.bars(counts), seen)
-        for n, values in found.items():
-            run.folder.histogram(f"d_outputs/{names[n]}", torch.tensor(values), seen)
+        for name, values in found.items():
+            run.folder.histogram(f"d_outputs/{name}", torch.tensor(values), seen)
 
-    @torch.no_grad()
-    def d_outputs(self, D: Any) -> list[float]:
+    def d_outputs(self, net: Net) -> list[float]:
         """Mean of sigmoid(logit) on each student image; D and G_S in eval, inputs fixed by `validation.seed`."""
         images = self.training_images()
-        rows = torch.zeros(len(images), dtype=torch.float64)
-        was_training = D.module.training
-        D.module.eval()
-        for row in range(rank(), len(images), world()):
-            chunk = self.fixed_chunk(row, images[row])
-            fake = self.method.inputs(self.run.nets["G_ema"].module, chunk, chunk.draws)
-            rows[row] = D.module(fake).sigmoid().mean().double().cpu()
-        D.module.train(was_training)
+        rows = torch.zeros(len(images), dtype=torch.float64, device=self.run.device)
+        with net.whole() as D, self.run.nets["G_ema"].whole() as G:
+            for row in range(rank(), len(images), world()):
+                chunk = self.fixed_chunk(row, images[row])
+                rows[row] = D(self.method.inputs(G, chunk, chunk.draws)).sigmoid().mean()
         sum_over_ranks([rows])
         return rows.tolist()
 
     def training_images(self) -> list[int]:
         """The first samples of an order that the validation seed fixes."""
-        import numpy as np
-
-        from sdtrain.data.read.order import order
-
         count = min(self.config.validation.histogram_images, self.run.dataset.num_samples)
         return order(self.config.validation.seed, np.arange(count), self.run.dataset.num_samples).tolist()
 
     def fixed_chunk(self, row: int, index: int) -> Chunk:
         """One training image as a chunk of its own: top-left crop, degraded without the pool by numbers of `row`."""
-        from sdtrain.data.degrade.chain import reflect_to
-        from sdtrain.data.read.reader import read_image
-
         run, method = self.run, self.method
-        side = method.stream_options.get("crop") or run.kit.resolution
+        side = method.feed.crop or run.resolution
         image = reflect_to(read_image(run.dataset, index), side)[:, :side, :side]
         real = method.to_range(image[None].to(run.device))
         draws = Draws(
@@ -280,3 +290,6 @@ class Task:
         )
         chunk = Chunk(step=0, seen_img=0, real=real, labels=None, draws=draws)
         return method.inputs.fixed(chunk)
+
+
+TASK = RestorationTask

@@ -12,26 +12,26 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from sdtrain.commands.plots import require_matplotlib
-from sdtrain.contracts import Chunk
-from sdtrain.engine.ema import beta_of, update_ema
-from sdtrain.engine.phases import Engine
-from sdtrain.engine.player import Player
+from sdtrain.data.read.stream import Batch
 from sdtrain.errors import EXIT_OK
-from sdtrain.kit import Kit
+from sdtrain.files import write_bytes, write_json
 from sdtrain.methods.dirac import method as dirac
-from sdtrain.rng import Draws
+from sdtrain.trainer import Trainer
+
+if TYPE_CHECKING:
+    from sdtrain.methods.dirac.options import Loaded
 
 CPU = torch.device("cpu")
 COLOURS = {"G": ("tab:green", "indigo"), "G_ema": ("tab:blue", "darkorange")}  # panels (a) and (b), as in the paper
 
 
-def simulate(config: Any, out: Path) -> int:
+def simulate(config: Loaded, out: Path) -> int:
     """Run both panels, print the analysis, write the files. Raises ConfigError without matplotlib."""
     require_matplotlib("the picture needs")
     weights = (0.0, config.simulation.alpha)
@@ -45,44 +45,25 @@ def simulate(config: Any, out: Path) -> int:
 
 
 
-def trajectory(config: Any, alpha: float) -> Tensor:
+def trajectory(config: Loaded, alpha: float) -> Tensor:
     """The states (theta, psi, phi) before the first and after every step, float64 [steps + 1, 3]."""
-    method = dirac.Dirac.with_alpha(config, Kit(config, CPU, 1, 0), alpha)
-    nets = method.nets
-    members = method.players("main")
-    players = {
-        name: Player(name, [nets[n] for n in own], getattr(config.optimizer, name)) for name, own in members.items()
-    }
-    engine = Engine(players, nets, CPU, "fp32")
-    numbers = [nets["G"].module.theta, nets["D"].module.psi, nets["G_ema"].module.theta]
-    states = [[n.item() for n in numbers]]
+    own = dataclasses.replace(config, simulation=dataclasses.replace(config.simulation, alpha=alpha))
+    trainer = Trainer(own, CPU, resolution=1)
+    trainer.enter(trainer.method.stages[0])
+    images = torch.zeros(config.batch_size, 1, 1, 1, dtype=torch.uint8)  # stand for the real ones, which are zero
+    states = [state(trainer)]
     for step in range(config.total_img // config.batch_size):
-        move(config, method, engine, step)
-        update_ema(
-            nets["G_ema"].module, nets["G"].module, beta_of(config.ema, step * config.batch_size, config.batch_size)
-        )
-        states.append([n.item() for n in numbers])
+        trainer.advance(trainer.chunks(Batch(step=step, images=images, labels=None, indices=torch.arange(len(images)))))
+        states.append(state(trainer))
     return torch.tensor(states, dtype=torch.float64)
 
 
-def move(config: Any, method: Any, engine: Engine, step: int) -> None:
-    """Both players make one step; with simultaneous updates D sees G where it was."""
-    ghosts = tuple(range(config.num_ghosts))
-    draws = Draws(seed=config.seed, step=step, ghosts=ghosts, ghost_batch=config.ghost_batch)
-    real = torch.zeros(config.batch_size, 1, 1, 1)
-    chunk = Chunk(step=step, seen_img=step * config.batch_size, real=real, labels=None, draws=draws)
-    theta = method.nets["G"].module.theta
-    before = theta.detach().clone()
-    for phase in method.phases("main", step):
-        after = theta.detach().clone()
-        if phase.player == "D" and config.simulation.updates == "simultaneous":
-            theta.data.copy_(before)
-        engine.run(phase, [chunk])
-        if phase.player == "D":
-            theta.data.copy_(after)
+def state(trainer: Trainer) -> list[float]:
+    """(theta, psi, phi)."""
+    return [next(iter(trainer.nets[name].state().values())).item() for name in ("G", "D", "G_ema")]
 
 
-def analysis(config: Any, alpha: float, path: Tensor) -> dict[str, Any]:
+def analysis(config: Loaded, alpha: float, path: Tensor) -> dict[str, Any]:
     """What the theory says and what came out."""
     rates, updates = dirac.rates_of(config, alpha), config.simulation.updates
     values = torch.linalg.eigvals(dirac.jacobian(rates))
@@ -129,7 +110,7 @@ def render(found: dict[str, Any]) -> str:
     )
 
 
-def describe(config: Any) -> str:
+def describe(config: Loaded) -> str:
     """What `--plan` prints: the theory and the work."""
     steps = config.total_img // config.batch_size
     lines = [f"plan of {config.name}: no data, no ranks; two simulations of {steps} steps, and Figure 2 of the paper"]
@@ -140,9 +121,8 @@ def describe(config: Any) -> str:
     return "\n".join(lines)
 
 
-def write(config: Any, out: Path, found: list[dict[str, Any]]) -> None:
-    from sdtrain.config.load import dump
-    from sdtrain.files import write_bytes, write_json
+def write(config: Loaded, out: Path, found: list[dict[str, Any]]) -> None:
+    from sdtrain.config.compare import dump
 
     out.mkdir(parents=True, exist_ok=True)
     write_bytes(out / "config.yaml", dump(config).encode())
@@ -150,7 +130,7 @@ def write(config: Any, out: Path, found: list[dict[str, Any]]) -> None:
     write_json(out / "analysis.json", rows)
 
 
-def draw(config: Any, paths: list[Tensor], file: Path) -> None:
+def draw(config: Loaded, paths: list[Tensor], file: Path) -> None:
     """Figure 2: theta across, psi up; (b) with the gradient vector field at the final theta_EMA."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -185,7 +165,7 @@ def curves(ax: Any, path: Tensor, panel: int) -> None:
     ax.plot(0, 0, "*", color="crimson", markersize=12, label="equilibrium", zorder=5)
 
 
-def field(config: Any, ax: Any, phi: Tensor, reach: float) -> None:
+def field(config: Loaded, ax: Any, phi: Tensor, reach: float) -> None:
     """Eq. (3) in the plane (theta, psi) where theta_EMA = phi: arrows of equal length, darker where it is stronger."""
     line = torch.linspace(-reach, reach, 17, dtype=torch.float64)
     theta, psi = torch.meshgrid(line, line, indexing="xy")

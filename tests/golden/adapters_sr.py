@@ -180,7 +180,7 @@ def _pixel_losses(case: Any) -> Iterator[tuple]:
 def _adversarial_losses(case: Any) -> Iterator[tuple]:
     from sdtrain.losses import adversarial
 
-    games = {"vanilla": "logistic", "wgan_softplus": "logistic", "lsgan": "least_squares", "hinge": "hinge"}
+    games = {"vanilla": "logistic", "wgan_softplus": "logistic", "lsgan": "least-squares", "hinge": "hinge"}
     logit = case.tensors["in.logit"]
     for name, ours in {**games, "wgan": "wasserstein"}.items():
         real, fake = getattr(adversarial, f"{ours}_d")(logit, logit)

@@ -357,6 +357,10 @@ def _seeded_augmentation(case, pipes: Mapping[str, nn.Module]) -> Iterator[tuple
 
 
 def schedules(case) -> Iterator[tuple]:
+    if "ada" not in case.json:  # R3GAN's file has the same name
+        from adapters_r3gan import schedules as r3gan
+
+        return (yield from r3gan(case))
     from sdtrain.augment.ada import update_p
     from sdtrain.losses.regularizers import lazy_adam
     from sdtrain.models.stylegan2.networks import auto_preset

@@ -8,14 +8,17 @@ D(G(z)) - D(0) for D, so c = -1. Continuous-time rates are the step sizes eta_G 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from sdtrain.config.options import SelfDistillation
-from sdtrain.methods.sdgan import method as sdgan
-from sdtrain.methods.sdgan.options import Options as SDGANOptions
+from sdtrain.contracts import Chunk, Net
+from sdtrain.methods.sdgan.method import SDGAN
+from sdtrain.rng import Draws
+
+if TYPE_CHECKING:
+    from sdtrain.methods.dirac.options import Loaded
 
 C = -1.0  # f'(0) of the losses above
 
@@ -31,9 +34,10 @@ class Rates:
     c: float = C
 
 
-def rates_of(config: Any, alpha: float) -> Rates:
-    o = config.optimizer
-    return Rates(eta_G=o.G.lr, eta_D=o.D.lr, eta_phi=1 - config.ema.decay, alpha=alpha)
+def rates_of(config: Loaded, alpha: float) -> Rates:
+    lr_G, lr_D, beta = config.optimizer.G.lr, config.optimizer.D.lr, config.ema.decay
+    assert isinstance(lr_G, float) and isinstance(lr_D, float) and beta is not None  # `problems` came first
+    return Rates(eta_G=lr_G, eta_D=lr_D, eta_phi=1 - beta, alpha=alpha)
 
 
 def vector_field(r: Rates, theta: Tensor, psi: Tensor, phi: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -89,20 +93,24 @@ def half_square(x: Tensor, target: Tensor) -> Tensor:
     return 0.5 * (x - target.detach()).square().flatten(1).sum(1)
 
 
-class Dirac(sdgan.SDGAN):
-    """SD-GAN as it is, with the smallest players, f = identity and L_SD = 1/2 (theta - phi)^2."""
+class Dirac(SDGAN):
+    """SD-GAN as it is, with the smallest players; only real images and simultaneous updates are its own."""
 
-    @classmethod
-    def build(cls, config: Any, kit: Any) -> Dirac:
-        return cls.with_alpha(config, kit, config.simulation.alpha)
+    def __init__(self, *parts: Any, simultaneous: bool = False, **more: Any) -> None:
+        super().__init__(*parts, **more)
+        self.simultaneous = simultaneous
+        self.made: dict[tuple[int, ...], Tensor] = {}  # what G made before it moved, by ghosts
 
-    @classmethod
-    def with_alpha(cls, config: Any, kit: Any, alpha: float) -> Dirac:
-        G, D = kit.generator(config.model.generator), kit.discriminator(config.model.discriminator)
-        options = SDGANOptions(sd=SelfDistillation(alpha=alpha, augment=False), adversarial="wasserstein")
-        nets = {"G": G, "D": D, "G_ema": kit.average_of(G)}
-        size = {"batch_size": config.batch_size, "total_img": config.total_img}
-        return cls(options, nets, **size, distance=half_square)
+    def to_range(self, images: Tensor) -> Tensor:
+        """Real images are zero, [N, 1, 1, 1]."""
+        return torch.zeros(len(images), 1, 1, 1)
 
-
-METHOD = Dirac
+    def generate(self, G: Net, x: Chunk, draws: Draws, teacher: bool = False) -> Tensor:
+        """With simultaneous updates D sees G where it was before its step."""
+        ghosts = tuple(x.draws.ghosts)
+        if ghosts in self.made and not teacher:
+            return self.made.pop(ghosts)
+        fake = super().generate(G, x, draws, teacher)
+        if self.simultaneous and not teacher:
+            self.made[ghosts] = fake.detach()
+        return fake

@@ -1,173 +1,210 @@
-"""How SDAKD is put together: which networks a configuration needs, its stages, and the hand-over between them."""
+"""How SDAKD is put together: which networks a configuration needs, and its stages as data."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sdtrain.config import schema
+from sdtrain.config.declare import Role
 from sdtrain.config.options import span_img
-from sdtrain.contracts import Stage
+from sdtrain.contracts import Net, Stage, Start
 from sdtrain.engine.ema import freeze
-from sdtrain.engine.player import Net
 from sdtrain.interop.architectures import require
 from sdtrain.interop.loading import file_of_run, load_network
 from sdtrain.interop.network import load_into
 from sdtrain.losses.feature import FeatureMLP, PerceptualLoss
 from sdtrain.methods.sdakd.inputs import make_inputs
+from sdtrain.methods.sdakd.method import SDAKD
 from sdtrain.rng import seed_of
 
+if TYPE_CHECKING:
+    from sdtrain.builder import Builder
+    from sdtrain.methods.sdakd.options import Loaded
 
-def build(method: Any, config: Any, kit: Any) -> Any:
-    """An `SDAKD` for this configuration. Raises WeightsError for teacher files that do not fit it."""
-    nets = networks(config, kit)
-    uses_vgg = config.recipe.perceptual or config.supervision.perceptual
-    sd = bool(config.sd.alpha)
-    return method(
+Modules = dict[str, nn.Module]
+
+
+def build(config: Loaded, builder: Builder) -> SDAKD:
+    """The method of this configuration. Raises WeightsError for teacher files that do not fit it."""
+    trained, given = students(config, builder), teachers_given(config, builder)
+    averages = {"G_ema": "G"}
+    if set(config.stages) != {"naive"}:
+        trained |= teachers_trained(config, builder)
+        averages |= {"G_T": "G_T_raw"} if "G_T_raw" in trained else {}
+    layers: tuple[str, ...] = ()
+    if config.lambda_1 and set(config.stages) != {"naive"}:
+        teacher = given.get("G_T", trained.get("G_T_raw"))
+        layers = (config.fm_layer or str(teacher.fm_layer),)  # type: ignore[union-attr]
+        trained["MLP"] = feature_mlp(config.seed, layers[0], trained["G"], teacher)
+    nets: dict[str, Net] = builder.nets(trained, averages)
+    nets |= {name: builder.engine.net(module, trained=False) for name, module in given.items()}
+    uses_vgg, sd = config.recipe.perceptual or config.supervision.perceptual, bool(config.sd.alpha)
+    return SDAKD(
         config,
         nets,
-        stages_of(config, kit.steps_per_epoch),
+        stages_of(config, set(nets), builder.steps_per_epoch, config.batch_size),
         make_inputs(config),
-        perceptual=perceptual(kit, config.perceptual) if uses_vgg else None,
-        distance=kit.distance(config.sd) if sd else None,
-        T=kit.paired_augment(config.sd) if sd else None,
+        given=tuple(given),
+        layers=layers,
+        perceptual=perceptual(builder, config.perceptual) if uses_vgg else None,
+        distance=builder.distance(config.sd) if sd else None,
+        T=builder.paired_augment(config.sd) if sd else None,
     )
 
 
-def networks(config: Any, kit: Any) -> dict[str, Net]:
-    """Teachers (from files, or to be trained) unless every stage does without, then the students."""
-    model, student, nets = config.model, config.student, dict[str, Net]()
-    if set(config.stages) != {"naive"}:
-        nets |= teachers(config, kit)
+def students(config: Loaded, builder: Builder) -> Modules:
+    """G and D at the widths of `student`; the judge of Ablations 1 to 3 has the teacher's."""
+    model, student = config.model, config.student
+    D_C = student.C if student.D_C is None else student.D_C
     small = narrowed(model.generator, student.C, growth=student.growth, style=student.style)
-    judge = student.C if student.D_C is None else student.D_C
-    G = kit.generator(small)
-    nets |= {"G": G, "G_ema": kit.average_of(G)}
-    nets["D"] = kit.discriminator(narrowed(model.discriminator, 1 if config.adversary == "teacher" else judge))
-    if config.lambda_1 and "G_T" in nets:
-        T = nets["G_T"].module
-        nets["MLP"] = feature_mlp(kit, config.fm_layer or str(T.fm_layer), G.module, T)
-    return nets
+    judge = narrowed(model.discriminator, 1 if config.adversary == "teacher" else D_C)
+    return {"G": builder.generator(small), "D": builder.discriminator(judge)}
 
 
-def teachers(config: Any, kit: Any) -> dict[str, Net]:
-    model, files, nets = config.model, config.teacher, dict[str, Net]()
+def teachers_given(config: Loaded, builder: Builder) -> Modules:
+    """Teachers that come from files."""
+    files, model = config.teacher, config.model
+    if set(config.stages) == {"naive"}:
+        return {}
+    given = {}
     if files.generator:
-        nets["G_T"] = teacher_from(kit, files.generator, "Generator", model.generator)
-    else:
-        nets["G_T_raw"] = kit.generator(model.generator, role="G/teacher")
-        nets["G_T"] = kit.average_of(nets["G_T_raw"])
+        given["G_T"] = teacher_from(builder, files.generator, "generator", model.generator)
     if files.discriminator:
-        nets["D_T"] = teacher_from(kit, files.discriminator, "Discriminator", model.discriminator)
-    else:
-        nets["D_T"] = kit.discriminator(model.discriminator, role="D/teacher")
-    return nets
+        given["D_T"] = teacher_from(builder, files.discriminator, "discriminator", model.discriminator)
+    return given
 
 
-def stages_of(config: Any, steps_per_epoch: float) -> list[Stage]:
+def teachers_trained(config: Loaded, builder: Builder) -> Modules:
+    """Teachers of stage 1: G_T is the average of G_T_raw."""
+    files, model, made = config.teacher, config.model, Modules()
+    if not files.generator:
+        made["G_T_raw"] = builder.generator(model.generator, "G/teacher")
+    if not files.discriminator:
+        made["D_T"] = builder.discriminator(model.discriminator, "D/teacher")
+    return made
+
+
+def stages_of(config: Loaded, nets: set[str], steps_per_epoch: float, batch_size: int) -> list[Stage]:
     """The stages in order, each with its end on the one clock; stage 1 is left out when both teachers are given."""
     lengths = {"teacher": config.n1, "naive": config.n1, "supervised": config.n2, "adversarial": config.n3}
-    given = config.teacher.generator and config.teacher.discriminator
     stages: list[Stage] = []
     for name in config.stages:
-        if name == "teacher" and given:
+        if name == "teacher" and config.teacher.generator and config.teacher.discriminator:
             continue
-        start = stages[-1].end_img if stages else 0
-        length = span_img(lengths[name], steps_per_epoch, config.batch_size)
+        begin = stages[-1].end_img if stages else 0
+        length = span_img(lengths[name], steps_per_epoch, batch_size)
         alone = name == "naive" or not config.teacher.generator  # a given generator needs no L1 stage
-        pixel = round(length * config.recipe.pixel_share / config.batch_size) * config.batch_size
+        pixel = round(length * config.recipe.pixel_share / batch_size) * batch_size
         if name in ("teacher", "naive") and alone and pixel:
-            stages.append(Stage(name=f"{name}_pixel", end_img=start + pixel))
-        stages.append(Stage(name=name, end_img=start + length))
+            stages.append(stage_of(config, nets, f"{name}_pixel", begin + pixel, stages))
+        stages.append(stage_of(config, nets, name, begin + length, stages))
     return shortened(stages, config.total_img)
+
+
+def stage_of(config: Loaded, nets: set[str], name: str, end_img: int, earlier: list[Stage]) -> Stage:
+    """One stage as data. Teachers only look on once their stage is over."""
+    teaching = name.startswith("teacher")
+    average = {"G_T": "G_T_raw"} if "G_T_raw" in nets else {}
+    judge_frozen = name == "adversarial" and config.adversary == "teacher" and config.teacher_d == "frozen"
+    frozen = [net for net in ("G_T", "D_T") if net in nets and not teaching]
+    return Stage(
+        name=name,
+        end_img=end_img,
+        players=players_of(config, nets, name),
+        averages=average if teaching else {"G_ema": "G"},
+        frozen=(*frozen, *(["D"] if judge_frozen else [])),
+        evaluated="G_T" if teaching else "G_ema",
+        starts=starts_of(config, nets, name, earlier[-1].name if earlier else ""),
+    )
+
+
+def players_of(config: Loaded, nets: set[str], name: str) -> dict[str, tuple[str, ...]]:
+    student: tuple[str, ...] = ("G", "MLP") if "MLP" in nets else ("G",)
+    judged_by_teacher = config.adversary == "teacher"
+    if name == "supervised":
+        return {"G_sup": student} if judged_by_teacher else {"G_sup": student, "D_sup": ("D",)}
+    if name == "adversarial":
+        frozen = judged_by_teacher and config.teacher_d == "frozen"
+        return {"G": student} if frozen else {"G": student, "D": ("D",)}
+    teaching, pixel = name.startswith("teacher"), name.endswith("_pixel")
+    G = "G_T_raw" if teaching else "G"
+    generator: dict[str, tuple[str, ...]] = {"G_pixel" if pixel else "G_original": (G,)} if G in nets else {}
+    return generator if pixel else {**generator, "D_original": ("D_T" if teaching else "D",)}
+
+
+def starts_of(config: Loaded, nets: set[str], name: str, before: str) -> dict[str, Start]:
+    """After an L1 stage the generator is its average, as published; a trained teacher is its best.
+
+    After stage 2 the student is the one validation liked best (`start_from`), or its last; D goes on from its last
+    weights. The judge of Ablations 1 to 3 begins as the teacher's.
+    """
+    starts = {}
+    if before.endswith("_pixel"):
+        teaching = before.startswith("teacher")
+        starts["G_T_raw" if teaching else "G"] = Start(net="G_T" if teaching else "G_ema")
+    if before == "teacher" and "G_T_raw" in nets:
+        starts["G_T"] = Start(net="G_T", best=True)
+    if before == "supervised":
+        best = config.start_from == "best"
+        student = Start(net="G_ema", best=True, otherwise="G") if best else Start(net="G")
+        starts |= {"G": student, "G_ema": student}
+        if best and "MLP" in nets:
+            starts["MLP"] = Start(net="MLP", best=True)
+    if name == "adversarial" and config.adversary == "teacher":
+        starts["D"] = Start(net="D_T")
+    return starts
 
 
 def shortened(stages: list[Stage], total_img: int | None) -> list[Stage]:
     """The stages up to `total_img` images; None = all of them."""
     if total_img is None:
         return stages
-    starts = [0, *(stage.end_img for stage in stages)]
-    kept = [stage for start, stage in zip(starts, stages) if start < total_img]
-    return [Stage(name=stage.name, end_img=min(stage.end_img, total_img)) for stage in kept]
-
-
-def hand_over(method: Any, stage: str, best: Mapping[str, dict[str, Tensor]] | None) -> None:
-    """Give the networks of a stage their weights and modes. `best` is None inside a stage: modes only.
-
-    Teachers freeze when their stage is over. After an L1 stage the generator is its average, as published; after stage
-    2 it is the one validation liked best (`start_from`), and D goes on from its last weights.
-    """
-    nets, training_teacher = method.nets, stage.startswith("teacher")
-    if best is not None:
-        take_weights(method, stage, best)
-    if not training_teacher:
-        for name in ("G_T", "D_T"):
-            if name in nets:
-                freeze(nets[name].module)
-    if stage == "adversarial" and method.o.adversary == "teacher" and method.o.teacher_d == "frozen":
-        freeze(nets["D"].module)
-
-
-def take_weights(method: Any, stage: str, best: Mapping[str, dict[str, Tensor]]) -> None:
-    nets = method.nets
-    before = next((s.name for s, after in zip(method.stages, method.stages[1:]) if after.name == stage), "")
-    chosen = best if method.o.start_from == "best" or before == "teacher" else {}
-    if before.endswith("_pixel"):
-        source, average = ("G_T_raw", "G_T") if before.startswith("teacher") else ("G", "G_ema")
-        nets[source].module.load_state_dict(nets[average].module.state_dict())
-    elif before in ("teacher", "supervised"):
-        for name, tensors in chosen.items():
-            nets[name].module.load_state_dict(tensors)
-        if before == "supervised":
-            source = nets["G_ema"] if chosen else nets["G"]
-            nets["G"].module.load_state_dict(source.module.state_dict())
-            nets["G_ema"].module.load_state_dict(source.module.state_dict())
-    if stage == "adversarial" and method.o.adversary == "teacher":
-        nets["D"].module.load_state_dict(nets["D_T"].module.state_dict())
+    begins = [0, *(stage.end_img for stage in stages)]
+    kept = [stage for begin, stage in zip(begins, stages) if begin < total_img]
+    return [replace(stage, end_img=min(stage.end_img, total_img)) for stage in kept]
 
 
 def narrowed(section: Any, C: Any, **how: Any) -> Any:
     """The options of a student: `section` with the fraction C of its channels. Raises ConfigError when none is left."""
     scaled = schema.model(section.kind).scaled
     assert scaled is not None  # `checks` lets no other model through
-    wanted = {k: v for k, v in how.items() if k in scaled.__code__.co_varnames[: scaled.__code__.co_argcount]}
-    return scaled(section, C, **wanted)
+    return scaled(section, C, **how)
 
 
-def teacher_from(kit: Any, path: str, player: str, section: Any) -> Net:
+def teacher_from(builder: Builder, path: str, which: Role, section: Any) -> nn.Module:
     """A frozen network from a file (or the best of a run folder) that must be the one `section` describes.
 
     Raises WeightsError naming both when it is another network, another width or scale, or the other player.
     """
-    role = "G_ema" if player == "Generator" else "D"
+    role, player = ("G_ema", "Generator") if which == "generator" else ("D", "Discriminator")
     place = Path(path).expanduser()
     file = file_of_run(place, role) if place.is_dir() else place
     found = load_network(file)
     plain = getattr(importlib.import_module(f"sdtrain.models.{section.kind}.options"), f"{player}Options")
     options = plain(**{name: getattr(section, name) for name in plain.__dataclass_fields__})
-    side = kit.resolution if section.kind == "gcfsr" else None
+    side = builder.resolution if section.kind == "gcfsr" else None
     require(file, found, player=player, kind=section.kind, options=options, resolution=side)  # type: ignore[arg-type]
-    net = getattr(kit, player.lower())(section, role=f"{role}/teacher")
-    load_into(net.module, found.state, file)
-    freeze(net.module)
-    return net
+    module = builder.module(which, section, f"{role}/teacher")
+    load_into(module, found.state, file)
+    return freeze(module)
 
 
-def feature_mlp(kit: Any, layer: str, student: Any, teacher: Any) -> Net:
+def feature_mlp(seed: int, layer: str, student: Any, teacher: Any) -> nn.Module:
     """MLP of L_MLP between two generators' maps of `layer`."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed_of(kit.config.seed, "init", "MLP"))
-        mlp = FeatureMLP(student.layer_channels(layer), teacher.layer_channels(layer))
-    return Net(mlp.to(kit.device))
+        torch.manual_seed(seed_of(seed, "init", "MLP"))
+        return FeatureMLP(student.layer_channels(layer), teacher.layer_channels(layer))
 
 
-def perceptual(kit: Any, which: str) -> Callable[[Tensor, Tensor], Tensor]:
+def perceptual(builder: Builder, which: str) -> Callable[[Tensor, Tensor], Tensor]:
     """The perceptual loss of Real-ESRGAN (vgg19, images in [0, 1]) or of GCFSR (vgg16, images in [-1, 1])."""
-    state = kit.weights(which, kit.config.weights.perceptual)
+    state = builder.weights(which, builder.config.weights.perceptual)
     made = PerceptualLoss.for_real_esrgan(state) if which == "vgg19" else PerceptualLoss.for_gcfsr(state)
-    return kit.frozen(made)
+    return builder.frozen(made)

@@ -5,11 +5,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sdtrain.data.degrade.check import USM_MARGIN, check_options, pool_problem, smallest_side
 from sdtrain.errors import ConfigError, DataError
 from sdtrain.models.width import narrowed
+
+if TYPE_CHECKING:
+    from sdtrain.data.read.dataset import Dataset
+    from sdtrain.methods.sdakd.options import Loaded
 
 GENERATORS = ("rrdbnet", "srvgg", "gcfsr")
 DISCRIMINATORS = ("unet_sn", "gcfsr")
@@ -17,12 +21,12 @@ FACTORS = (4, 64)
 WIDTHS = ("num_feat", "num_grow_ch")
 
 
-def problems(config: Any) -> list[tuple[str, str]]:
+def problems(config: Loaded) -> list[tuple[str, str]]:
     """Combinations that cannot work, as (keys, sentence)."""
     return [*_kinds(config), *_widths(config), *_stages(config), *_inputs(config), *_validation(config)]
 
 
-def _kinds(config: Any) -> Iterator[tuple[str, str]]:
+def _kinds(config: Loaded) -> Iterator[tuple[str, str]]:
     G, D = config.model.generator.kind, config.model.discriminator.kind
     if G not in GENERATORS:
         yield "model.generator.kind", f"SDAKD distils super-resolution, and {G} does not enlarge: use {_or(GENERATORS)}"
@@ -33,7 +37,7 @@ def _kinds(config: Any) -> Iterator[tuple[str, str]]:
         yield "model.discriminator.kind", f"a {D} discriminator does not belong to a {G} generator: use {other}"
 
 
-def _widths(config: Any) -> Iterator[tuple[str, str]]:
+def _widths(config: Loaded) -> Iterator[tuple[str, str]]:
     D_C = config.student.D_C if config.student.D_C is not None else config.student.C
     fixed = ("num_grow_ch",) if config.student.growth == "fixed" else ()
     for role, C, key in (("generator", config.student.C, "student.C"), ("discriminator", D_C, "student.D_C")):
@@ -47,7 +51,7 @@ def _widths(config: Any) -> Iterator[tuple[str, str]]:
                     break
 
 
-def _stages(config: Any) -> Iterator[tuple[str, str]]:
+def _stages(config: Loaded) -> Iterator[tuple[str, str]]:
     names, files = list(config.stages), config.teacher
     order = [name for name in ("teacher", "supervised", "adversarial", "naive") if name in names]
     if not names or names != order or ("naive" in names and len(names) > 1):
@@ -66,7 +70,7 @@ def _stages(config: Any) -> Iterator[tuple[str, str]]:
         yield "adversary", "a naive baseline has no teacher to judge it: set adversary: student"
 
 
-def _inputs(config: Any) -> Iterator[tuple[str, str]]:
+def _inputs(config: Loaded) -> Iterator[tuple[str, str]]:
     faces = config.model.generator.kind == "gcfsr"
     if faces != (config.lq == "down_up"):
         yield "lq", f"lq {config.lq} does not feed {config.model.generator.kind}: use down_up for gcfsr, and only there"
@@ -86,7 +90,7 @@ def _inputs(config: Any) -> Iterator[tuple[str, str]]:
         )
 
 
-def _degradation(config: Any) -> Iterator[tuple[str, str]]:
+def _degradation(config: Loaded) -> Iterator[tuple[str, str]]:
     try:
         check_options(config.degradation)
     except ConfigError as error:
@@ -97,7 +101,7 @@ def _degradation(config: Any) -> Iterator[tuple[str, str]]:
         yield "degradation.pool_size, ghost_batch", problem
 
 
-def _validation(config: Any) -> Iterator[tuple[str, str]]:
+def _validation(config: Loaded) -> Iterator[tuple[str, str]]:
     v = config.validation
     if (config.model.generator.kind == "gcfsr") != (v.lq == "down_up"):
         right = "down_up" if config.model.generator.kind == "gcfsr" else "second_order or bicubic"
@@ -112,20 +116,20 @@ def _or(names: tuple[str, ...]) -> str:
     return f"{', '.join(names[:-1])} or {names[-1]}"
 
 
-def scale_of(config: Any) -> int:
+def scale_of(config: Loaded) -> int:
     """How much the generator enlarges; GCFSR keeps the size."""
     generator = config.model.generator
     return getattr(generator, "scale", 0) or getattr(generator, "upscale", 1)
 
 
-def crop_of(config: Any) -> int:
+def crop_of(config: Loaded) -> int:
     """The side a training image must have at least."""
     if config.lq == "second_order":
         return smallest_side(config.degradation, scale_of(config))
     return 1 if config.lq == "down_up" else config.degradation.crop_size
 
 
-def data_problems(config: Any, dataset: Any) -> list[str]:
+def data_problems(config: Loaded, dataset: Dataset) -> list[str]:
     """What the opened training data cannot do for this configuration, and lists that overlap."""
     found = [
         f"teacher.{name} {path} does not exist: give a .pth or .safetensors file, or let stage 1 train one"
@@ -147,7 +151,7 @@ def _exists(path: str) -> bool:
     return Path(path).expanduser().exists()
 
 
-def overlaps(config: Any, train: Any) -> list[str]:
+def overlaps(config: Loaded, train: Dataset) -> list[str]:
     """Images that two of the lists train, val and test share, byte for byte."""
     from sdtrain.data.read.dataset import open_dataset
 
@@ -179,7 +183,7 @@ def shared_images(large: Any, small: Any) -> list[str]:
     return [small.index.key(i) for i in pairs if _digest(small, i) in have]
 
 
-def _digest(dataset: Any, i: int) -> bytes:
+def _digest(dataset: Dataset, i: int) -> bytes:
     try:
         return hashlib.sha256(dataset.read(i)).digest()
     except (OSError, EOFError) as error:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdtrain.contracts import Chunk
+from sdtrain.contracts import Chunk, Feed
 from sdtrain.data.degrade.chain import Degradation, flip_images
 from sdtrain.data.degrade.exact import exact_math
 from sdtrain.data.degrade.kernels import sharpen
@@ -31,9 +31,7 @@ class Photos:
         self.degradation, self.sharp_target = Degradation(self.options), config.recipe.sharpen_target
         self.pool = pool_for(self.options, config.ghost_batch) if self.lq == "second_order" else None
         side = self.options.source_size if self.lq == "second_order" else self.options.crop_size
-        self.stream_options: dict[str, Any] = {"crop": side, "pad": self.lq == "second_order"}
-        if self.lq == "paired":
-            self.stream_options |= {"paired": True, "scale": scale}
+        self.feed = Feed(crop=side, pad=self.lq == "second_order", paired=self.lq == "paired", scale=scale)
 
     @staticmethod
     def to_range(images: Tensor) -> Tensor:
@@ -98,7 +96,7 @@ class Faces:
 
     def __init__(self, config: Any) -> None:
         self.factors = tuple(config.factors)
-        self.stream_options: dict[str, Any] = {}
+        self.feed = Feed()
 
     @staticmethod
     def to_range(images: Tensor) -> Tensor:

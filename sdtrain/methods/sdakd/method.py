@@ -12,7 +12,8 @@ is while it trains, MLP the transform of the student's feature map.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -20,57 +21,65 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sdtrain.contracts import Chunk, Loss, Phase, Stage, Terms
-from sdtrain.losses.adversarial import ADVERSARIAL, r1_penalty
+from sdtrain.config.schedule import value_at
+from sdtrain.contracts import Chunk, Loss, Net, Phase, Restoration, Stage, State, Tensors, Terms
+from sdtrain.losses.adversarial import ADVERSARIAL, gradient_penalty
 from sdtrain.losses.feature import mlp_loss, probability_loss
 from sdtrain.losses.self_distillation import self_distillation
+from sdtrain.methods.sdakd.inputs import Faces, Photos
+from sdtrain.methods.sdakd.options import Options
+from sdtrain.rng import Draws
 
 
-class SDAKD:
+class SDAKD(Restoration):
     """The phases of the three stages. `inputs` makes low-quality images and calls generators on them."""
 
-    task = "restoration"
-    students, evaluated = ("G",), "G_ema"
-    controls = ("G/sup", "G/mlp", "G/adv")
+    steering = ("G/sup", "G/mlp", "G/adv")
+    inputs: Photos | Faces
 
     def __init__(
         self,
-        options: Any,
-        nets: Mapping[str, Any],
-        stages: list[Stage],
-        inputs: Any,
+        options: Options,
+        nets: Mapping[str, Net],
+        stages: Sequence[Stage],
+        inputs: Photos | Faces,
         *,
+        given: tuple[str, ...] = (),
+        layers: tuple[str, ...] = (),
         perceptual: Callable[[Tensor, Tensor], Tensor] | None = None,
         distance: Callable[[Tensor, Tensor], Tensor] | None = None,
-        T: Any = None,
+        T: Callable[[Tensor, Tensor, Draws], tuple[Tensor, Tensor]] | None = None,
     ) -> None:
-        self.o, self.nets, self.stages, self.inputs = options, dict(nets), stages, inputs
-        self.blank = inputs.blank  # shapes without content, for a count of memory
+        """`given`: teachers that come from files; `layers`: maps that MLP distils; images are in the inputs' range."""
+        self.o, self.nets, self.stages, self.inputs = options, dict(nets), list(stages), inputs
+        self.feed, self.given, self.layers = inputs.feed, given, layers
         self.perceptual, self.distance, self.T = perceptual, distance, T
-        self.L_adv = ADVERSARIAL[options.adversarial.replace("-", "_")]
+        self.L_adv = ADVERSARIAL[options.adversarial]
         self.lambda_2: float | None = None if options.lambda_2 == "auto" else options.lambda_2
-        given = {"G_T": options.teacher.generator, "D_T": options.teacher.discriminator}
-        self.teachers = tuple(name for name in given if given[name] and name in self.nets)
-        self.stream_options, self.to_range = inputs.stream_options, inputs.to_range
-        self.layers = (options.fm_layer or self.nets["G_T"].module.fm_layer,) if "MLP" in self.nets else ()
-        self.made: dict[Any, Tensor] = {}  # images of this step that several phases use
+        self.made: dict[tuple[str, Sequence[int]], Tensor] = {}  # images of this step that several phases use
 
-    @classmethod
-    def build(cls, config: Any, kit: Any) -> SDAKD:
-        from sdtrain.methods.sdakd import build
+    def to_range(self, images: Tensor) -> Tensor:
+        return self.inputs.to_range(images)
 
-        return build.build(cls, config, kit)
+    def prepare(self, x: Chunk) -> Chunk:
+        return self.inputs.prepare(x)
 
-    def loss_pixel(self, G: Any, x: Chunk) -> Loss:
+    def blank(self, x: Chunk) -> Chunk:
+        return self.inputs.blank(x)
+
+    def lazy(self) -> Mapping[str, int]:
+        return {player: self.o.r1.every for player in ("D_original", "D_sup", "D")}
+
+    def loss_pixel(self, G: Net, x: Chunk) -> Loss:
         """Real-ESRNet: L1 to the sharpened ground truth."""
         L_1 = F.l1_loss(self.inputs(G, x, x.draws.sub("G")), self.inputs.target(x))
         return L_1, {"G/l1": L_1}
 
-    def loss_G_original(self, G: Any, D: Any, x: Chunk) -> Loss:
+    def loss_G_original(self, G: Net, D: Net, x: Chunk) -> Loss:
         """w_1 L_1 + w_p L_perceptual + w_adv L_adv_T against the ground truth, as the original works train."""
         fake, target, w = self.inputs(G, x, x.draws.sub("G")), self.inputs.target(x), self.o.recipe
         self.made["fake", x.draws.ghosts] = fake.detach()
-        terms = {"G/l1": F.l1_loss(fake, target), "G/adv": self.L_adv.g(D(fake))}
+        terms = {"G/l1": F.l1_loss(fake, target), "G/adv": self.L_G_adv(D, fake, x)}
         loss = w.pixel * terms["G/l1"] + w.adversarial * terms["G/adv"]
         if w.perceptual and self.perceptual is not None:
             terms["G/perceptual"] = self.perceptual(fake, target)
@@ -85,7 +94,7 @@ class SDAKD:
     def loss_D_stage2(self, x: Chunk) -> Loss:
         """Eq. (2): L_D_S-stage2 = L_2(P_real_S, P_real_T)."""
         images = self.judged_in_stage2(x)
-        P_T = self.as_teacher(lambda: self.nets["D_T"](images))
+        P_T = self.as_teacher(x, lambda: self.nets["D_T"](images))
         L_2 = probability_loss(self.nets["D"](images), P_T, self.o.p_loss)
         return L_2, {"D/p": L_2}
 
@@ -103,7 +112,7 @@ class SDAKD:
         """Eq. (4): L_D_S-stage3 = L_adv_S, the discriminator's side; ground truth is the real image."""
         return self.loss_D_adv(self.nets["G"], self.nets["D"], x)
 
-    def loss_D_adv(self, G: Any, D: Any, x: Chunk) -> Loss:
+    def loss_D_adv(self, G: Net, D: Net, x: Chunk) -> Loss:
         """L_adv of D on the ground truth and on images of G: those of G's step, or new ones when D comes first."""
         fake = self.made.get(("fake", x.draws.ghosts)) if self.o.order == "G first" else None
         fake = self.no_grad(G, x, "D") if fake is None else fake
@@ -112,12 +121,17 @@ class SDAKD:
         logits = {"D/real_logit": real_logits.mean(), "D/fake_logit": fake_logits.mean()}
         return on_real + on_fake, {"D/real": on_real, "D/fake": on_fake, **logits}
 
-    def with_R1(self, D: Any, loss: Callable[[Chunk], Loss], x: Chunk) -> Loss:
+    def L_G_adv(self, D: Net, fake: Tensor, x: Chunk) -> Tensor:
+        """L_adv of G; a relativistic one compares with the ground truth."""
+        return self.L_adv.g(D(fake), D(x.real) if self.L_adv.relativistic else None)
+
+    def with_R1(self, D: Net, loss: Callable[[Chunk], Loss], x: Chunk) -> Loss:
         """L_adv + gamma/2 * interval * E ||grad_x D(x)||^2, one step for both as GCFSR does."""
         total, terms = loss(x)
         real = x.real.detach().requires_grad_(True)
-        R1 = r1_penalty(real, D(real))
-        return total + R1 * (self.o.r1.gamma / 2 * self.o.r1.every), {**terms, "D/r1": R1}
+        R1 = gradient_penalty(real, D(real))
+        gamma = value_at(self.o.r1.gamma, x.seen_img)
+        return total + R1 * (gamma / 2 * self.o.r1.every), {**terms, "D/r1": R1}
 
     def eq_1(self, terms: Terms) -> Tensor:
         return terms["G/sup"] + self.o.lambda_1 * terms["G/mlp"] if self.o.lambda_1 else terms["G/sup"]
@@ -127,17 +141,18 @@ class SDAKD:
         draws = x.draws.sub("G")
         fake, maps = self.with_maps(self.nets["G"], x, draws)
         taught = draws if self.o.noise == "shared" else draws.sub("teacher")
-        teacher, teacher_maps = self.as_teacher(lambda: self.with_maps(self.nets["G_T"], x, taught))
+        teacher, teacher_maps = self.as_teacher(x, lambda: self.with_maps(self.nets["G_T"], x, taught))
         self.made |= {("fake", x.draws.ghosts): fake.detach(), ("teacher", x.draws.ghosts): teacher}
         terms = {"G/sup": self.L_sup(fake, teacher)}
         for layer in self.layers:
-            how = {"reduction": self.o.fm_reduction, "tiles": self.o.fm_tiles}
-            terms["G/mlp"] = mlp_loss(self.nets["MLP"], maps[layer], teacher_maps[layer], **how)
+            terms["G/mlp"] = mlp_loss(
+                self.nets["MLP"], maps[layer], teacher_maps[layer], self.o.fm_reduction, self.o.fm_tiles
+            )
         return fake, terms
 
     def terms_of_eq_3(self, x: Chunk) -> tuple[Tensor, Terms]:
         fake, terms = self.supervised_terms(x)
-        terms["G/adv"] = self.L_adv.g(self.nets["D"](fake))
+        terms["G/adv"] = self.L_G_adv(self.nets["D"], fake, x)
         return fake, terms
 
     def L_sup(self, fake: Tensor, teacher: Tensor) -> Tensor:
@@ -153,7 +168,7 @@ class SDAKD:
         both = self.inputs.signed(fake), self.inputs.signed(fake_ema)
         return self_distillation(*both, self.distance, self.T, x.draws.sub("G"))
 
-    def control(self, step: int, means: dict[str, float]) -> dict[str, float]:
+    def control(self, step: int, means: Mapping[str, float]) -> dict[str, float]:
         """How the weighted terms of Eq. (3) stand to L_sup, from global means: the paper wants about 1 at the start."""
         weights = {"mlp": self.o.lambda_1, "adv": self.lambda_2}
         if "G/sup" not in means or "G/adv" not in means:
@@ -166,27 +181,28 @@ class SDAKD:
         others = [float(means["G/sup"])] + ([self.o.lambda_1 * float(means["G/mlp"])] if self.o.lambda_1 else [])
         self.lambda_2 = sum(others) / len(others) / max(abs(float(means["G/adv"])), 1e-12)
 
-    def phases(self, stage: str, step: int) -> list[Phase]:
+    def phases(self, stage: Stage, step: int) -> Sequence[Phase]:
         self.made = {}
-        G, D = self.game(stage)
-        phase_G, phase_D = self.phase_G(stage, G, D), self.phase_D(stage, G, D, step)
-        phases = [phase_D, phase_G] if self.o.order == "D first" and stage != "supervised" else [phase_G, phase_D]
-        players = self.players(stage)
-        return [phase for phase in phases if phase.player in players]
+        G, D = self.game(stage.name)
+        phase_G, phase_D = self.phase_G(stage.name, G, D), self.phase_D(stage.name, G, D, step)
+        d_first = self.o.order == "D first" and stage.name != "supervised"
+        phases = [phase_D, phase_G] if d_first else [phase_G, phase_D]
+        return [phase for phase in phases if phase.player in stage.players]
 
-    def phase_G(self, stage: str, G: Any, D: Any) -> Phase:
+    def phase_G(self, stage: str, G: Net, D: Net) -> Phase:
         whole = self.o.fm_tiles == 1  # DDP cannot follow recomputed strips
         if stage == "supervised":
             return Phase(name="G", player="G_sup", loss=self.loss_G_stage2, reaches_all=whole)
         if stage == "adversarial":
-            auto: Any = {"prepass": lambda x: self.terms_of_eq_3(x)[1], "receive": self.balance}
-            more = {"reaches_all": whole} | (auto if self.lambda_2 is None else {})
-            return Phase(name="G", player="G", loss=self.loss_G_stage3, **more)
+            phase = Phase(name="G", player="G", loss=self.loss_G_stage3, reaches_all=whole)
+            if self.lambda_2 is None:
+                return replace(phase, prepass=lambda x: self.terms_of_eq_3(x)[1], receive=self.balance)
+            return phase
         if stage.endswith("_pixel"):
             return Phase(name="G", player="G_pixel", loss=partial(self.loss_pixel, G))
         return Phase(name="G", player="G_original", loss=partial(self.loss_G_original, G, D))
 
-    def phase_D(self, stage: str, G: Any, D: Any, step: int) -> Phase:
+    def phase_D(self, stage: str, G: Net, D: Net, step: int) -> Phase:
         if stage == "supervised":
             return Phase(name="D", player="D_sup", loss=self.loss_D_stage2)
         adversarial = stage == "adversarial"
@@ -196,53 +212,22 @@ class SDAKD:
             return Phase(name="D", player=player, loss=partial(self.with_R1, D, loss), reaches_all=False, fp32=True)
         return Phase(name="D", player=player, loss=loss)
 
-    def game(self, stage: str) -> tuple[Any, Any]:
+    def game(self, stage: str) -> tuple[Net, Net]:
         """Who plays in a stage: the teachers or the students."""
         if stage.startswith("teacher"):
             return self.nets.get("G_T_raw", self.nets["G_T"]), self.nets["D_T"]
         return self.nets["G"], self.nets["D"]
 
-    def players(self, stage: str) -> dict[str, tuple[str, ...]]:
-        student: tuple[str, ...] = ("G", "MLP") if "MLP" in self.nets else ("G",)
-        if stage == "supervised":
-            both = {"G_sup": student, "D_sup": ("D",)}
-            return both if self.o.adversary == "student" else {"G_sup": student}
-        if stage == "adversarial":
-            frozen = self.o.adversary == "teacher" and self.o.teacher_d == "frozen"
-            return {"G": student} if frozen else {"G": student, "D": ("D",)}
-        teacher = stage.startswith("teacher")
-        G = {"G_pixel" if stage.endswith("_pixel") else "G_original": ("G_T_raw" if teacher else "G",)}
-        D = {} if stage.endswith("_pixel") else {"D_original": ("D_T" if teacher else "D",)}
-        return {**(G if not teacher or "G_T_raw" in self.nets else {}), **D}
-
-    def averages(self, stage: str) -> dict[str, str]:
-        if stage.startswith("teacher"):
-            return {"G_T": "G_T_raw"} if "G_T_raw" in self.nets else {}
-        return {"G_ema": "G"}
-
-    def evaluated_in(self, stage: str) -> str:
-        """The average that validation is about: the teacher's while it trains, else the student's."""
-        return "G_T" if stage.startswith("teacher") else "G_ema"
-
-    def enter(self, stage: str, best: Mapping[str, dict[str, Tensor]] | None) -> None:
-        """Begin a stage with the weights that validation chose in the one before; None = go on inside the stage."""
-        from sdtrain.methods.sdakd.build import hand_over
-
-        hand_over(self, stage, best)
-
-    def prepare(self, x: Chunk, stage: str) -> Chunk:
-        return self.inputs.prepare(x)
-
-    def no_grad(self, G: Any, x: Chunk, purpose: str) -> Tensor:
+    def no_grad(self, G: Net, x: Chunk, purpose: str) -> Tensor:
         with torch.no_grad():
             return self.inputs(G, x, x.draws.sub(purpose))
 
-    def with_maps(self, G: Any, x: Chunk, draws: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    def with_maps(self, G: Net, x: Chunk, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
         return self.inputs(G, x, draws, layers=self.layers) if self.layers else (self.inputs(G, x, draws), {})
 
-    def as_teacher(self, forward: Callable[[], Any]) -> Any:
+    def as_teacher(self, x: Chunk, forward: Callable[[], Any]) -> Any:
         """Without gradients, in the teachers' own precision."""
-        device = next(self.nets["G_T"].module.parameters()).device.type
+        device = x.real.device.type
         with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=self.o.teacher.precision == "bf16"):
             return forward()
 
@@ -256,17 +241,14 @@ class SDAKD:
         position = torch.arange(len(teacher), device=teacher.device) % x.draws.ghost_batch
         return torch.where(((position + x.step) % 2 == 0).view(-1, 1, 1, 1), x.real, teacher)
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> State:
         return {"lambda_2": self.lambda_2}
 
-    def load_state(self, state: dict[str, Any]) -> None:
+    def load_state(self, state: State) -> None:
         self.lambda_2 = state["lambda_2"]
 
-    def ghost_state(self) -> dict[int, dict[str, Tensor]]:
+    def ghost_state(self) -> Mapping[int, Tensors]:
         return self.inputs.state()
 
-    def load_ghost_state(self, state: Mapping[int, Mapping[str, Tensor]]) -> None:
-        self.inputs.load_state(state, next(self.nets["G"].module.parameters()).device)
-
-
-METHOD = SDAKD
+    def load_ghost_state(self, state: Mapping[int, Tensors], device: torch.device) -> None:
+        self.inputs.load_state(state, device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from sdtrain.config.declare import MethodDeclaration
 from sdtrain.config.options import (
@@ -20,6 +20,9 @@ from sdtrain.config.options import (
 from sdtrain.data.degrade.options import DegradationOptions
 from sdtrain.methods.sdakd import checks
 
+if TYPE_CHECKING:
+    from sdtrain.config.keys import Config
+
 
 @dataclass(frozen=True, kw_only=True)
 class Student:
@@ -28,11 +31,11 @@ class Student:
     C: str | Positive = "1/4"
     """Share of the teacher's channels, in every convolution; a number or a fraction such as 1/4."""
     D_C: str | Positive | None = None
-    """The same for the discriminator; null = C, 1 = the naive baseline (C, 1)."""
+    """Share of the teacher's discriminator; null = C, 1 = the naive baseline (C, 1)."""
     growth: Literal["scaled", "fixed"] = "scaled"
-    """RRDBNet's growth channels; fixed at 32, students open in other tools."""
+    """Whether RRDBNet's growth channels shrink too; fixed at 32, students open in other tools."""
     style: Literal["fixed", "scaled"] = "fixed"
-    """GCFSR's style width; the paper speaks of convolutions only."""
+    """Whether GCFSR's style width shrinks too; the paper speaks of convolutions only."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,60 +83,98 @@ class Validation:
     lq: Literal["second_order", "bicubic", "down_up"] = "second_order"
     """How the low-quality images are made; down_up is GCFSR's. The paper does not say for Real-ESRGAN."""
     factors: tuple[Count, ...] = (16, 32, 64)
-    """GCFSR: one FID each; their mean chooses."""
+    """[times] GCFSR: one FID each; their mean chooses."""
     seed: int = 0
     """Of the degradation and of layer noise; keep it, so that numbers of runs compare."""
     names: tuple[Literal["fid", "psnr_y", "ssim_y", "lpips"], ...] = ("fid", "psnr_y", "ssim_y", "lpips")
-    """Which."""
+    """What is measured."""
     select_by: Literal["fid", "psnr_y", "ssim_y", "lpips"] = "fid"
     """What chooses the best weights of a stage; the paper: lowest FID."""
     strips: Count = 4
-    """Images shown as LQ | bicubic | student | teacher | HQ."""
+    """[images] Images shown as LQ | bicubic | student | teacher | HQ."""
     histogram_images: Count = 100
-    """Training images behind the histograms of D's outputs (Figures 2 and 3 of SDAKD)."""
+    """[images] Training images behind the histograms of D's outputs (Figures 2 and 3 of SDAKD)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    # in this order; the teacher's is left out when both its files are given; naive stands alone
     stages: tuple[Literal["teacher", "supervised", "adversarial", "naive"], ...] = (
-        "teacher", "supervised", "adversarial"
+        "teacher",
+        "supervised",
+        "adversarial",
     )
-    n1: Span = "30 epochs"  # length of stage 1 and of naive: epochs, steps or images
+    """What is trained, in this order; the teacher's is left out when both its files are given; naive stands alone."""
+    n1: Span = "30 epochs"
+    """Length of stage 1 and of naive."""
     n2: Span = "30 epochs"
+    """Length of stage 2, supervised."""
     n3: Span = "30 epochs"
-    total_img: Images | None = None  # null = all stages; less ends the run there
+    """Length of stage 3, adversarial."""
+    total_img: Images | None = None
+    """Images after which the run ends, whatever the stages; null = all stages."""
     student: Student = Student()
+    """How narrow the students are."""
     teacher: Teacher = Teacher()
+    """Trained networks to distil, instead of stage 1."""
     recipe: Recipe = Recipe()
+    """The original work's own training."""
     supervision: Supervision = Supervision()
-    perceptual: Literal["vgg19", "vgg16"] = "vgg19"  # Real-ESRGAN's and GCFSR's
-    lambda_1: NonNegative = 1.0  # weight of L_MLP; 0 = no map is distilled
-    lambda_2: NonNegative | Literal["auto"] = 0.1  # weight of L_adv_S; auto balances Eq. (3) at the start of stage 3
-    fm_layer: str | None = None  # map that is distilled (silent; null = the backbone's last of sdtrain/models/KIND.py)
-    fm_reduction: Literal["mean", "sum"] = "mean"  # only a mean keeps the terms of Eq. (3) alike with lambda_1 = 1
-    fm_tiles: Count = 1  # strips in which L_MLP is computed: less memory, the same value
-    p_loss: Literal["probability", "logit"] = "probability"  # Eq. (2) speaks of probabilities
-    p_images: Literal["half", "real", "teacher"] = "half"  # what D_S sees in stage 2: ground truth, G_T's, or both
-    start_from: Literal["best", "last"] = "best"  # G_S of stage 3: best validation of stage 2 or its last; D_S: last
-    adversary: Literal["student", "teacher"] = "student"  # who judges in stage 3; teacher = Ablations 1 to 3
-    teacher_d: Literal["train", "frozen"] = "train"  # whether the judging teacher goes on training (not in the paper)
-    noise: Literal["shared", "independent"] = "shared"  # GCFSR's layer noise of teacher and student (silent)
-    adversarial: AdversarialLoss = "logistic"  # L_adv; logistic is BCE with logits as well as the non-saturating loss
-    order: Literal["G first", "D first"] = "G first"  # Real-ESRGAN: D judges the images G's step made; GCFSR: D first
+    """Distance to the teacher's image."""
+    perceptual: Literal["vgg19", "vgg16"] = "vgg19"
+    """Network of the perceptual loss: Real-ESRGAN's and GCFSR's."""
+    lambda_1: NonNegative = 1.0
+    """Weight of L_MLP; 0 = no map is distilled."""
+    lambda_2: NonNegative | Literal["auto"] = 0.1
+    """Weight of L_adv_S; auto balances Eq. (3) at the start of stage 3."""
+    fm_layer: str | None = None
+    """Map that is distilled (the paper is silent); null = the last one of the backbone, as the model names it."""
+    fm_reduction: Literal["mean", "sum"] = "mean"
+    """How L_MLP sums up; only a mean keeps the terms of Eq. (3) alike with lambda_1 = 1."""
+    fm_tiles: Count = 1
+    """[strips] Parts in which L_MLP is computed: less memory, the same value."""
+    p_loss: Literal["probability", "logit"] = "probability"
+    """What D_S copies in stage 2; Eq. (2) speaks of probabilities."""
+    p_images: Literal["half", "real", "teacher"] = "half"
+    """What D_S sees in stage 2: half ground truth and half G_T's images, or only one of them."""
+    start_from: Literal["best", "last"] = "best"
+    """G_S of stage 3 is that of the best validation of stage 2, or its last; D_S is its last always."""
+    adversary: Literal["student", "teacher"] = "student"
+    """Who judges in stage 3; teacher = Ablations 1 to 3."""
+    teacher_d: Literal["train", "frozen"] = "train"
+    """Whether the judging teacher goes on training (not in the paper)."""
+    noise: Literal["shared", "independent"] = "shared"
+    """GCFSR's layer noise of teacher and student (the paper is silent)."""
+    adversarial: AdversarialLoss = "logistic"
+    """L_adv; logistic is BCE with logits as well as the non-saturating loss."""
+    order: Literal["G first", "D first"] = "G first"
+    """Who steps first. Real-ESRGAN: G, and D judges the images of that step; GCFSR: D."""
     r1: R1 = R1()
-    sd: SelfDistillation = SelfDistillation(alpha=0.0)  # SD-GAN's L_SD in stage 3, on top of Eq. (3)
-    lq: Literal["second_order", "bicubic", "down_up", "paired"] = "second_order"  # training inputs; down_up is GCFSR's
+    """Gradient penalty of D."""
+    sd: SelfDistillation = SelfDistillation(alpha=0.0)
+    """SD-GAN's L_SD in stage 3, on top of Eq. (3)."""
+    lq: Literal["second_order", "bicubic", "down_up", "paired"] = "second_order"
+    """How training inputs are made; down_up is GCFSR's, paired reads KEY.lq.png from the shards."""
     degradation: DegradationOptions = DegradationOptions()
-    factors: tuple[Count, ...] = (64, 64, 64, 64, 32, 32, 16, 16, 8, 4)  # GCFSR: drawn uniformly from this list
-    eval_epochs: NonNegative = 1.0  # epochs between validations (paper: each); 0 = every eval_img images
+    """The second-order degradation of Real-ESRGAN."""
+    factors: tuple[Count, ...] = (64, 64, 64, 64, 32, 32, 16, 16, 8, 4)
+    """[times] GCFSR: the factor of a sample is drawn uniformly from this list."""
+    eval_epochs: NonNegative = 1.0
+    """[epochs] Distance of validations (paper: each epoch); 0 = every eval_img images."""
     validation: Validation = Validation()
+    """What is measured after each epoch."""
 
 
-def weights_needed(config: Any) -> dict[str, str]:
+if TYPE_CHECKING:
+
+    class Loaded(Options, Config):  # type: ignore[misc]  # a method may narrow a common key
+        """A loaded configuration of this method."""
+
+
+
+def weights_needed(config: Loaded) -> dict[str, str]:
     """Frozen networks in use: file -> key of `weights`."""
     vgg = config.recipe.perceptual or config.supervision.perceptual
-    used = {config.perceptual: "perceptual"} if vgg else {}
+    used: dict[str, str] = {config.perceptual: "perceptual"} if vgg else {}
     used |= {"alex": "alex"} if "lpips" in config.validation.names and config.data.val else {}
     return used | ({"lpips_vgg": "lpips"} if config.sd.alpha and config.sd.loss == "lpips-vgg" else {})
 

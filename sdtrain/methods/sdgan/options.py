@@ -3,31 +3,62 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from sdtrain.config.declare import MethodDeclaration
-from sdtrain.config.options import R1, Augment, Init, PathLength, SelfDistillation
+from sdtrain.config.options import (
+    R1,
+    AdversarialLoss,
+    Augment,
+    Fraction,
+    Init,
+    NonNegative,
+    PathLength,
+    SelfDistillation,
+)
+
+if TYPE_CHECKING:
+    from sdtrain.config.keys import Config
+    from sdtrain.data.read.dataset import Dataset
 
 POLICIES = {
     "diffaug": ("color", "translation", "cutout"),
-    "ada": ("blit", "geom", "color", "filter", "noise", "cutout", "bg", "bgc", "bgcf", "bgcfn", "bgcfnc"),
+    "ada": ("blit", "geom", "color", "filter", "noise", "cutout", "bg", "bgc", "bgcf", "bgcfn", "bgcfnc", "r3gan"),
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    init: Init = Init()  # fine-tuning: what G, G_ema and D start from
+    init: Init = Init()
+    """Fine-tuning: what G, G_ema and D start from."""
     sd: SelfDistillation = SelfDistillation()
-    adversarial: Literal["hinge", "logistic", "least-squares", "wasserstein"] = "hinge"
-    augment: Augment = Augment()  # what D sees instead of the plain image, in every pass
+    """Self-distillation: G learns from its own average."""
+    adversarial: AdversarialLoss = "hinge"
+    """The game of G and D."""
+    order: Literal["G first", "D first"] = "G first"
+    """Who moves first in a step; R3GAN lets D."""
+    augment: Augment = Augment()
+    """What D sees instead of the plain image, in every pass."""
     r1: R1 = R1()
+    """Gradient penalty of D."""
     path_length: PathLength = PathLength()
-    style_mixing: float = 0.0  # probability that a ghost's generator mixes two styles (StyleGAN2)
-    bcr: float = 0.0  # weight of balanced consistency of D under augmentation (StyleNAT)
-    d_passes: Literal["separate", "together"] = "separate"  # real and fake through D in two calls, or one
+    """Path-length regularisation (StyleGAN2 only)."""
+    style_mixing: Fraction = 0.0
+    """Probability that a ghost's generator mixes two styles (StyleGAN2 only)."""
+    bcr: NonNegative = 0.0
+    """Weight of balanced consistency of D under augmentation (StyleNAT); 0 = off."""
+    d_passes: Literal["separate", "together"] = "separate"
+    """Real and fake through D in two calls, or in one."""
 
 
-def problems(config: Any) -> list[tuple[str, str]]:
+if TYPE_CHECKING:
+
+    class Loaded(Options, Config):  # type: ignore[misc]  # a method may narrow a common key
+        """A loaded configuration of this method."""
+
+
+
+def problems(config: Loaded) -> list[tuple[str, str]]:
     """Combinations that cannot work, as (key, sentence)."""
     found = []
     styled = {"path_length.weight": config.path_length.weight, "style_mixing": config.style_mixing}
@@ -56,7 +87,7 @@ def problems(config: Any) -> list[tuple[str, str]]:
     return found
 
 
-def data_problems(config: Any, dataset: Any) -> list[str]:
+def data_problems(config: Loaded, dataset: Dataset) -> list[str]:
     """What the opened shards cannot do: a generator learns from images of its own size, ADA from many of them."""
     found = []
     wanted, there = config.data.resolution, dataset.resolution
@@ -75,7 +106,7 @@ def data_problems(config: Any, dataset: Any) -> list[str]:
     return found
 
 
-def weights_needed(config: Any) -> dict[str, str]:
+def weights_needed(config: Loaded) -> dict[str, str]:
     """Frozen networks in use: file -> key of `weights`."""
     distils = config.sd.alpha or config.sd.log
     return {"lpips_vgg": "lpips"} if distils and config.sd.loss == "lpips-vgg" else {}

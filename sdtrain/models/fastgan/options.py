@@ -5,14 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sdtrain.config.declare import ModelDeclaration
+from sdtrain.config.options import Count
 
 
 @dataclass(frozen=True, kw_only=True)
 class GeneratorOptions:
-    z_dim: int = 256  # numbers in a latent
-    ngf: int = 128  # width: channels at 128 pixels; every other width is a multiple
-    lite: bool = False  # one convolution a block and no noise instead of two with noise
-    num_embeddings: int = 1000  # rows of the class embedding; official checkpoints have 1000 whatever the data
+    z_dim: Count = 256
+    """[numbers] Length of a latent."""
+    ngf: Count = 128
+    """[channels] Width at 128 pixels; every other width is a multiple."""
+    lite: bool = False
+    """One convolution a block and no noise instead of two with noise."""
+    num_embeddings: Count = 1000
+    """[classes] Rows of the class embedding; official checkpoints have 1000 whatever the data."""
 
 
 MODEL = ModelDeclaration(generator=GeneratorOptions)

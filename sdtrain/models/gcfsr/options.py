@@ -6,27 +6,39 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from sdtrain.config.declare import ModelDeclaration
+from sdtrain.config.options import Count, CountOrZero, Positive
 from sdtrain.models.width import fraction, narrowed
 
 
 @dataclass(frozen=True, kw_only=True)
 class GeneratorOptions:
-    num_style_feat: int = 512  # length of a style code
-    channel_multiplier: int = 2  # widens the levels from 64 px upwards
-    narrow: float = 1.0  # fraction of the official channels at every level
-    factor_max: int = 64  # the condition is factor / factor_max: 64 for the 1024 px network, 32 for the 512 px one
-    blind: bool = False  # the variant without a factor: condition 1 always, twice as wide a path to the codes
+    num_style_feat: Count = 512
+    """[numbers] Length of a style code."""
+    channel_multiplier: Count = 2
+    """[times] Widens the levels from 64 px upwards."""
+    narrow: Positive = 1.0
+    """Share of the official channels at every level."""
+    factor_max: Count = 64
+    """[times] The condition is factor / factor_max: 64 for the 1024 px network, 32 for the 512 px one."""
+    blind: bool = False
+    """The variant without a factor: condition 1 always, twice as wide a path to the codes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DiscriminatorOptions:
-    channel_multiplier: int = 2  # widens the levels from 64 px upwards
-    narrow: float = 1.0  # fraction of the official channels at every level
-    stddev_group: int = 0  # samples that share a minibatch-stddev channel; 0 = no such channel, as GCFSR trains
+    channel_multiplier: Count = 2
+    """[times] Widens the levels from 64 px upwards."""
+    narrow: Positive = 1.0
+    """Share of the official channels at every level."""
+    stddev_group: CountOrZero = 0
+    """[samples] Samples that share a minibatch-stddev channel; 0 = no such channel, as GCFSR trains."""
 
 
 def scaled(
-    options: GeneratorOptions | DiscriminatorOptions, C: float | str, style: Literal["fixed", "scaled"] = "fixed"
+    options: GeneratorOptions | DiscriminatorOptions,
+    C: float | str,
+    style: Literal["fixed", "scaled"] = "fixed",
+    **others: str,
 ) -> GeneratorOptions | DiscriminatorOptions:
     """A student's options: C of every level's channels and, for a generator with `style` scaled, of the style width."""
     narrow = options.narrow * float(fraction(C))

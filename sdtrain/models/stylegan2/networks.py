@@ -150,14 +150,16 @@ class Generator(nn.Module):
         mixing: float = 0.0,
         update_w_avg: bool = True,
         return_ws: bool = False,
+        layer_draws: Draws | None = None,
     ) -> Any:
         """z [N, z_dim], one-hot c [N, num_classes] -> images [N, 3, R, R] in about [-1, 1], or (images, ws).
 
         Random noise comes from `draws`; without draws there is none. `mixing`: probability that a ghost mixes styles.
+        `layer_draws` give the layers other noise than `draws`, by which styles are mixed.
         """
         truncation = {"truncation_psi": truncation_psi, "truncation_cutoff": truncation_cutoff}
         ws = self.styles(z, c, draws, mixing, update_w_avg=update_w_avg, **truncation)
-        images = self.synthesis(ws, draws, noise)
+        images = self.synthesis(ws, layer_draws or draws, noise)
         return (images, ws) if return_ws else images
 
     def styles(

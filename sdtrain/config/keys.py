@@ -1,0 +1,182 @@
+"""The keys of every configuration and the rules across them. Torch is not imported."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from sdtrain.config.options import Count, CountOrZero, Data, Ema, Images, Metrics, Optimizer, Weights
+from sdtrain.config.schedule import Schedule, out_of_order
+from sdtrain.config.words import clip
+
+INTERVALS = ("log_img", "sample_img", "eval_img", "save_img")
+MAX_NAME = 100  # characters; file systems take 255 bytes, and files of a run add to it
+# Keys that may differ between a run folder and the command that resumes it: they change no weight.
+HARMLESS = (
+    *("name", "total_img", *INTERVALS, "keep_checkpoints", "ghosts_at_once", "on_nonfinite", "tensorboard", "metrics"),
+    *("data.workers", "data.prefetch", "data.cache", "data.max_bad", "data.val", "data.test"),
+    *("weights.inception", "weights.alex", "sd.log"),
+)
+
+
+if TYPE_CHECKING:
+
+    class Section(Protocol):
+        """Options of a network; its kind decides which."""
+
+        kind: str
+
+        def __getattr__(self, name: str) -> Any: ...
+
+    class Model(Protocol):
+        generator: Section
+        discriminator: Section
+
+    class Optimizers(Protocol):
+        def __getattr__(self, name: str) -> Optimizer: ...
+
+else:
+    Model = Optimizers = Any  # the schema of the method lays real classes over them
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Keys of every configuration (a loaded one has those of its method too). A `base:` key names a file to extend."""
+
+    name: str
+    """Name of the run folder; default: the file's name without .yaml (never inherited through `base`)."""
+    seed: CountOrZero = 0
+    """Decides every random number."""
+    method: str
+    """Folder of sdtrain/methods that says what the networks minimise."""
+    batch_size: Count
+    """[images] Images of an optimizer step, over all ranks."""
+    ghost_batch: Count
+    """[images] Images of a ghost: the unit of batch statistics and random numbers."""
+    ghosts_at_once: Count | None = None
+    """[ghosts] summation fast: ghosts in one forward pass; null = all of the rank. summation exact: one."""
+    summation: Literal["exact", "fast"] = "exact"
+    """exact: one forward a ghost, sums in float64; the curve is the same, number for number, on any number of ranks.
+    fast: several ghosts at once, overlapped with sharing; equal up to rounding, which training amplifies."""
+    total_img: Images
+    """Images to train on."""
+    log_img: Images = 4_000
+    """Images between rows of metrics.jsonl; 0 = never."""
+    sample_img: Images = 100_000
+    """Images between sample grids; 0 = never."""
+    eval_img: Images = 200_000
+    """Images between evaluations; 0 = never."""
+    save_img: Images = 200_000
+    """Images between checkpoints; 0 = never; the end of a run is always saved."""
+    keep_checkpoints: Count = 2
+    """[checkpoints] Newest checkpoints that stay on disk."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the trained networks; weights and averages are fp32 always."""
+    tf32: bool = False
+    """Let a GPU round the factors of float32 products and convolutions to 10 bits, as official StyleNAT does."""
+    engine: Literal["ddp", "fsdp2", "deepspeed"] = "ddp"
+    """How ranks share a network."""
+    on_nonfinite: Literal["stop", "skip", "clamp"] = "stop"
+    """What all ranks do when a loss or gradient is not finite: stop, undo the step, or replace gradients (nan by 0, inf
+    by 1e5, as StyleGAN2-ADA does for its float16 layers) and count them."""
+    data: Data
+    """Images."""
+    model: Model
+    """One section a role (generator, discriminator), each with its `kind` and that kind's keys."""
+    optimizer: Optimizers = None  # type: ignore[assignment]  # the schema of the method lays its own over it
+    """One section a player of the method."""
+    ema: Ema = field(default_factory=Ema)
+    """Running average of the generator."""
+    weights: Weights = field(default_factory=Weights)
+    """Frozen networks."""
+    metrics: Metrics = field(default_factory=Metrics)
+    """Evaluations."""
+    tensorboard: bool = True
+    """Mirror scalars and images to TensorBoard files."""
+
+    @property
+    def num_ghosts(self) -> int:
+        return self.batch_size // self.ghost_batch
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
+
+
+def valid_world_sizes(config: Config) -> list[int]:
+    """Numbers of ranks that give each rank the same number of ghosts."""
+    return [world for world in range(1, config.num_ghosts + 1) if config.num_ghosts % world == 0]
+
+
+def common_problems(config: Config, world: int | None) -> Iterator[tuple[str, str]]:
+    """Combinations of common keys that cannot work, as (keys, sentence)."""
+    yield from _batch_problems(config, world)
+    yield from _sum_problems(config)
+    yield from _time_problems(config)
+    yield from _schedule_problems(config)
+    name = config.name
+    if not name or len(name) > MAX_NAME or "/" in name or name.startswith(".") or not name.isprintable():
+        yield "name", f"name '{clip(name)}' cannot be a folder name: use letters, digits, - and _"
+    if config.engine != "ddp":
+        yield "engine", f"engine '{config.engine}' is not available in this version: use ddp"
+    if config.data is not None and config.data.train in ("", []):
+        yield "data.train", "data.train is empty: give it a folder of shards or a pattern"
+
+
+def schedules(section: object, path: str = "") -> Iterator[tuple[str, Schedule]]:
+    """Every schedule below a section, with its key."""
+    if isinstance(section, Schedule):
+        yield path, section
+    elif dataclasses.is_dataclass(section):
+        for item in dataclasses.fields(section):
+            yield from schedules(getattr(section, item.name), f"{path}.{item.name}".lstrip("."))
+    elif isinstance(section, tuple):
+        for i, inner in enumerate(section):
+            yield from schedules(inner, f"{path}.{i}")
+
+
+def _schedule_problems(config: Config) -> Iterator[tuple[str, str]]:
+    for key, schedule in schedules(config):
+        if out_of_order(schedule):
+            yield f"{key}.points", f"{key}.points must be pairs whose positions rise, all in images or all in %"
+        if any(value < 0 for _, value in schedule.points):
+            yield f"{key}.points", f"{key}.points has a value below 0"
+
+
+def _batch_problems(config: Config, world: int | None) -> Iterator[tuple[str, str]]:
+    batch, ghost = config.batch_size, config.ghost_batch
+    if batch % ghost:
+        lower = batch - batch % ghost
+        working = f"{lower} or {lower + ghost}" if lower else str(ghost)
+        yield "batch_size, ghost_batch", f"batch_size {batch} is not a multiple of ghost_batch {ghost}: take {working}"
+    elif world is not None and config.num_ghosts % world:
+        sizes = ", ".join(map(str, valid_world_sizes(config)))
+        yield (
+            "batch_size, ghost_batch",
+            f"{world} ranks cannot share {config.num_ghosts} ghosts (batch_size {batch} / ghost_batch {ghost}) "
+            f"evenly: launch one of {sizes} ranks",
+        )
+
+
+def _sum_problems(config: Config) -> Iterator[tuple[str, str]]:
+    if config.summation == "exact" and (config.ghosts_at_once or 1) > 1:
+        keys = "ghosts_at_once, summation"
+        yield keys, f"summation exact takes one ghost at once, not {config.ghosts_at_once}: leave it out or set fast"
+
+
+def _time_problems(config: Config) -> Iterator[tuple[str, str]]:
+    batch = config.batch_size
+    if config.total_img is not None and config.total_img < batch:
+        yield (
+            "total_img, batch_size",
+            f"total_img {config.total_img} is less than one batch of {batch}: take at least {batch}",
+        )
+    for key in INTERVALS:
+        if 0 < getattr(config, key) < batch:
+            yield (
+                f"{key}, batch_size",
+                f"{key} {getattr(config, key)} is less than one batch of {batch}, and nothing happens between steps: "
+                f"take at least {batch}, or 0 for never",
+            )

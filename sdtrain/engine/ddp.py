@@ -1,0 +1,126 @@
+"""Every rank holds every network whole, and ranks average gradients.
+
+`summation: exact` takes one ghost a forward and adds gradients up in float64: ghosts then leave no trace of their order
+or of the rank they were on. `fast` lets DistributedDataParallel share gradients while backward still runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from sdtrain.config.options import Optimizer
+from sdtrain.contracts import Net, Phase
+from sdtrain.engine.net import LocalNet
+from sdtrain.engine.phases import PhaseEngine
+from sdtrain.engine.player import BasePlayer, Span
+from sdtrain.engine.ranks import sum_over_ranks, world
+
+
+class DdpNet(LocalNet):
+    """Called through DDP while its player trains: the bare module would let ranks drift apart without an error."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        self.wrapped: DistributedDataParallel | None = None
+        self.live = False  # its player is training with gradients shared during backward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return (self.wrapped if self.live and self.wrapped is not None else self.module)(*args, **kwargs)
+
+    def wrap(self) -> None:
+        """Buffers stay ours: pass state is summed over ranks by the ledger of `models/ghost.py`."""
+        if self.parameters():
+            self.wrapped = DistributedDataParallel(self.module, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+class ExactPlayer(BasePlayer):
+    """Every chunk is one ghost; its gradient goes into a float64 sum at once."""
+
+    sums: list[Tensor | None]
+
+    def clear(self) -> None:
+        super().clear()
+        self.sums = []
+
+    def backward(self, loss: Tensor, share: float) -> None:
+        loss.backward()
+        if not self.sums:
+            self.sums = [None if p.grad is None else p.grad.double() for p in self.params]
+        else:
+            self.sums = [_plus(held, p.grad) for held, p in zip(self.sums, self.params)]
+        super().clear()
+
+    def finish(self, phase: Phase, num_chunks: int) -> None:
+        """The mean over all ghosts of all ranks, rounded to the parameters' precision once."""
+        pairs = zip(self.sums, self.params)
+        sums = [torch.zeros_like(p, dtype=torch.float64) if held is None else held for held, p in pairs]
+        sum_over_ranks(sums)
+        torch._foreach_div_(sums, num_chunks * world())
+        for p, mean in zip(self.params, sums):
+            p.grad = mean.to(p.dtype)
+
+
+def _plus(held: Tensor | None, gradient: Tensor | None) -> Tensor | None:
+    if gradient is None:
+        return held
+    return gradient.double() if held is None else held.add_(gradient)
+
+
+class FastPlayer(BasePlayer):
+    """Gradients of several ghosts at once, shared during the last backward (DDP) or after it."""
+
+    def __init__(self, name: str, nets: Sequence[Net], options: Optimizer, span: Span, lazy: int | None) -> None:
+        super().__init__(name, nets, options, span, lazy)
+        self.ours = [net for net in nets if isinstance(net, DdpNet)]
+        for net in self.ours if world() > 1 else ():
+            net.wrap()
+
+    @contextmanager
+    def chunk(self, phase: Phase, last: bool) -> Iterator[None]:
+        """DDP cannot follow losses that miss parameters or have second derivatives (`reaches_all` is false)."""
+        with ExitStack() as stack:
+            for net in self.ours:
+                net.live = phase.reaches_all
+                if net.live and net.wrapped is not None and not last:
+                    stack.enter_context(net.wrapped.no_sync())
+            try:
+                yield
+            finally:
+                for net in self.ours:
+                    net.live = False
+
+    def backward(self, loss: Tensor, share: float) -> None:
+        (loss * share).backward()
+
+    def finish(self, phase: Phase, num_chunks: int) -> None:
+        if phase.reaches_all or world() == 1:
+            return
+        for p in self.params:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        gradients = self.gradients()
+        sum_over_ranks(gradients)
+        torch._foreach_div_(gradients, world())
+
+
+class Ddp(PhaseEngine):
+    """See `contracts.Engine`."""
+
+    def net(self, module: nn.Module, trained: bool = True) -> LocalNet:
+        placed = module.to(self.device)
+        return DdpNet(placed) if trained else LocalNet(placed)
+
+    def player(
+        self, name: str, nets: Sequence[Net], options: Optimizer, span: Span, lazy: int | None
+    ) -> BasePlayer:
+        made = ExactPlayer if self.exact else FastPlayer
+        return made(name, nets, options, span, lazy)
+
+    def modules(self, nets: Mapping[str, Net]) -> list[nn.Module]:
+        return [net.module for net in nets.values() if isinstance(net, LocalNet)]

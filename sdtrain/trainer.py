@@ -1,0 +1,139 @@
+"""The wiring of a step: method, networks, players, engine and position, without data or a run folder.
+
+A run, `bench`, the memory count of `--plan` and the simulation of the Dirac-GAN all step through this class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+
+import torch
+
+from sdtrain.builder import Builder
+from sdtrain.config.keys import Config
+from sdtrain.contracts import Chunk, Net, Phase, Stage, Tensors, Terms, spans
+from sdtrain.data.read.stream import Batch
+from sdtrain.engine.ema import beta_of
+from sdtrain.engine.make import make_engine
+from sdtrain.engine.meter import Meter
+from sdtrain.engine.ranks import rank, world
+from sdtrain.engine.timing import Timer
+from sdtrain.rng import Draws
+
+
+class Trainer:
+    """Build it, `enter` a stage, `advance` with the `chunks` of a batch."""
+
+    def __init__(
+        self,
+        config: Config,
+        device: torch.device,
+        resolution: int,
+        num_classes: int = 0,
+        *,
+        num_samples: int = 0,
+        random_weights: bool = False,
+    ) -> None:
+        """`resolution`, `num_classes` and `num_samples` are those of the training images."""
+        self.config, self.device = config, device
+        self.engine = make_engine(config, device)
+        epoch = num_samples / config.batch_size
+        self.builder = Builder(config, self.engine, resolution, num_classes, epoch, random_weights)
+        self.method = self.builder.method()
+        self.nets: Mapping[str, Net] = self.method.nets
+        self.stage = self.method.stages[-1]  # until one is entered: a finished run has none left
+        self.starts = {stage.name: start for stage, start in spans(self.method.stages)}
+        share = config.num_ghosts // world()
+        self.ghosts = tuple(range(rank() * share, (rank() + 1) * share))
+        self.ghosts_at_once = 1 if config.summation == "exact" else config.ghosts_at_once or share
+        self.step = 0
+        self.timer = Timer(device)
+
+    @property
+    def seen_img(self) -> int:
+        return self.step * self.config.batch_size
+
+    def enter(self, stage: Stage, best: Mapping[str, Tensors] | None = None) -> None:
+        """Make the stage's players, with fresh optimizers.
+
+        `best` holds the weights that validation chose in the stage before, by network; None = go on inside the stage,
+        where every network keeps what it has.
+        """
+        self.stage = stage
+        if best is not None:
+            self.take_starts(stage, best)
+        for name in stage.frozen:
+            self.nets[name].freeze()
+        self.engine.begin(stage, self.starts[stage.name], self.nets, self.method.lazy())
+
+    def take_starts(self, stage: Stage, best: Mapping[str, Tensors]) -> None:
+        """Weights that networks begin the stage with; all are looked up before any is replaced."""
+        found: dict[str, Tensors] = {}
+        for name, start in stage.starts.items():
+            if start.best and start.net in best:
+                found[name] = best[start.net]
+            elif source := start.otherwise if start.best else start.net:
+                found[name] = {k: v.clone() for k, v in self.nets[source].state().items()}
+        for name, tensors in found.items():
+            self.nets[name].load(tensors, f"start of stage {stage.name}, {name}")
+
+    def chunks(self, batch: Batch) -> list[Chunk]:
+        """This rank's share of the global batch, cut into pieces of `ghosts_at_once` ghosts, on the device."""
+        at_once, size = self.ghosts_at_once, self.ghosts_at_once * self.config.ghost_batch
+        lq = None if batch.lq is None else batch.lq.to(self.device, non_blocking=True)
+        images = batch.images.to(self.device, non_blocking=True)
+        labels = None if batch.labels is None else batch.labels.to(self.device, non_blocking=True)
+        made = []
+        for i, first in enumerate(range(0, len(self.ghosts), at_once)):
+            part = slice(i * size, (i + 1) * size)
+            chunk = Chunk(
+                step=self.step,
+                seen_img=self.seen_img,
+                real=self.method.to_range(images[part]),
+                labels=None if labels is None else labels[part],
+                draws=self.draws(self.ghosts[first : first + at_once]),
+                inputs={} if lq is None else {"lq": self.method.to_range(lq[part])},
+            )
+            made.append(self.method.prepare(chunk))
+        return made
+
+    def draws(self, ghosts: tuple[int, ...]) -> Draws:
+        c = self.config
+        return Draws(seed=c.seed, step=self.step, ghosts=ghosts, ghost_batch=c.ghost_batch, device=self.device)
+
+    def advance(self, chunks: list[Chunk]) -> None:
+        """One step of the clock: every phase of the method, controllers, averages. Raises `NonFinite`."""
+        steering: Terms = {}
+        for phase in self.method.phases(self.stage, self.step):
+            with self.timed(phase):
+                terms = self.engine.run(phase, chunks)
+            steering |= {n: terms[n] for n in terms if n in self.method.steering}
+        if self.method.steering:
+            self.engine.meter.add(self.controls(steering))
+        with self.timer.section("ema"):
+            self.average()
+        self.step += 1
+
+    def timed(self, phase: Phase) -> AbstractContextManager[None]:
+        return self.timer.section(phase.name)
+
+    def controls(self, terms: Terms) -> Terms:
+        """Hand the method the global means it steers by; returns what it wants logged."""
+        meter = Meter()
+        meter.add(terms)
+        meter.count(list(terms))
+        moved = self.method.control(self.step, meter.means())
+        self.engine.meter.count(list(moved))
+        return {n: torch.tensor(v, device=self.device) for n, v in moved.items()}
+
+    def average(self) -> None:
+        """Eq. (1) of SD-GAN for every average of the stage."""
+        beta = beta_of(self.config.ema, self.seen_img, self.config.batch_size)
+        for name, source in self.stage.averages.items():
+            self.nets[name].follow(self.nets[source], beta)
+
+    def remaining_stages(self) -> Iterator[Stage]:
+        for stage in self.method.stages:
+            if self.seen_img < stage.end_img:
+                yield stage
