@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sdtrain.augment.ada import AdaPipe, preset
 from sdtrain.cli import main
 from sdtrain.errors import ConfigError, WeightsError
-from sdtrain.interop.network import as_tuples, load_network
+from sdtrain.interop.loading import load_network
+from sdtrain.interop.network import as_tuples
 from sdtrain.interop.official import read_official
 from sdtrain.interop.safe_pickle import class_token
 from sdtrain.losses.adversarial import gradient_penalty, relativistic_d, relativistic_g

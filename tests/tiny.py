@@ -259,9 +259,6 @@ def forked(job: dict[str, Any], log: Path) -> dict[str, Any]:
         os.dup2(fd, 1)
         os.dup2(fd, 2)
         os.environ.update(job.get("env", {}))
-        import sdtrain.engine.checkpoint
-
-        sdtrain.engine.checkpoint._fault = os.environ.get("SDTRAIN_FAULT", "")
         code = 1
         try:
             told = do(job, 0)

@@ -12,9 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from sdtrain.errors import WeightsError
-from sdtrain.interop.network import Network
 from sdtrain.interop.pickle_machine import Record, Token
-from sdtrain.interop.safe_pickle import modules_of, state_of
+from sdtrain.interop.safe_pickle import modules_of
 
 State = Mapping[str, Tensor]
 WHAT = "R3GAN snapshot"
@@ -64,15 +63,7 @@ def _stages(state: State, upwards: bool) -> dict[str, Any]:
     return {"widths": widths, "groups": groups, "blocks": counts, "expansion": expansions[0]}
 
 
-def read(role: str, module: Record, source: dict[str, Any], options: dict[str, Any], _: Any = None) -> Network:
-    """The network of one module of a snapshot, number formats included; `options` override. Raises WeightsError."""
-    from sdtrain.interop.architectures import recognise
-
-    low = _low_precision_res(source["file"], module, upwards=role != "D")
-    return recognise(state_of(source["file"], module), role, source, options={"num_low_precision_res": low, **options})
-
-
-def _low_precision_res(source: str, module: Record, upwards: bool) -> int:
+def low_precision_res(source: str, module: Record, upwards: bool) -> int:
     """How many highest resolutions the modules say to run in bfloat16."""
     formats = [
         record.attributes.get("DataType")
