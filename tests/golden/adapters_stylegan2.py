@@ -358,7 +358,7 @@ def _seeded_augmentation(case, pipes: Mapping[str, nn.Module]) -> Iterator[tuple
 
 def schedules(case) -> Iterator[tuple]:
     if "ada" not in case.json:  # R3GAN's file has the same name
-        from adapters_r3gan import schedules as r3gan
+        from adapters_r3gan_files import schedules as r3gan
 
         return (yield from r3gan(case))
     from sdtrain.augment.ada import update_p
