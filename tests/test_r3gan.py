@@ -280,6 +280,17 @@ def test_a_file_that_only_begins_like_the_network_is_one_sentence(tmp_path):
         load_network(tmp_path / "cut.pt")
 
 
+@pytest.mark.parametrize("harm", ["lost", "flat", "empty"])
+def test_a_file_with_a_harmed_weight_is_one_sentence(harm: str, tmp_path):
+    state = generator().state_dict()
+    name = "Model.MainLayers.1.Layers.1.LinearLayer2.Layer.weight"
+    weight = state.pop(name)
+    state |= {"lost": {}, "flat": {name: weight.flatten()}, "empty": {name: weight[:, :0]}}[harm]
+    torch.save(state, tmp_path / "harmed.pt")
+    with pytest.raises(WeightsError, match=f"has no usable {name}; the file is damaged"):
+        load_network(tmp_path / "harmed.pt")
+
+
 def test_only_known_classes_of_its_modules_become_records():
     assert class_token("R3GAN.Networks.ResidualBlock") and class_token(
         "BaselineGAN.Resamplers.InterpolativeUpsamplerCUDA"
