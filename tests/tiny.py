@@ -213,7 +213,7 @@ def poisoned(job: dict[str, Any], rank: int, notes: dict[str, Any]) -> Any:
 
         return call
 
-    return wrapped("sdtrain.engine.phases", "Engine.run", make)
+    return wrapped("sdtrain.engine.phases", "PhaseEngine.run", make)
 
 
 def limited(job: dict[str, Any]) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
-from math import cos, pi, prod, sqrt
+from math import prod, sqrt
 from typing import Any
 
 import rules
@@ -247,10 +247,12 @@ def _phase(case, nets: Mapping[str, Any], role: str, loss: Tensor, parts: Mappin
     yield from gradient_sums(case, nets[role], case.entry[f"{role}_grad_stats_norm_sum"], role)
 
 
-def schedule(values: Mapping[str, float], seen_img: float) -> float:
-    """Cosine from the base to the final value."""
-    start, end, length = values["base_value"], values["final_value"], values["total_nimg"]
-    return end if seen_img > length else end + 0.5 * (1 + cos(pi * seen_img / length)) * (start - end)
+def schedule(values: Mapping[str, float], seen_img: int) -> float:
+    """The product's schedule from the base to the final value."""
+    from sdtrain.config.schedule import Schedule, value_at
+
+    points = (("0", values["base_value"]), (f"{values['total_nimg']:.0f}", values["final_value"]))
+    return value_at(Schedule(points=points, curve="cosine"), seen_img)
 
 
 def training(case) -> Iterator[tuple]:
