@@ -532,7 +532,7 @@ REFUSALS = [
     ({"degradation__pool_size": 5}, "pool_size = 5 is not a multiple of ghost_batch = 2"),
     ({"validation__select_by": "fid"}, "validation.select_by fid is not measured"),
     ({"degradation__crop_size": 16}, "recipe.sharpen_target needs crops of at least 26 pixels, not 16"),
-    ({"n2": "soon"}, "write a number and its unit, such as 30 epochs, 500 steps or 64ki images"),
+    ({"n2": "soon"}, "write a number and its unit, such as 30 epochs, 500 steps or 64k images"),
     ({"model__discriminator": {"kind": "gcfsr"}}, "a gcfsr discriminator does not belong to a rrdbnet generator"),
 ]
 

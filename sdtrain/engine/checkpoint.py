@@ -24,6 +24,7 @@ from typing import Any
 
 from torch import Tensor
 
+from sdtrain.contracts import Tensors
 from sdtrain.engine.ranks import gather_objects, is_main
 from sdtrain.errors import RunError
 from sdtrain.files import (
@@ -107,7 +108,9 @@ def _tidy(root: Path, final: Path, keep: int) -> None:
     retain(root, keep)
 
 
-def _write_files(folder: Path, shared: Mapping, ghosts: Mapping, state: Mapping | None) -> dict[str, dict]:
+def _write_files(
+    folder: Path, shared: Mapping[str, Tensors], ghosts: Mapping[int, Tensors], state: Mapping[str, Any] | None
+) -> dict[str, dict[str, Any]]:
     names = []
     for name, tensors in [*shared.items(), *((f"ghosts_{g:04d}", t) for g, t in ghosts.items())]:
         save_tensors(folder / f"{name}.safetensors", tensors)

@@ -89,7 +89,7 @@ class RunFolder:
 
     def measured(self, seen_img: int, split: str) -> bool:
         """Whether this position had been evaluated before the run was started again; the same answer on all ranks."""
-        return gather_objects((seen_img, split) in self._measured)[0]
+        return bool(gather_objects((seen_img, split) in self._measured)[0])
 
     def image(self, tag: str, picture: Any, seen_img: int) -> None:
         """Store a uint8 HWC picture as PNG under samples/ and in TensorBoard."""

@@ -70,8 +70,10 @@ def _own(path: Path, role: str | None) -> Network:
         return with_card(state, card)
     role = role or (path.stem if path.stem in ROLES else None)
     network = recognise(state, role, source)
-    described = _of_config(path, network.player)
-    return replace(network, **described) if described else network
+    described = replace(network, **_of_config(path, network.player))
+    # a run's configuration describes the teacher; a student of it is what its shapes say
+    fits = network.note is None and not network.misfits()
+    return network if fits and described.misfits() else described
 
 
 def _of_config(path: Path, player: Player) -> dict[str, Any]:
