@@ -35,8 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Plan or train. Returns the exit code; raises `UserError` for what the user can mend."""
     from sdtrain.config.load import load_config
+    from sdtrain.engine.launcher import check_launcher
 
     config = load_config(args.cfg, args.set, world=int(os.environ.get("WORLD_SIZE", "1")))
+    check_launcher(config)
     out = Path(args.out or f"runs/{config.name}")
     if getattr(config, "simulation", None):  # a method that is a system of equations, not a training run
         return simulate(config, out, args.plan)
