@@ -14,10 +14,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from sdtrain import __version__
-from sdtrain.errors import EXIT_OK, EXIT_USER_ERROR, UserError
+from sdtrain.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_USER_ERROR, UserError
 from sdtrain.main import tell
 
-EXIT_INTERRUPTED = 130
 PACKAGE = Path(__file__).resolve().parent
 
 # name: (module, help line); the module has add_arguments(parser) and run(args) -> int, and is importable without torch
@@ -73,8 +72,8 @@ def run_command(command: Callable[[], int]) -> int:
     except UserError as error:
         tell(error)
         return EXIT_USER_ERROR
-    except KeyboardInterrupt:
-        print("sdtrain: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as reason:
+        tell(reason if reason.args else "interrupted")
         return EXIT_INTERRUPTED
     except BrokenPipeError:  # the reader of our output has left, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -96,7 +95,8 @@ def script(main: Callable[[], int] = main) -> int:
         return code
     if code == EXIT_OK:
         ranks.barrier()  # nobody closes connections while another still sends
-    ranks.destroy()
+    if code != EXIT_INTERRUPTED:  # which is not to wait for anyone
+        ranks.destroy()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # what threads of the group do in the interpreter's exit may abort a finished process

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 if __name__ == "__main__":  # run as a script: the repository root takes the place of this folder on the import path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from sdtrain.errors import EXIT_OK, UserError
+from sdtrain.errors import EXIT_OK
 
 if TYPE_CHECKING:
     import torch
 
     from sdtrain.config.keys import Config
+    from sdtrain.engine.preempt import StopRequest
     from sdtrain.run import Run
 
 log = logging.getLogger("sdtrain")
@@ -47,15 +48,16 @@ def run(args: argparse.Namespace) -> int:
 
         print(render(make_plan(config)))
         return EXIT_OK
-    return train(config, out, args.allow)
-
-
-def train(config: Config, out: Path, allow: list[str]) -> int:
-    """Check everything that can be checked cheaply, join the other ranks, resume, train."""
     from sdtrain.engine.preempt import StopRequest
+
+    with StopRequest(out / "checkpoints") as stop:
+        return train(config, out, args.allow, stop)
+
+
+def train(config: Config, out: Path, allow: list[str], stop: StopRequest) -> int:
+    """Check everything that can be checked cheaply, join the other ranks, resume, train."""
     from sdtrain.plan import check_data, check_initial, check_weights_needed, make_plan
 
-    stop = StopRequest().listen()  # a signal that comes while things load is obeyed after the first step
     dataset = check_data(config)
     used = check_weights_needed(config)
     check_folder(config, out, allow)
@@ -74,6 +76,7 @@ def train(config: Config, out: Path, allow: list[str]) -> int:
     announce(run, refused)
     run.folder.open_log(run.seen_img)
     run.stop = stop
+    stop.training = True
     return train_loop(run)
 
 
@@ -152,7 +155,7 @@ def announce(run: Run, refused: list[str]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point with the exit codes of the contract: 0, 2 for a user error, 75 for a stop on request, 130: Ctrl-C."""
+    """Entry point with the exit codes of the contract: 0, 2: a user's mistake, 75: stopped on request, 130: ended."""
     parser = argparse.ArgumentParser(prog="sdtrain/main.py", description=__doc__)
     add_arguments(parser)
     args = parser.parse_args(argv)
@@ -161,7 +164,7 @@ def main(argv: list[str] | None = None) -> int:
     return run_command(lambda: run(args))
 
 
-def tell(error: UserError) -> None:
+def tell(error: object) -> None:
     """Print the sentence once: until ranks have met all see the same problem, afterwards it may be one rank's own."""
     ranks = sys.modules.get("sdtrain.engine.ranks")
     met = ranks is not None and ranks.world() > 1
