@@ -29,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--cfg", required=True, metavar="FILE|NAME", help="configuration: a path, or a name in configs/")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="override one key; repeat as you like")
     add("--out", metavar="DIR", help="run folder (default: runs/NAME); holds a run already? it goes on from there")
+    add("--allow-pipe", action="store_true", help="run the commands of pipe: sources (--set data.allow_pipe=true)")
     add("--plan", action="store_true", help="print what the run would need and do, touch nothing")
     add("--allow", action="append", default=[], metavar="KEY", help="resume although this key has changed")
 
@@ -38,7 +39,8 @@ def run(args: argparse.Namespace) -> int:
     from sdtrain.config.load import load_config
     from sdtrain.engine.launcher import check_launcher
 
-    config = load_config(args.cfg, args.set, world=int(os.environ.get("WORLD_SIZE", "1")))
+    given = [*args.set, *(["data.allow_pipe=true"] if args.allow_pipe else [])]
+    config = load_config(args.cfg, given, world=int(os.environ.get("WORLD_SIZE", "1")))
     check_launcher(config)
     out = Path(args.out or f"runs/{config.name}")
     if getattr(config, "simulation", None):  # a method that is a system of equations, not a training run

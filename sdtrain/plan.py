@@ -26,7 +26,8 @@ def check_data(config: Config, keep_index: bool = True) -> Dataset:
     """
     from sdtrain.data.read.dataset import open_dataset
 
-    dataset = open_dataset(config.data.train, cache=config.data.cache, keep_index=keep_index)
+    permission = {"allow_pipe": config.data.allow_pipe}
+    dataset = open_dataset(config.data.train, cache=config.data.cache, keep_index=keep_index, **permission)
     if config.data.labels and not dataset.num_classes:
         raise DataError(
             f"{dataset.source} has no class labels and data.labels is true; pack it with --labels folder (a folder for "
