@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if __name__ == "__main__":  # run as a script: the repository root takes the place of this folder on the import path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from sdtrain.errors import EXIT_OK
+from sdtrain.errors import EXIT_OK, EXIT_USER_ERROR, WeightsError
 
 if TYPE_CHECKING:
     import torch
@@ -46,14 +46,25 @@ def run(args: argparse.Namespace) -> int:
     if getattr(config, "simulation", None):  # a method that is a system of equations, not a training run
         return simulate(config, out, args.plan)
     if args.plan:
-        from sdtrain.plan import make_plan, render
-
-        print(render(make_plan(config)))
-        return EXIT_OK
+        return show_plan(config, out)
     from sdtrain.engine.preempt import StopRequest
 
     with StopRequest(out / "checkpoints") as stop:
         return train(config, out, args.allow, stop)
+
+
+def show_plan(config: Config, out: Path) -> int:
+    """Print the plan; what would stop the run is said first, before networks are built, and gives the exit code."""
+    from sdtrain.plan import check_weights_needed, make_plan, render
+
+    code = EXIT_OK
+    try:
+        check_weights_needed(config)
+    except WeightsError as missing:
+        tell(missing)
+        code = EXIT_USER_ERROR
+    print(render(make_plan(config, out=out)))
+    return code
 
 
 def train(config: Config, out: Path, allow: list[str], stop: StopRequest) -> int:

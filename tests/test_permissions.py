@@ -59,7 +59,7 @@ def commands(run: Path) -> dict[str, list[object]]:
         "evaluate": ["evaluate", run, *quick],
         "evaluate val": ["evaluate", run, "--split", "val", *quick],
         "bench": ["bench", "--cfg", run / "config.yaml", "--steps", 1, "--resolution", 32, "--variants", "baseline"],
-        "variation": ["report", run, "--variation", "--latents", 2, "--out", run.parent / "report"],
+        "variation": ["report", run, "--variation", "--latents", 2, "--out", run.parent / "report.md"],
         "doctor": ["doctor", "--cfg", run / "config.yaml"],
     }
 
