@@ -10,9 +10,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from sdtrain.errors import EXIT_OK, EXIT_USER_ERROR, UserError
-
-EXIT_INTERRUPTED = 130
+from sdtrain.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_USER_ERROR, UserError
 
 
 def run_command(command: Callable[[], int]) -> int:
@@ -22,15 +20,15 @@ def run_command(command: Callable[[], int]) -> int:
     except UserError as error:
         tell(error)
         return EXIT_USER_ERROR
-    except KeyboardInterrupt:
-        print("sdtrain: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as reason:
+        tell(reason if reason.args else "interrupted")
         return EXIT_INTERRUPTED
     except BrokenPipeError:  # the reader of our output has left, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_OK
 
 
-def tell(error: UserError) -> None:
+def tell(error: object) -> None:
     """Print the sentence once: until ranks have met all see the same problem, afterwards it may be one rank's own."""
     ranks = sys.modules.get("sdtrain.engine.ranks")
     met = ranks is not None and ranks.world() > 1
@@ -45,7 +43,8 @@ def part(code: int) -> int:
         return code
     if code == EXIT_OK:
         ranks.barrier()  # nobody closes connections while another still sends
-    ranks.destroy()
+    if code != EXIT_INTERRUPTED:  # which is not to wait for anyone
+        ranks.destroy()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # what threads of the group do in the interpreter's exit may abort a finished process

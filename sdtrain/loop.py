@@ -118,8 +118,8 @@ def stopped(run: Run, signal_number: int) -> int:
     import signal
 
     if is_main():
-        name = signal.Signals(signal_number).name
-        log.info("%s: stopped at %s with a checkpoint; the same command goes on from here", name, count(run.seen_img))
+        name, kept = signal.Signals(signal_number).name, run.folder.checkpoints / f"img_{run.seen_img:09d}"
+        log.info("%s: stopped at %s images; kept %s; the same command goes on from here", name, run.seen_img, kept)
     run.folder.close()
     return EXIT_REQUEUE
 

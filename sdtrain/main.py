@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 if __name__ == "__main__":  # run as a script: the repository root takes the place of this folder on the import path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from sdtrain.errors import EXIT_OK
+from sdtrain.errors import EXIT_OK, EXIT_USER_ERROR, WeightsError
 from sdtrain.exits import part, run_command
 
 if TYPE_CHECKING:
     import torch
 
     from sdtrain.config.keys import Config
+    from sdtrain.engine.preempt import StopRequest
     from sdtrain.run import Run
 
 log = logging.getLogger("sdtrain")
@@ -29,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--cfg", required=True, metavar="FILE|NAME", help="configuration: a path, or a name in configs/")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="override one key; repeat as you like")
     add("--out", metavar="DIR", help="run folder (default: runs/NAME); holds a run already? it goes on from there")
+    add("--allow-pipe", action="store_true", help="run the commands of pipe: sources (--set data.allow_pipe=true)")
     add("--plan", action="store_true", help="print what the run would need and do, touch nothing")
     add("--allow", action="append", default=[], metavar="KEY", help="resume although this key has changed")
 
@@ -36,25 +38,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Plan or train. Returns the exit code; raises `UserError` for what the user can mend."""
     from sdtrain.config.load import load_config
+    from sdtrain.engine.launcher import check_launcher
 
-    config = load_config(args.cfg, args.set, world=int(os.environ.get("WORLD_SIZE", "1")))
+    given = [*args.set, *(["data.allow_pipe=true"] if args.allow_pipe else [])]
+    config = load_config(args.cfg, given, world=int(os.environ.get("WORLD_SIZE", "1")))
+    check_launcher(config)
     out = Path(args.out or f"runs/{config.name}")
     if getattr(config, "simulation", None):  # a method that is a system of equations, not a training run
         return simulate(config, out, args.plan)
     if args.plan:
-        from sdtrain.plan import make_plan, render
-
-        print(render(make_plan(config)))
-        return EXIT_OK
-    return train(config, out, args.allow)
-
-
-def train(config: Config, out: Path, allow: list[str]) -> int:
-    """Check everything that can be checked cheaply, join the other ranks, resume, train."""
+        return show_plan(config, out)
     from sdtrain.engine.preempt import StopRequest
+
+    with StopRequest(out / "checkpoints") as stop:
+        return train(config, out, args.allow, stop)
+
+
+def show_plan(config: Config, out: Path) -> int:
+    """Print the plan; what would stop the run is said first, before networks are built, and gives the exit code."""
+    from sdtrain.plan import check_weights_needed, make_plan, render
+
+    code = EXIT_OK
+    try:
+        check_weights_needed(config)
+    except WeightsError as missing:
+        tell(missing)
+        code = EXIT_USER_ERROR
+    print(render(make_plan(config, out=out)))
+    return code
+
+
+def train(config: Config, out: Path, allow: list[str], stop: StopRequest) -> int:
+    """Check everything that can be checked cheaply, join the other ranks, resume, train."""
     from sdtrain.plan import check_data, check_initial, check_weights_needed, make_plan
 
-    stop = StopRequest().listen()  # a signal that comes while things load is obeyed after the first step
     dataset = check_data(config)
     used = check_weights_needed(config)
     check_folder(config, out, allow)
@@ -73,6 +90,7 @@ def train(config: Config, out: Path, allow: list[str]) -> int:
     announce(run, refused)
     run.folder.open_log(run.seen_img)
     run.stop = stop
+    stop.training = True
     return train_loop(run)
 
 
@@ -151,7 +169,7 @@ def announce(run: Run, refused: list[str]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point with the exit codes of the contract: 0, 2 for a user error, 75 for a stop on request, 130: Ctrl-C."""
+    """Entry point with the exit codes of the contract: 0, 2: a user's mistake, 75: stopped on request, 130: ended."""
     parser = argparse.ArgumentParser(prog="sdtrain/main.py", description=__doc__)
     add_arguments(parser)
     args = parser.parse_args(argv)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdtrain.config import schema
@@ -26,7 +27,8 @@ def check_data(config: Config, keep_index: bool = True) -> Dataset:
     """
     from sdtrain.data.read.dataset import open_dataset
 
-    dataset = open_dataset(config.data.train, cache=config.data.cache, keep_index=keep_index)
+    permission = {"allow_pipe": config.data.allow_pipe}
+    dataset = open_dataset(config.data.train, cache=config.data.cache, keep_index=keep_index, **permission)
     if config.data.labels and not dataset.num_classes:
         raise DataError(
             f"{dataset.source} has no class labels and data.labels is true; pack it with --labels folder (a folder for "
@@ -93,17 +95,20 @@ def describe_source(name: str, source: str) -> dict[str, Any]:
     return {"source": source, "place": str(path), "sha256": sha256_of(path) if path.is_file() else "missing"}
 
 
-def make_plan(config: Config, run: Run | None = None, initial: Initial | None = None) -> dict[str, Any]:
+def make_plan(
+    config: Config, run: Run | None = None, initial: Initial | None = None, out: Path | None = None
+) -> dict[str, Any]:
     """The plan as data. Builds the networks (on the CPU) unless a `run` that has them is given.
 
-    `initial` is what `check_initial` has found; without a run it is looked up here.
+    `initial` is what `check_initial` has found; without a run it is looked up here. `out`: where a speed may be known.
     """
+    from sdtrain.outlook import forecast, warnings
     from sdtrain.weights import check_weights
 
-    dataset = check_data(config, keep_index=run is not None)
+    dataset = run.dataset if run is not None else check_data(config, keep_index=False)
+    initial = initial if run is not None else check_initial(config, dataset)
     trainer = run if run is not None else _build(config, dataset)
     method = trainer.method
-    initial = initial if run is not None else check_initial(config, dataset)
     total_img = method.stages[-1].end_img if method.stages else 0
     needs = weights_needed(config)
     networks = _networks(method, exact=config.summation == "exact")
@@ -118,6 +123,7 @@ def make_plan(config: Config, run: Run | None = None, initial: Initial | None = 
             "shards": len(dataset.shards),
             "hash": dataset.hash,
             "epochs": total_img / dataset.num_samples,
+            "classes": len(trainer.builder.class_counts),
         },
         "steps": total_img // config.batch_size,
         "stages": _stages(method),
@@ -135,6 +141,8 @@ def make_plan(config: Config, run: Run | None = None, initial: Initial | None = 
         "weights_missing": check_weights(needs),
         "init": initial.described if initial else {},
         "switched_off": _switched_off(config),
+        "forecast": forecast(out, total_img),
+        "warnings": warnings(config, dataset, total_img),
     }
 
 
@@ -229,13 +237,17 @@ def _activations(plan: dict[str, Any]) -> str:
 
 def render(plan: dict[str, Any]) -> str:
     """The plan for people."""
+    from sdtrain.outlook import render_forecast
+
     data, memory = plan["data"], plan["memory_gb_per_rank"]
     ranks = ", ".join(map(str, plan["valid_world_sizes"]))
+    classes = f", conditional, {data['classes']} classes" if data["classes"] else ""
     lines = [
         f"plan of {plan['name']}  (config {plan['config_hash'][:12]}, data {data['hash'][:12]})",
         f"  data        {data['what']}",
-        f"              {data['samples']} samples in {data['shards']} shards, {data['epochs']:.1f} epochs",
+        f"              {data['samples']} samples in {data['shards']} shards, {data['epochs']:.1f} epochs{classes}",
         f"  time        {plan['steps']} steps, a tick is {plan['steps_per_tick']} = {plan['images_per_tick']} images",
+        f"  forecast    {render_forecast(plan['forecast'], plan['name'])}",
         f"  ranks       {plan['ghosts']} ghosts: run on {ranks} ranks, same curve",
     ]
     for s in plan["stages"] if len(plan["stages"]) > 1 else ():
@@ -255,4 +267,5 @@ def render(plan: dict[str, Any]) -> str:
         lines.append(f"  init        {role}: {where}{'; unlike the file: ' + ', '.join(notes) if notes else ''}")
     lines += [f"  MISSING     {problem}" for problem in plan["weights_missing"]]
     lines += [f"  off         {', '.join(plan['switched_off'])}: not computed"] if plan["switched_off"] else []
+    lines += [f"  WARNING     {sentence}" for sentence in plan["warnings"]]
     return "\n".join(lines)

@@ -85,6 +85,14 @@ def test_an_interrupt_ends_with_code_130(capsys: pytest.CaptureFixture):
     assert capsys.readouterr().err == "sdtrain: interrupted\n"
 
 
+def test_an_interrupt_that_knows_what_it_ended_says_so(capsys: pytest.CaptureFixture):
+    def interrupted() -> int:
+        raise KeyboardInterrupt("nothing was written")
+
+    assert cli.run_command(interrupted) == 130
+    assert capsys.readouterr().err == "sdtrain: nothing was written\n"
+
+
 def test_a_reader_that_leaves_early_is_no_fault():
     talk = """
 from sdtrain.exits import run_command

@@ -6,6 +6,7 @@ own, a table could mix numbers that do not compare, and a mistake would end in a
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 import signal
@@ -19,7 +20,7 @@ import yaml
 from PIL import Image
 
 from sdtrain import cli
-from sdtrain.commands import sample, source
+from sdtrain.commands import evaluate, sample, source
 
 CONFIG = """
 method: sdgan
@@ -308,6 +309,18 @@ def test_an_unlike_seed_or_number_is_told_apart_from_the_runs_own_protocol(run_f
     words = ["--against", run_folder / "metrics.jsonl", "--cache", tmp_path / "cache", "--workers", 0]
     said = refusal(capsys, "evaluate", run_folder, *words, "--num", 4)
     assert "num_fake: 6 and 4" in said
+
+
+def test_split_test_of_a_run_is_measured_on_other_latents_than_chose_its_weights(run_folder):
+    def filled(*words: str) -> argparse.Namespace:
+        parser = argparse.ArgumentParser()
+        evaluate.add_arguments(parser)
+        args = parser.parse_args([str(run_folder), *words])
+        evaluate.fill_in(args, source.config_of(run_folder))
+        return args
+
+    assert filled("--split", "val").seed == 7 and filled().seed == filled("--split", "test").seed == 8
+    assert filled("--seed", "3").seed == 3
 
 
 # bench

@@ -6,8 +6,11 @@ Invariant 4 (resumed == uninterrupted), and the signal half of invariant 6.
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -41,6 +44,7 @@ STOPS = {
     "data5": {"point": "while waiting for data", "name": "SIGTERM", "time": 5},
     "save1": {"point": "in a save", "name": "SIGUSR1", "time": 1},
     "last": {"point": "in a step", "name": "SIGTERM", "time": 6},
+    "ctrl_c": {"point": "in a step", "name": "SIGINT", "time": 3},
 }
 
 
@@ -62,10 +66,81 @@ def test_a_signal_stops_with_code_75_and_the_resumed_run_is_the_uninterrupted_on
     assert stopped["code"] == STOPPED, stopped["said"]
     assert resumed["code"] == 0, resumed["said"]
     assert STOPS[name]["name"] in stopped["said"] and "the same command goes on from here" in stopped["said"]
-    assert "going on at" in resumed["said"]
+    [kept] = re.findall(r"; kept (\S+img_\d+); ", stopped["said"])
+    assert f"{STOPS[name]['name']}: stopped at {int(kept[-9:])} images" in stopped["said"]
+    assert "going on at" in resumed["said"] and f"from {kept}" in resumed["said"]
     assert unequal(tensors(place / "whole", END), tensors(place / name, END)) == []
     assert rows(place / "whole") == rows(place / name)
     assert [row["seen_img"] for row in rows(place / "whole")] == [24, 48]
+
+
+def test_the_first_ctrl_c_says_what_it_does_and_what_a_second_one_would(alone: dict[str, Any]) -> None:
+    said = alone["ctrl_c"][0]["said"]
+    assert "sdtrain: Ctrl-C: stopping after this step" in said and "once more ends at once" in said
+
+
+PRESSED = {
+    "start": ({"point": "before the first step"}, "sdtrain: Ctrl-C before the first step: this start has trained and"),
+    "twice": (
+        {"point": "in a step", "time": 5, "presses": 2},
+        "sdtrain: ended at once by a second Ctrl-C; nothing new",
+    ),
+    "early": ({"point": "in a step", "time": 1, "presses": 2}, "by a second Ctrl-C; nothing was kept"),
+}
+
+
+@pytest.fixture(scope="module")
+def pressed(place: Path) -> dict[str, dict[str, Any]]:
+    jobs = [{"args": args(place, name), "signal": {"name": "SIGINT", **wish}} for name, (wish, _) in PRESSED.items()]
+    return dict(zip(PRESSED, run_jobs(place, jobs), strict=True))
+
+
+@pytest.mark.parametrize("name", PRESSED)
+def test_ctrl_c_at_the_start_and_twice_in_training_end_with_130_and_say_what_is_kept(
+    place: Path, pressed: dict[str, dict[str, Any]], name: str
+) -> None:
+    done = pressed[name]
+    assert done["code"] == 130 and PRESSED[name][1] in done["said"], done["said"]
+    assert "Traceback" not in done["said"]
+    if name == "twice":
+        kept = place / "twice" / "checkpoints" / "img_000000032"
+        assert f"nothing newer than {kept} was kept; the same command goes on from there" in done["said"]
+
+
+def test_ctrl_c_ends_a_rank_that_waits_for_others_inside_a_library(place: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = {**os.environ, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    command = [sys.executable, "sdtrain/main.py", *args(place, "waiting")]
+    waiting = subprocess.Popen(
+        command, cwd=REPO, env={**env, "MASTER_PORT": str(port)}, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        time.sleep(0.3)
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                break
+    time.sleep(1)
+    waiting.send_signal(signal.SIGINT)
+    said = waiting.communicate(timeout=60)[1]
+    assert waiting.returncode == 130 and "sdtrain: Ctrl-C before the first step" in said, said
+    assert "Traceback" not in said
+
+
+def test_ctrl_c_for_torchrun_saves_once_on_all_ranks(place: Path) -> None:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "sdtrain/main.py"]
+    command = [*launch, *args(place, "both", "--set", "total_img=16000")]
+    running = subprocess.Popen(command, cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    log = place / "both" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (log.exists() and log.read_text()):
+        time.sleep(0.3)
+    running.send_signal(signal.SIGINT)
+    said = running.communicate(timeout=60)[0]
+    [kept] = re.findall(r"SIGINT: stopped at \d+ images; kept (\S+); the same command goes on from here", said)
+    assert (Path(kept) / "state.json").exists() and said.count("sdtrain: Ctrl-C: stopping after this step") == 1
 
 
 def test_the_stops_cover_every_place_a_signal_can_find_a_run_in() -> None:

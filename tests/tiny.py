@@ -17,6 +17,7 @@ import resource
 import signal
 import sys
 import tarfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -181,7 +182,10 @@ def signalled(job: dict[str, Any], rank: int) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
             calls[0] += 1
             if calls[0] == request.get("time", 1) and rank == request.get("rank", 0):
-                os.kill(os.getpid(), getattr(signal, request["name"]))
+                for _ in range(presses := request.get("presses", 1)):
+                    os.kill(os.getpid(), getattr(signal, request["name"]))
+                if presses > 1:
+                    time.sleep(60)  # which is to be cut short
             return original(*args, **kwargs)
 
         return call

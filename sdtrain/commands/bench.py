@@ -115,7 +115,7 @@ class Source:
         self.class_counts: Sequence[int] = ()
         self.note = "noise instead of images: waiting for data is not measured"
         try:
-            dataset = open_dataset(config.data.train, cache=config.data.cache)
+            dataset = open_dataset(config.data.train, cache=config.data.cache, allow_pipe=config.data.allow_pipe)
         except (DataError, OSError):
             dataset = None
         wanted = resolution or config.data.resolution or (dataset.resolution if dataset else None)

@@ -28,7 +28,7 @@ DEFAULTS |= {"pr_features": "inception", "pr_precision": "fp32"}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("path", metavar="PATH", help="what to measure: a folder of images, shards, a run folder or a checkpoint")
-    add("--real", metavar="DATA", help="real images: shards or a folder (default: what the run was validated on)")
+    add("--real", metavar="DATA", help="real images: shards or a folder (default: those of the run for --split)")
     own = "default: as the run's configuration says, else"
     add("--metrics", help=f"comma-separated, of {', '.join(METRICS)} ({own} fid); super-resolution has its own")
     add(
@@ -48,12 +48,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--inception", metavar="SOURCE", help=f"Inception weights: a path or `download`, fetched ({own} download)")
     add("--vgg16", metavar="SOURCE", help=f"VGG16 weights: a path, `download` or `random` ({own} download)")
     add("--seeds", type=int, help=f"random networks averaged by rfid ({own} 5)")
-    add("--seed", type=int, help=f"seed of the latents of a run or checkpoint ({own} 0)")
+    seed = "seed of the latents (default: that of the run; the next one for split test, as in the run; else 0)"
+    add("--seed", type=int, help=seed)
     add("--weights", choices=("ema", "raw"), default="ema", help="of a run: the generator's average, or itself")
     add("--batch-size", type=int, help=f"images at once; part of the protocol ({own} 32)")
     add("--workers", type=int, default=2, help="processes that decode shards (default: 2)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: a GPU where there is one)")
     add("--split", help="a name for the real images, kept in the row; super-resolution: test or val (default: test)")
+    add("--allow-pipe", action="store_true", help="run the commands of pipe: sources")
     add("--cache", type=Path, help="where statistics of real images are kept (default: the weights cache)")
     add("--json", type=Path, metavar="FILE", help="append the result as one JSON row")
     add("--against", type=Path, metavar="FILE", help="compare with the last row of a --json file of the same protocol")
@@ -64,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     from sdtrain.commands.source import config_of
 
     path = Path(args.path)
-    config = config_of(path) if is_generator(path) else None
+    config = config_of(path, args.allow_pipe) if is_generator(path) else None
     if hasattr(config, "validation"):
         from sdtrain.commands import evaluate_sr
 
@@ -118,12 +120,15 @@ def fill_in(args: argparse.Namespace, config: Any) -> None:
     """Give what was not asked for: as the run measures itself, so that values compare with its own; else defaults."""
     defaults: dict[str, Any] = dict(DEFAULTS)
     if config is not None:
-        m, w = config.metrics, config.weights
+        from sdtrain.metrics.protocol import latents_seed
+
+        m, w, data, split = config.metrics, config.weights, config.data, args.split or "test"
+        real = data.test if split == "test" and data.test else data.val or data.train
         defaults |= {"metrics": ",".join(m.names), "num": m.num_fake, "num_real": m.num_real, "extractor": m.extractor}
-        defaults |= {"tap": m.tap, "seeds": m.seeds, "batch_size": m.batch_size, "seed": config.seed}
+        defaults |= {"tap": m.tap, "seeds": m.seeds, "batch_size": m.batch_size}
+        defaults |= {"seed": latents_seed(config.seed, split), "real": real}
         defaults |= {name: getattr(m, name, defaults[name]) for name in ("pr_features", "pr_precision")}
         defaults |= {"inception": w.inception or "download", "vgg16": getattr(w, "vgg16", None) or "download"}
-        defaults["real"] = config.data.val or config.data.train
         if w.inception == "random":  # as the run understands it
             defaults |= {"inception": "download", "extractor": "random-inception"}
     for name, value in defaults.items():
@@ -142,11 +147,11 @@ def subject(args: argparse.Namespace, device: Any) -> tuple[Callable[[list[int]]
     """A function from indices to uint8 images, and what is known of it: `num`, maybe `real`, `latents_seed`, `row`."""
     path = Path(args.path)
     if is_generator(path):
-        return sampler_for(path, device, args.seed, args.weights)
+        return sampler_for(path, device, args.seed, args.weights, allow_pipe=args.allow_pipe)
     from sdtrain.metrics.evaluate import subset
     from sdtrain.metrics.images import batches, open_images
 
-    images = open_images(args.path)
+    images = open_images(args.path, args.allow_pipe)
     chosen = subset(images.num_samples, args.num)  # not the first ones: folders are often sorted by class
 
     def read(indices: list[int]) -> Tensor:
@@ -156,12 +161,12 @@ def subject(args: argparse.Namespace, device: Any) -> tuple[Callable[[list[int]]
 
 
 def sampler_for(
-    path: Path, device: Any, seed: int, weights: str
+    path: Path, device: Any, seed: int, weights: str, **more: Any
 ) -> tuple[Callable[[list[int]], Tensor], dict[str, Any]]:
     """The sampler of a run or checkpoint."""
     from sdtrain.commands.sample import open_sampler
 
-    sample_fn, info = open_sampler(path, device, seed=seed, weights=weights)
+    sample_fn, info = open_sampler(path, device, seed=seed, weights=weights, **more)
     return sample_fn, {"latents_seed": seed, **info}
 
 
@@ -177,7 +182,7 @@ def evaluator(args: argparse.Namespace, info: dict[str, Any], device: Any) -> An
     if most is not None and args.num is not None and args.num > most:
         raise ConfigError(f"--num {args.num} is more than the {most} images of {args.path}; ask for fewer.")
     return Evaluator(
-        open_images(real),
+        open_images(real, args.allow_pipe),
         metrics=args.metrics,
         num_fake=args.num or most or 50_000,
         num_real=args.num_real,

@@ -98,7 +98,7 @@ def folder_of_inputs(args: argparse.Namespace, config: Any) -> Path:
     from sdtrain.data.read.dataset import open_dataset
     from sdtrain.weights import cache_folder
 
-    photos = open_dataset(args.real, cache=config.data.cache).hash
+    photos = open_dataset(args.real, cache=config.data.cache, allow_pipe=config.data.allow_pipe).hash
     return (args.cache or cache_folder() / "statistics") / f"lq-{photos[:16]}-{config_hash(config)[:16]}"
 
 

@@ -23,12 +23,13 @@ def run_folder_of(path: Path) -> Path | None:
     return next((folder for folder in near if (folder / "config.yaml").is_file()), None)
 
 
-def config_of(path: Path) -> Any:
+def config_of(path: Path, allow_pipe: bool = False) -> Any:
     """The configuration of the run that `path` belongs to; None outside a run. Torch is not imported."""
     from sdtrain.config.load import load_config
 
     folder = run_folder_of(path)
-    return None if folder is None else load_config(folder / "config.yaml")
+    given = ["data.allow_pipe=true"] if allow_pipe else []
+    return None if folder is None else load_config(folder / "config.yaml", given)
 
 
 class Source:

@@ -28,8 +28,14 @@ def to_tree(config: Any) -> Any:
 
 
 def dump(config: Config) -> str:
-    """The resolved configuration as YAML, every default written out; loads back to an equal `Config`."""
-    return dump_tree(to_tree(config))
+    """The resolved configuration as YAML, every default written out; loads back to an equal `Config`.
+
+    `data.allow_pipe` is written as false: a permission to run commands ends with the command that was given it.
+    """
+    tree = to_tree(config)
+    if tree.get("data"):
+        tree["data"]["allow_pipe"] = False
+    return dump_tree(tree)
 
 
 def config_hash(config: Config) -> str:

@@ -36,9 +36,20 @@ def load_config(path_or_name: str | Path, overrides: Iterable[str] = (), world: 
     path = find_config(path_or_name)
     source = read_with_bases(path)
     source.tree.setdefault("name", path.stem)
+    source.problems += _permissions(source)
     for override in parse_overrides(overrides):
         source = merge(source, override)
     return resolve(source, world)
+
+
+def _permissions(source: Source) -> Iterable[str]:
+    """A file may come from anyone: to run the commands it names is for the one who types."""
+    path = ("data", "allow_pipe")
+    if messages.value_at(source.tree, path) not in (messages.NO_VALUE, False):
+        yield (
+            f"{source.place(path)}: data.allow_pipe would let this configuration run commands, so no file can give it: "
+            "take it out, and allow it on the command line with --set data.allow_pipe=true or --allow-pipe"
+        )
 
 
 def resolve(source: Source, world: int | None = None) -> Any:

@@ -89,6 +89,8 @@ class Data:
     """[batches] Batches each worker keeps ready."""
     cache: str | None = None
     """Folder for copies of remote shards; null = the user's cache folder."""
+    allow_pipe: bool = False
+    """Let sources `pipe:COMMAND` run their command; counts on the command line alone (or --allow-pipe), in no file."""
     max_bad: Fraction = 0.001
     """Share of samples that may be unreadable before the run stops with an error."""
 

@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sdtrain.engine.launcher import wants_cpu
+
 RANK_TIMEOUT = datetime.timedelta(minutes=30)  # a collective waits this long for the slowest rank
 
 
@@ -20,7 +22,7 @@ def start_ranks(device: str = "auto") -> torch.device:
     """
     from accelerate import PartialState
 
-    on_gpu = torch.cuda.is_available() and not os.environ.get("SDTRAIN_CPU") and device != "cpu"
+    on_gpu = torch.cuda.is_available() and not wants_cpu() and device != "cpu"
     alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
     together: dict[str, Any] = {} if alone else {"timeout": RANK_TIMEOUT, "backend": "nccl" if on_gpu else "gloo"}
     state = PartialState(cpu=not on_gpu, **together)

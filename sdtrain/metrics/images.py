@@ -31,7 +31,7 @@ class ImageFolder:
         return f"{self.source}: {self.num_samples} images, {self.resolution or 'mixed'} px, {self.hash[:12]}"
 
 
-def open_images(source: str | Path | list[str]) -> Any:
+def open_images(source: str | Path | list[str], allow_pipe: bool = False) -> Any:
     """A packed data set, a pattern of shards or a list of those, or a folder of images.
 
     Raises DataError when there is nothing to read.
@@ -40,10 +40,10 @@ def open_images(source: str | Path | list[str]) -> Any:
     from sdtrain.data.read.images import is_image_name
 
     if isinstance(source, list):
-        return open_dataset(source)
+        return open_dataset(source, allow_pipe=allow_pipe)
     folder = Path(source)
     if not folder.is_dir() or (folder / "manifest.json").is_file() or any(folder.glob("*.tar")):
-        return open_dataset(str(source))
+        return open_dataset(str(source), allow_pipe=allow_pipe)
     files = tuple(sorted(path for path in folder.rglob("*") if path.is_file() and is_image_name(path.name)))
     if not files:
         raise DataError(

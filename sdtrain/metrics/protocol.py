@@ -14,6 +14,11 @@ DESCRIPTIVE = ("real_source", "fake_source", "split", "sdtrain")
 OPTIONAL = ("metrics", "features", "kid", "pr_k", "rfid", "fid", "lpips")
 
 
+def latents_seed(seed: int, split: str) -> int:
+    """The latents of a split: the next seed for `test`, since those of validation have chosen the weights."""
+    return seed + 1 if split == "test" else seed
+
+
 def fingerprint(protocol: dict[str, Any]) -> str:
     """Hash of everything that decides a value."""
     binding = {key: value for key, value in protocol.items() if key not in DESCRIPTIVE}

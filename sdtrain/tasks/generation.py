@@ -15,6 +15,7 @@ from sdtrain.data.read.dataset import Dataset, open_dataset
 from sdtrain.engine.ranks import barrier, is_main
 from sdtrain.files import fault_point, save_tensors, write_bytes
 from sdtrain.metrics.evaluate import Evaluator
+from sdtrain.metrics.protocol import latents_seed
 from sdtrain.sampling import grid, sampler
 
 if TYPE_CHECKING:
@@ -56,16 +57,20 @@ class GenerationTask(Task):
     def evaluated(self) -> str:
         return self.run.method.stages[-1].evaluated
 
-    def sampler(self, G: nn.Module, batch_size: int) -> Callable[[Sequence[int]], Tensor]:
-        return sampler(
-            G, seed=self.seed, class_counts=self.class_counts, device=self.device, batch_size=batch_size
-        )
+    def sampler(self, G: nn.Module, batch_size: int, seed: int | None = None) -> Callable[[Sequence[int]], Tensor]:
+        """Indices -> uint8 images [N, 3, R, R], of the run's own seed unless another is given."""
+        more: Any = {"class_counts": self.class_counts, "device": self.device, "batch_size": batch_size}
+        return sampler(G, seed=self.seed if seed is None else seed, **more)
 
     def evaluate(self, split: str) -> None:
-        """Measure the average by the configured metrics, all ranks together; the best so far goes to best/."""
+        """Measure the average by the configured metrics, all ranks together; the best so far goes to best/.
+
+        Split test has latents of its own (`latents_seed`): those of validation have chosen the weights.
+        """
         run = self.run
         with run.timer.section("evaluate"), run.nets[self.evaluated].whole() as G:
-            values, protocol = self.evaluator(split).measure(self.sampler(G, run.config.metrics.batch_size))
+            draw = self.sampler(G, run.config.metrics.batch_size, latents_seed(self.seed, split))
+            values, protocol = self.evaluator(split).measure(draw)
         row = {"seen_img": run.seen_img, "stage": run.stage.name, "split": split, "weights": "ema"}
         run.folder.row(kind="eval", **row, **values, protocol=protocol)
         log.info("eval %s  %s", split, "  ".join(f"{k} {v:.4g}" for k, v in values.items() if isinstance(v, float)))
@@ -87,7 +92,7 @@ class GenerationTask(Task):
                 weights={"inception": c.weights.inception or "download"},
                 cache=self.run.folder.path / "cache",
                 split=split,
-                latents_seed=c.seed,
+                latents_seed=latents_seed(c.seed, split),
                 batch_size=m.batch_size,
                 workers=c.data.workers,
                 device=self.device,
@@ -96,10 +101,11 @@ class GenerationTask(Task):
 
     def _images(self, split: str) -> Dataset:
         """The data set of a split; without one of its own, validation measures against the training images."""
-        source = getattr(self.run.config.data, split)
+        data = self.run.config.data
+        source = getattr(data, split)
         if source is None:
             return self.run.dataset
-        return open_dataset(source, cache=self.run.config.data.cache)
+        return open_dataset(source, cache=data.cache, allow_pipe=data.allow_pipe)
 
     def keep_best(self, values: Mapping[str, Any]) -> None:
         """best/ holds the weights with the lowest `metrics.select_by`, and the metrics that chose them."""

@@ -39,7 +39,7 @@ class ValidationList:
         self.config, self.split, self.inputs, self.device = config, split, inputs, device
         self.options = config.validation
         source = getattr(config.data, split)
-        self.data = open_dataset(source, cache=config.data.cache)
+        self.data = open_dataset(source, cache=config.data.cache, allow_pipe=config.data.allow_pipe)
         if self.data.num_samples < 2:
             raise DataError(f"data.{split} {source} holds {self.data.num_samples} image; FID needs at least 2")
         self.faces = config.model.generator.kind == "gcfsr"

@@ -159,7 +159,7 @@ def overlaps(config: Loaded, train: Dataset) -> list[str]:
     for split in ("val", "test"):
         source = getattr(config.data, split)
         if source:
-            sets[split] = open_dataset(source, cache=config.data.cache)
+            sets[split] = open_dataset(source, cache=config.data.cache, allow_pipe=config.data.allow_pipe)
     found = []
     names = list(sets)
     for i, one in enumerate(names):

@@ -1,0 +1,117 @@
+"""What `--plan` foresees: how long a run takes, and what somebody would rather have known before it."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import mean, median
+from typing import TYPE_CHECKING, Any
+
+from sdtrain.engine.launcher import wants_cpu
+
+if TYPE_CHECKING:
+    from sdtrain.config.keys import Config
+    from sdtrain.data.read.dataset import Dataset
+
+NEWEST = 8  # ticks whose speed is taken for that of the rest
+FEW_FAKES, FEW_SEEDS = 1_000, 3  # below these, rFID of the same network moves as much as training moves it
+MISSED = {
+    "log_img": "no loss and no speed is logged",
+    "sample_img": "no image is drawn",
+    "eval_img": "nothing is evaluated, so no weights are chosen",
+    "save_img": "nothing is saved, so a crash loses everything",
+}
+
+
+def forecast(out: Path | None, total_img: int) -> dict[str, Any]:
+    """Seconds to the end by the newest perf rows of a run folder; {} without one.
+
+    `sec_per_kimg` is training alone; `seconds` has the evaluations as they came.
+    """
+    rows = _perf_rows(out / "metrics.jsonl") if out else []
+    if not rows:
+        return {}
+    speed = median(row["sec_per_kimg"] for row in rows)
+    whole = speed + mean(row.get("sec/evaluate", 0.0) for row in rows)
+    left = max(total_img - rows[-1]["seen_img"], 0)
+    return {"left_img": left, "sec_per_kimg": speed, "seconds": left / 1000 * whole, "ticks": len(rows)}
+
+
+def _perf_rows(file: Path) -> list[dict[str, Any]]:
+    """The newest rows that say how fast a run was; lines that a crash cut short are left out."""
+    found = []
+    for line in file.read_text(errors="replace").splitlines() if file.is_file() else ():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and row.get("kind") == "perf" and {"sec_per_kimg", "seen_img"} <= row.keys():
+            found.append(row)
+    return found[-NEWEST:]
+
+
+def render_forecast(found: dict[str, Any], name: str) -> str:
+    from sdtrain.loop import duration
+
+    if not found:
+        return f"unknown until the first tick; `sdtrain bench --cfg {name}` measures it"
+    end = time.strftime("%Y-%m-%d %H:%M", time.localtime(time.time() + found["seconds"]))
+    measured = f"{found['sec_per_kimg']:.3g} s/kimg in the last {found['ticks']} ticks of this run"
+    return f"{duration(found['seconds'])} for {found['left_img']} images more, until {end} ({measured})"
+
+
+def warnings(config: Config, dataset: Dataset, total_img: int) -> list[str]:
+    """Sentences; none of them keeps a run from working."""
+    from sdtrain.data.read.dataset import open_dataset
+
+    photographs, own = dataset, config.data
+    if config.eval_img and own.val:
+        photographs = open_dataset(own.val, cache=own.cache, keep_index=False, allow_pipe=own.allow_pipe)
+    return [*_never(config, total_img), *_few(config, photographs.num_samples), *_arithmetic(config)]
+
+
+def _never(config: Config, total_img: int) -> Iterator[str]:
+    for key, missed in MISSED.items():
+        interval = getattr(config, key)
+        if interval and key == "eval_img" and getattr(config, "eval_epochs", None):
+            continue  # evaluated by another clock
+        if not interval or interval >= total_img:
+            yield f"{missed} before the end: {key} is {interval or '0 (never)'}, the run has {total_img} images"
+
+
+def _few(config: Config, num_photographs: int) -> Iterator[str]:
+    """Evaluations that would choose `best/` by chance."""
+    if not config.eval_img:
+        return
+    m, of_list = config.metrics, getattr(config, "validation", None)
+    names = of_list.names if of_list else m.names
+    real = num_photographs if of_list else min(m.num_real or num_photographs, num_photographs)
+    few = min(real, real if of_list else m.num_fake)
+    if "fid" in names and few < m.tap:
+        yield (
+            f"fid of {few} images in {m.tap} features: the covariance of fewer images than features is singular, so "
+            f"most of the value is bias that depends on the number; take {m.tap} real and generated images or more, "
+            "or compare only values of the same number"
+        )
+    lottery = m.num_fake < FEW_FAKES or m.seeds < FEW_SEEDS
+    if not of_list and "rfid" in names and lottery:
+        yield (
+            f"rfid of {m.num_fake} generated images in {m.seeds} random networks: its spread makes choosing weights a "
+            f"lottery; take metrics.num_fake {FEW_FAKES} and metrics.seeds {FEW_SEEDS} or more"
+        )
+
+
+def _arithmetic(config: Config) -> Iterator[str]:
+    import torch
+
+    on_cpu = wants_cpu() or not torch.cuda.is_available()
+    for role, section in vars(config.model).items():
+        levels = getattr(section, "num_low_precision_res", 0)
+        if on_cpu and levels and getattr(section, "low_precision", None) == "fp16":
+            yield f"model.{role}: {levels} levels in float16 compute in float32 on this CPU, which emulates float16"
+    if config.tf32 and on_cpu:
+        yield "tf32: true changes nothing on a CPU: figures from here are of full float32"
+    elif config.tf32:
+        yield "tf32: true rounds the factors of float32 products to 10 bits: compare with runs of tf32: true alone"
