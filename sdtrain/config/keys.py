@@ -17,7 +17,7 @@ MAX_NAME = 100  # characters; file systems take 255 bytes, and files of a run ad
 HARMLESS = (
     *("name", "total_img", *INTERVALS, "keep_checkpoints", "ghosts_at_once", "on_nonfinite", "tensorboard", "metrics"),
     *("data.workers", "data.prefetch", "data.cache", "data.max_bad", "data.val", "data.test"),
-    *("weights.inception", "weights.alex", "sd.log"),
+    *("weights.inception", "weights.alex", "sd.log", "snapshots"),
 )
 
 
