@@ -602,7 +602,7 @@ def test_images_too_small_for_the_second_order_degradation_are_refused_with_the_
     with pytest.raises(ConfigError, match=r"source_size 32 is too small: the second-order degradation needs 44 pixels"):
         load(tmp_path, tree)
     tree["degradation"]["source_size"] = 400
-    with pytest.raises(DataError, match=r"32 pixels, and the second-order degradation needs 44 .* kernel_size, raise"):
+    with pytest.raises(DataError, match=r"32 pixels, and the second-order .* needs 44 pixels; .*kernel_size, raise"):
         check_data(load(tmp_path, tree))
 
 

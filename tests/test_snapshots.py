@@ -38,6 +38,7 @@ def done(place: Path) -> dict[str, dict[str, Any]]:
     """One run in peace over remains of an earlier one, two that are killed and resumed, one that may not write."""
     for stale in ("img_000000032", "img_000000036"):
         (place / "whole" / "snapshots" / stale).mkdir(parents=True)
+        (place / "whole" / "snapshots" / stale / "complete.json").write_text('{"files": {}}')
     (place / "barred").mkdir()
     (place / "barred" / "snapshots").write_text("a file where the folder belongs")
     jobs = {"whole": {"args": args(place, "whole")}, "barred": {"args": args(place, "barred")}}
