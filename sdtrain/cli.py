@@ -1,23 +1,16 @@
-"""The `sdtrain` command: find the module of a subcommand, import only that one, turn mistakes into sentences.
-
-Exit codes: 0 finished, 2 a mistake of the user (one sentence, no traceback), 75 stopped on request with a checkpoint
-saved, 130 interrupted, anything else a fault.
-"""
+"""The `sdtrain` command: find the module of a subcommand, import only that one, turn mistakes into sentences."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
-import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from sdtrain import __version__
-from sdtrain.errors import EXIT_OK, EXIT_USER_ERROR, UserError
-from sdtrain.main import tell
+from sdtrain.exits import part, run_command
 
-EXIT_INTERRUPTED = 130
 PACKAGE = Path(__file__).resolve().parent
 
 # name: (module, help line); the module has add_arguments(parser) and run(args) -> int, and is importable without torch
@@ -66,21 +59,6 @@ def _fill(command: argparse.ArgumentParser, module: str) -> None:
     command.set_defaults(run=owner.run)
 
 
-def run_command(command: Callable[[], int]) -> int:
-    """Call it and return an exit code; a `UserError` becomes one sentence on stderr."""
-    try:
-        return command()
-    except UserError as error:
-        tell(error)
-        return EXIT_USER_ERROR
-    except KeyboardInterrupt:
-        print("sdtrain: interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    except BrokenPipeError:  # the reader of our output has left, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_OK
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if argv is None else argv)
     chosen = next((word for word in given if not word.startswith("-")), None)
@@ -88,18 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_command(lambda: args.run(args))
 
 
-def script(main: Callable[[], int] = main) -> int:
-    """`main`, and a clean leave from the other ranks, so that the exit code arrives."""
-    code = main()
-    ranks = sys.modules.get("sdtrain.engine.ranks")
-    if ranks is None or ranks.world() == 1:
-        return code
-    if code == EXIT_OK:
-        ranks.barrier()  # nobody closes connections while another still sends
-    ranks.destroy()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)  # what threads of the group do in the interpreter's exit may abort a finished process
+def script() -> int:
+    """The command as installed: `main`, then an orderly end of all ranks."""
+    return part(main())
 
 
 if __name__ == "__main__":

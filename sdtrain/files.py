@@ -1,43 +1,98 @@
-"""Files that are either absent or complete: temporary name in the same folder, fsync, rename, fsync of the folder."""
+"""Files that are either absent or complete.
+
+    FOLDER/.<random>.tmp   while it is written: created anew, synced, renamed, then the folder is synced
+    FOLDER/NAME            the old content or the new one, never a part
+
+What a killed writer leaves behind is its .tmp, which `sweep` removes.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
 import os
 import secrets
+import signal
 import stat
 import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_passed: dict[str, int] = {}  # how often each boundary has been crossed, counted only in fault tests
+
+
+def fault_point(name: str) -> None:
+    """Be killed where SDTRAIN_FAULT asks for it: `NAME`, or `NAME@3` for the third time. Nothing in a normal run."""
+    wanted, _, time = os.environ.get("SDTRAIN_FAULT", "").partition("@")
+    if wanted == name:
+        _passed[name] = _passed.get(name, 0) + 1
+        if _passed[name] == int(time or 1):
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 class AtomicFile:
-    """A file that takes its name at `commit`. Its temporary name is drawn and made here, so writers never share one."""
+    """A file that takes its name at `commit`; leaving a `with` block does that, an exception leaves nothing behind.
+
+    The temporary name is drawn at random, so that writers on several nodes never share one, and must not exist yet:
+    mode "x" neither overwrites a file nor follows a link. Raises OSError for what cannot be written.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-        self._file = open(self._temporary, "xb")  # fails on whatever has that name, a link that leads away included
+        self._temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
+        self._file = open(self._temporary, "xb")
 
     def write(self, data: bytes | memoryview) -> None:
         self._file.write(data)
+
+    def flush(self) -> None:
+        self._file.flush()
 
     def commit(self) -> None:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
+        fault_point("before-rename-file")
         os.replace(self._temporary, self.path)
-        folder = os.open(self.path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        sync_folder(self.path.parent)
 
     def abandon(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # it writes what is buffered, which a full disk refuses
+            self._file.close()
         self._temporary.unlink(missing_ok=True)
+
+    def __enter__(self) -> AtomicFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            return self.abandon()
+        try:
+            self.commit()
+        except BaseException:
+            self.abandon()
+            raise
+
+
+def sync_folder(path: Path) -> None:
+    """Make renames in a folder survive a power cut."""
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed writers left in a folder that nobody else writes to."""
+    for stale in folder.glob(".*.tmp"):
+        stale.unlink(missing_ok=True)
 
 
 def open_regular(path: str | Path) -> int:
@@ -71,15 +126,30 @@ def why_unwritable(folder: Path) -> str:
 
 
 def write_bytes(path: Path, data: bytes | memoryview) -> None:
-    """Write a whole file atomically; on failure nothing of it remains."""
-    file = AtomicFile(path)
-    try:
-        file.write(data)
-        file.commit()
-    except BaseException:
-        file.abandon()
-        raise
+    """Write a whole file. Raises OSError, and then leaves the old content and nothing else."""
+    view = memoryview(data)
+    with AtomicFile(path) as file:
+        file.write(view[: len(view) // 2])
+        file.flush()
+        fault_point("mid-file")
+        file.write(view[len(view) // 2 :])
 
 
-def write_json(path: Path, value: Any) -> None:
-    write_bytes(path, (json.dumps(value, indent=1, ensure_ascii=True) + "\n").encode())
+def write_json(path: Path, value: Any, default: Callable[[Any], Any] | None = None) -> None:
+    """Write JSON; `default` says what becomes of values that have none, as in `json.dumps`."""
+    write_bytes(path, (json.dumps(value, indent=1, ensure_ascii=True, default=default) + "\n").encode())
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors of any shape as .safetensors, from whatever device they are on."""
+    from safetensors.torch import save
+
+    own = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()}
+    write_bytes(path, save(own))
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file, on the CPU. Raises OSError or SafetensorError for one that is not whole."""
+    from safetensors.torch import load_file
+
+    return load_file(path)

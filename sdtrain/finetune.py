@@ -17,7 +17,8 @@ from torch import Tensor
 
 from sdtrain.contracts import Method, Net
 from sdtrain.errors import WeightsError
-from sdtrain.interop.network import OFFICIAL_SUFFIXES, Network, as_tuples, load_network
+from sdtrain.interop.loading import OFFICIAL_SUFFIXES, load_network
+from sdtrain.interop.network import Network, as_tuples
 
 FRESH = "fresh"
 SECTIONS = {"G": "generator", "G_ema": "generator", "D": "discriminator"}

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 if __name__ == "__main__":  # run as a script: the repository root takes the place of this folder on the import path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from sdtrain.errors import EXIT_OK, UserError
+from sdtrain.errors import EXIT_OK
+from sdtrain.exits import part, run_command
 
 if TYPE_CHECKING:
     import torch
@@ -123,11 +124,11 @@ def check_folder(config: Config, out: Path, allow: list[str]) -> None:
 
 def write_down(run: Run, plan: dict[str, Any] | None, used: dict[str, Any]) -> None:
     from sdtrain.config.compare import dump
-    from sdtrain.engine.checkpoint import write_atomically
     from sdtrain.engine.ranks import is_main
+    from sdtrain.files import write_bytes
 
     if is_main():
-        write_atomically(run.folder.path / "config.yaml", dump(run.config).encode())
+        write_bytes(run.folder.path / "config.yaml", dump(run.config).encode())
         run.folder.note_environment(used)
     if plan is not None:
         run.folder.write_json("plan.json", plan)
@@ -154,20 +155,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="sdtrain/main.py", description=__doc__)
     add_arguments(parser)
     args = parser.parse_args(argv)
-    from sdtrain.cli import run_command
-
     return run_command(lambda: run(args))
 
 
-def tell(error: UserError) -> None:
-    """Print the sentence once: until ranks have met all see the same problem, afterwards it may be one rank's own."""
-    ranks = sys.modules.get("sdtrain.engine.ranks")
-    met = ranks is not None and ranks.world() > 1
-    if met or os.environ.get("RANK", "0") == "0":
-        print(f"sdtrain{f' (rank {ranks.rank()})' if met and ranks else ''}: {error}", file=sys.stderr)
-
-
 if __name__ == "__main__":
-    from sdtrain.cli import script
-
-    sys.exit(script(main))
+    sys.exit(part(main()))

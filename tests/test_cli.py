@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import REPO, run_python
 
-from sdtrain import cli
+from sdtrain import cli, exits
 from sdtrain.errors import ConfigError, UserError
 
 
@@ -62,10 +62,10 @@ def test_a_user_error_is_said_once_by_rank_0(monkeypatch: pytest.MonkeyPatch, ca
     def mistaken() -> int:
         raise ConfigError("x.yaml:3: mend this")
 
-    assert cli.run_command(mistaken) == 2
+    assert exits.run_command(mistaken) == 2
     assert capsys.readouterr().err == "sdtrain: x.yaml:3: mend this\n"
     monkeypatch.setenv("RANK", "1")
-    assert cli.run_command(mistaken) == 2
+    assert exits.run_command(mistaken) == 2
     assert capsys.readouterr().err == ""
 
 
@@ -74,19 +74,22 @@ def test_a_fault_of_ours_keeps_its_traceback():
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        cli.run_command(broken)
+        exits.run_command(broken)
 
 
 def test_an_interrupt_ends_with_code_130(capsys: pytest.CaptureFixture):
     def interrupted() -> int:
         raise KeyboardInterrupt
 
-    assert cli.run_command(interrupted) == 130
+    assert exits.run_command(interrupted) == 130
     assert capsys.readouterr().err == "sdtrain: interrupted\n"
 
 
 def test_a_reader_that_leaves_early_is_no_fault():
-    talk = "from sdtrain import cli; raise SystemExit(cli.run_command(lambda: [print('x' * 99) for _ in range(9999)]))"
+    talk = """
+from sdtrain.exits import run_command
+raise SystemExit(run_command(lambda: [print('x' * 99) for _ in range(9999)]))
+"""
     listen = f"""
 import subprocess, sys
 talker = subprocess.Popen([sys.executable, "-c", {talk!r}], stdout=subprocess.PIPE)

@@ -263,9 +263,14 @@ MISTAKES = [
     ("log_img: 0.5", ":10: key 'log_img' must be a number of images such as 4000, 200k or 1.5M (1k = 1000), not 0.5"),
     (
         "optimizer: {G: {betas: [0]}}",
-        ":10: key 'optimizer.G.betas.1' is missing: give it a number >= 0 and <= 1",
+        ":10: key 'optimizer.G.betas.1' is missing: give it a number >= 0 and <= 1 or a section with the keys points, "
+        "curve",
     ),
-    ("optimizer: {G: {betas: [0, 2]}}", ":10: key 'optimizer.G.betas.1' must be a number >= 0 and <= 1, not 2"),
+    (
+        "optimizer: {G: {betas: [0, 2]}}",
+        ":10: key 'optimizer.G.betas.1' must be a number >= 0 and <= 1 or a section with the keys points, curve, "
+        "not 2",
+    ),
     (
         "metrics: {names: [fid, kidd]}",
         ":10: key 'metrics.names.1' must be one of fid, rfid, kid, pr, not the text 'kidd' (did you mean 'kid'?)",

@@ -5,13 +5,12 @@ range than the published one: too strong a colour, borders and holes of another 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import pytest
 import torch
-from sdtrain.kit import Kit
 from torch import Tensor
 
+from sdtrain.augment.consistent import consistent_augment
 from sdtrain.rng import Draws
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -37,8 +36,7 @@ class Chosen:
 
 
 def augmented(x: Tensor, **changes: float) -> Tensor:
-    kit = Kit(config=None, device=torch.device("cpu"), resolution=8, num_classes=0)
-    return kit.consistency_augmentation()(x, Chosen({**STILL, **changes}))
+    return consistent_augment(x, Chosen({**STILL, **changes}))
 
 
 def naive(x: Tensor, v: dict[str, float]) -> Tensor:
@@ -104,7 +102,7 @@ def test_an_image_without_change_comes_back_and_gradients_pass() -> None:
 
 
 def test_a_ghost_is_augmented_alike_in_any_company() -> None:
-    augment: Any = Kit(config=None, device=torch.device("cpu"), resolution=8, num_classes=0).consistency_augmentation()
+    augment = consistent_augment
     x = torch.cat([picture()] * 8)
     of = {g: Draws(seed=1, step=5, ghosts=g, ghost_batch=2) for g in ((0, 1, 2, 3), (0, 1), (2, 3))}
     parts = torch.cat([augment(x[:4], of[0, 1]), augment(x[4:], of[2, 3])])

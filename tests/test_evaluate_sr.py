@@ -13,6 +13,7 @@ from test_sdakd import finished, lists  # noqa: F401
 from tiny import picture
 
 from sdtrain import cli
+from sdtrain.commands.evaluate_sr import made_by
 
 NAMES = ("fid", "psnr_y", "ssim_y")
 
@@ -35,11 +36,19 @@ def test_a_run_is_measured_as_it_measured_itself_on_1_and_2_ranks(finished, tmp_
     said = capsys.readouterr().out
     done = run_ranks(2, "-m", "sdtrain.cli", *words)
     assert done.returncode == 0 and said.startswith(done.stdout) and "bicubic" in done.stdout, done
+    line = next(line for line in done.stdout.splitlines() if line.startswith("  psnr_y"))
+    assert "8 bits, border " in line and line.endswith(" images")
     one, two = rows(tmp_path / "rows.jsonl")
     measured = [name for name in NAMES if name in student]
     assert measured and one["protocol"] == two["protocol"] == student["protocol"]
     assert all(one[name] == two[name] == student[name] for name in measured)
     assert all(one["bicubic"][name] == plain[name] for name in measured)
+
+
+def test_every_value_names_what_made_it():
+    protocol = {"fid": {"extractor": "inception", "tap": 2048}, "lpips": "alex, download", "psnr_y, ssim_y": "8 bits"}
+    said = [made_by(name, protocol) for name in ("fid", "fid_16", "lpips_4", "psnr_y", "ssim_y_64")]
+    assert said == ["inception 2048", "inception 2048", "alex, download", "8 bits", "8 bits"]
 
 
 def test_other_photographs_and_metrics_can_be_asked_for(finished, lists, tmp_path):  # noqa: F811

@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tiny import make_shards, rows, run_jobs, tensors, tiny_config, unequal, write_config
 
@@ -145,6 +146,16 @@ def test_skipping_undoes_the_whole_step_counts_it_and_goes_on(place: Path, poiso
         assert rows(place / out, "perf")[-1]["skipped_steps"] == 1
     # step 0 ran, step 1 was undone: the state at 16 images is the state at 8 (G's half of the step included)
     assert unequal(tensors(place / "nan_skip", 8), tensors(place / "nan_skip", 16)) == []
+
+
+def test_clamping_replaces_gradients_counts_them_and_goes_on(place: Path) -> None:
+    more = ["--set", "on_nonfinite=clamp", "--set", "total_img=24"]
+    wish = {"phase": "D", "rank": 1, "step": 1}
+    (told,) = run_jobs(place, [{"args": args(place, "nan_clamp", *more), "nan": wish}], 2)
+    assert [each["code"] for each in told["ranks"]] == [0, 0], told
+    counts = [row["D/clamped"] for row in rows(place / "nan_clamp") if "D/clamped" in row]
+    assert counts[1] > 0 == counts[0] == counts[2]
+    assert all(np.isfinite(value).all() for value in tensors(place / "nan_clamp", 24).values())
 
 
 def test_a_skipped_first_step_leaves_fresh_optimizers(place: Path, poisoned: list[dict[str, Any]]) -> None:

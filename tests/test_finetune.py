@@ -159,8 +159,8 @@ def test_a_projected_discriminator_keeps_its_random_projections_from_run_to_run(
 
 
 def test_the_projections_of_an_official_snapshot_are_carried_and_its_feature_network_is_not(tmp_path: Path) -> None:
-    from types import SimpleNamespace
-
+    from sdtrain.contracts import Method
+    from sdtrain.engine.net import LocalNet
     from sdtrain.finetune import Initial, apply_initial
     from sdtrain.interop.network import Network
     from sdtrain.models.projected.networks import Discriminator, DiscriminatorOptions
@@ -174,7 +174,7 @@ def test_the_projections_of_an_official_snapshot_are_carried_and_its_feature_net
     torch.manual_seed(2)
     ours = Discriminator(DiscriminatorOptions(**options), resolution=32)
     own = {n: v.clone() for n, v in ours.state_dict().items() if ".pretrained." in n}
-    apply_initial(Initial({"D": state}, {}), {"D": SimpleNamespace(module=ours)}, None)
+    apply_initial(Initial({"D": state}, {}), {"D": LocalNet(ours)}, Method())
     loaded = ours.state_dict()
     assert all(torch.equal(loaded[n], state[n]) for n in state if n not in own)
     assert all(torch.equal(loaded[n], value) for n, value in own.items())

@@ -18,7 +18,8 @@ from sdtrain.commands.exporting import export
 from sdtrain.commands.importing import import_file
 from sdtrain.errors import WeightsError
 from sdtrain.interop.architectures import recognise
-from sdtrain.interop.network import Network, load_network, save_network
+from sdtrain.interop.loading import load_network
+from sdtrain.interop.network import Network, save_network
 from sdtrain.interop.official import read_official
 from sdtrain.models.fastgan import networks as fastgan
 from sdtrain.models.projected import networks as projected

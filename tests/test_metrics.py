@@ -7,6 +7,7 @@ import json
 import logging
 import shutil
 import tarfile
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -16,10 +17,11 @@ from ranks_evaluate import evaluator, sample
 from safetensors.torch import load_file
 
 from sdtrain.commands import evaluate as command
+from sdtrain.config.options import MetricName
 from sdtrain.errors import ConfigError, DataError, WeightsError
 from sdtrain.metrics import rfid
 from sdtrain.metrics.evaluate import Evaluator, subset
-from sdtrain.metrics.features import VGG16Features, inception, random_inception
+from sdtrain.metrics.features import VGG16Features, inception, random_inception, vgg16
 from sdtrain.metrics.fid import fid_of_features, fid_of_sums
 from sdtrain.metrics.images import batches, open_images
 from sdtrain.metrics.inception import TAPS, Inception, resize_tf1
@@ -27,10 +29,11 @@ from sdtrain.metrics.kid import kid
 from sdtrain.metrics.prc import precision_recall
 from sdtrain.metrics.protocol import differences, fingerprint, require_same
 from sdtrain.metrics.sums import FeatureSums
+from sdtrain.metrics.table import METRICS
 from sdtrain.metrics.variation import perceptual_variation
 
-METRICS = json.loads((GOLDEN / "sdgan" / "manifest.json").read_text())["files"]["metrics.safetensors"]
-EXPECTED = METRICS["expected"]
+MANIFEST = json.loads((GOLDEN / "sdgan" / "manifest.json").read_text())
+EXPECTED = MANIFEST["files"]["metrics.safetensors"]["expected"]
 
 
 def pictures(n: int, side: int = 16, seed: int = 0) -> torch.Tensor:
@@ -234,6 +237,25 @@ def test_a_result_states_seeds_spread_rule_counts_and_networks(one_rank, real_fo
     json.dumps([values, protocol])
 
 
+def test_precision_and_recall_can_be_the_reference_codes_vgg16_features_and_half_precision(real_folder):
+    asked = {"metrics": ("pr",), "pr_features": "vgg16", "weights": {"vgg16": "random"}}
+    judges = [evaluator(str(real_folder), pr_precision=precision, **asked) for precision in ("fp32", "fp16")]
+    for half, judge in enumerate(judges):
+        values, protocol = judge.measure(sample)
+        net = vgg16("random")
+        fake = torch.cat([net(sample(list(range(11))[at : at + 4])) for at in range(0, 11, 4)])
+        real = torch.cat([net(images) for images in batches(open_images(real_folder), range(14), 4)])
+        wanted = precision_recall(real, fake, half=bool(half))
+        assert (values["precision"], values["recall"]) == wanted and values.keys() == {"precision", "recall"}
+        assert protocol["pr_features"]["extractor"] == "vgg16" and "features" not in protocol
+        assert protocol["pr_precision"] == ("fp16" if half else "fp32")
+    assert len({fingerprint(judge.protocol()) for judge in judges}) == 2
+
+
+def test_a_configuration_knows_every_metric_there_is():
+    assert set(get_args(MetricName)) == set(METRICS)
+
+
 def test_real_statistics_are_read_once_and_then_come_from_the_cache(tmp_path, real_folder, one_rank, monkeypatch):
     settings = {"metrics": ("fid", "kid"), "cache": tmp_path / "cache"}
     first = evaluator(str(real_folder), **settings).measure(sample)[0]
@@ -366,6 +388,9 @@ def test_the_command_prints_a_table_appends_a_row_and_compares_with_an_earlier_o
     out = capsys.readouterr().out
     assert "9 generated, 14 real images" in out
     assert f"fid         {row['fid']:.4f}" in out and f"recall      {row['recall']:.4f}" in out
+    lines = {line.split()[0]: line for line in out.splitlines()[1:]}
+    assert lines["fid"].endswith("random-inception 64, 9 generated, 14 real images")
+    assert lines["recall"].endswith("random-inception 64 fp32, 9 generated, 14 real images")
     assert evaluate_command(*words, "--metrics", "fid,pr", "--against", tmp_path / "rows.jsonl") == 0
     assert f"{row['fid']:.4f} -> {row['fid']:.4f}" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="num_fake: 9 and 8"):

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from sdtrain.errors import ConfigError, WeightsError
 from sdtrain.losses.distance import l1, l2
 from sdtrain.losses.ms_ssim import default_window, min_side, ms_ssim, ms_ssim_loss
-from sdtrain.losses.perceptual import LPIPS, VGG19, unit_length, vgg_layers
+from sdtrain.losses.perceptual import LPIPS, unit_length
+from sdtrain.losses.vgg import Trunk
 
 MANIFEST = json.loads((GOLDEN / "sdgan" / "manifest.json").read_text())["files"]
 METRICS = MANIFEST["metrics.safetensors"]
@@ -166,10 +167,9 @@ def test_too_small_images_are_refused_with_a_cure(lpips_net):
 
 def test_vgg_plans_give_torchvisions_layers():
     models = pytest.importorskip("torchvision.models")
-    for plan, build in ((None, models.vgg16), (VGG19, models.vgg19)):
-        ours = torch.nn.Sequential(*(vgg_layers() if plan is None else vgg_layers(plan)))
+    for net, build in (("vgg16", models.vgg16), ("vgg19", models.vgg19)):
         with torch.device("meta"):
-            theirs = build(weights=None).features
+            ours, theirs = Trunk(net), build(weights=None).features
         assert {k: v.shape for k, v in ours.state_dict().items()} == {
             k: v.shape for k, v in theirs.state_dict().items()
         }

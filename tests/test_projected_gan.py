@@ -353,9 +353,12 @@ def test_losses_at_hand_computed_logits() -> None:
         "least-squares": (1.0, 2.5, 4.5),
         "wasserstein": (-1.0, -0.5, 0.5),
     }
+    pair = float((torch.log(1 + torch.exp(torch.tensor(-4.0))) + torch.log(1 + torch.exp(torch.tensor(1.0)))) / 2)
+    mirror = float((torch.log(1 + torch.exp(torch.tensor(4.0))) + torch.log(1 + torch.exp(torch.tensor(-1.0)))) / 2)
+    expected["relativistic"] = (pair, mirror)
     assert set(ADVERSARIAL) == set(expected)
     for name, game in ADVERSARIAL.items():
-        got = [*game.d(real, fake), game.g(fake, None)]
+        got = [*game.d(real, fake), game.g(fake, real)]
         assert [float(value) for value in got] == pytest.approx(expected[name]), name
 
 
@@ -367,7 +370,7 @@ def test_a_step_against_each_loss_moves_logits_the_right_way(name: str) -> None:
     if name != "least-squares":  # (D - 0)^2 is flat at 0
         assert (fake.grad > 0).all()
     fake.grad = None
-    ADVERSARIAL[name].g(fake, None).backward()
+    ADVERSARIAL[name].g(fake, real.detach()).backward()
     assert (fake.grad < 0).all()
 
 

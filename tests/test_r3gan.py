@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sdtrain.augment.ada import AdaPipe, preset
 from sdtrain.cli import main
 from sdtrain.errors import ConfigError, WeightsError
-from sdtrain.interop.network import as_tuples, load_network
+from sdtrain.interop.loading import load_network
+from sdtrain.interop.network import as_tuples
 from sdtrain.interop.official import read_official
 from sdtrain.interop.safe_pickle import class_token
 from sdtrain.losses.adversarial import gradient_penalty, relativistic_d, relativistic_g
@@ -277,6 +278,17 @@ def test_a_file_that_only_begins_like_the_network_is_one_sentence(tmp_path):
     torch.save({"Model.AggregationLayer.Layer.weight": torch.zeros(3, 8, 1, 1)}, tmp_path / "cut.pt")
     with pytest.raises(WeightsError, match="begins like R3GAN has no residual blocks; the file is damaged"):
         load_network(tmp_path / "cut.pt")
+
+
+@pytest.mark.parametrize("harm", ["lost", "flat", "empty"])
+def test_a_file_with_a_harmed_weight_is_one_sentence(harm: str, tmp_path):
+    state = generator().state_dict()
+    name = "Model.MainLayers.1.Layers.1.LinearLayer2.Layer.weight"
+    weight = state.pop(name)
+    state |= {"lost": {}, "flat": {name: weight.flatten()}, "empty": {name: weight[:, :0]}}[harm]
+    torch.save(state, tmp_path / "harmed.pt")
+    with pytest.raises(WeightsError, match=f"has no usable {name}; the file is damaged"):
+        load_network(tmp_path / "harmed.pt")
 
 
 def test_only_known_classes_of_its_modules_become_records():

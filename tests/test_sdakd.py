@@ -394,7 +394,7 @@ def test_a_run_leaves_the_best_and_the_last_of_each_stage_and_tests_once(finishe
 
 
 def test_the_exported_student_is_the_one_that_was_tested(finished, lists):
-    from sdtrain.interop.network import load_network
+    from sdtrain.interop.loading import load_network
 
     net = load_network(finished).build()
     assert net.options.num_feat == 4

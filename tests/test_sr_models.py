@@ -8,15 +8,20 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import GOLDEN, shared_dir
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from sdtrain.errors import ConfigError, WeightsError
-from sdtrain.interop import pth
+from sdtrain.interop.architectures import recognise, require
+from sdtrain.interop.loading import load_network
+from sdtrain.interop.network import Network, load_into, save_network
+from sdtrain.interop.pth import export_student, save_pth
+from sdtrain.interop.super_resolution import pad_growth_to_32
 from sdtrain.models.gcfsr import networks as gcfsr
 from sdtrain.models.gcfsr import options as gcfsr_options
 from sdtrain.models.ghost import close_phase, next_chunk, open_phase
@@ -189,7 +194,7 @@ def test_the_blind_variant_ignores_the_factor_and_has_the_wide_code_path() -> No
     x = torch.rand(1, 3, 32, 32)
     assert torch.equal(net(x, 4), net(x, 64))
     assert net.final_linear.weight.shape[1] == 16 * 8
-    assert pth.detect(net.state_dict()).options == net.options
+    assert recognised(net).typed_options == net.options
 
 
 def test_the_face_discriminator_judges_each_image_alone_and_the_stddev_one_does_not() -> None:
@@ -235,6 +240,17 @@ def test_sides_that_do_not_fit_are_named() -> None:
 # files
 
 
+def recognised(net: nn.Module) -> Network:
+    return recognise(net.state_dict(), None, {})
+
+
+def described(net: Any, **more: Any) -> Network:
+    """A module as a network with all its options, as a run writes it."""
+    state, options = net.state_dict(), dict(vars(net.options))
+    kind, player = type(net).__module__.split(".")[-2], type(net).__name__
+    return Network(kind=kind, player=player, role="G_ema", state=state, options=options, **more)
+
+
 @pytest.mark.parametrize(
     "net",
     [
@@ -251,25 +267,28 @@ def test_sides_that_do_not_fit_are_named() -> None:
 )
 @pytest.mark.parametrize("form", ["pth", "safetensors"])
 def test_a_network_is_recognised_from_its_tensors_alone(net: nn.Module, form: str, tmp_path: Path) -> None:
-    found = pth.detect(net.state_dict())
-    assert found.options == net.options
-    path = pth.export_student(net.state_dict(), found, tmp_path / f"net.{form}", form)
+    found = recognised(net)
+    assert found.typed_options == net.options
+    path = export_student(found, tmp_path / "net.pth") if form == "pth" else save_network(found, tmp_path / "net")
     path.with_suffix(".json").unlink()
-    again, _ = pth.open_network(path)
+    again = load_network(path).build()
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in net.state_dict().items())
 
 
 def test_a_description_beside_the_file_has_the_last_word(tmp_path: Path) -> None:
     options = srvgg.GeneratorOptions(num_feat=4, num_conv=2, act_type="leakyrelu")
     net = srvgg.Generator(options)
-    path = pth.export_student(net.state_dict(), pth.Found("srvgg", "Generator", options), tmp_path / "a.pth")
-    assert pth.open_network(path)[1].options.act_type == "leakyrelu"
+    path = export_student(described(net), tmp_path / "a.pth")
+    assert load_network(path).typed_options.act_type == "leakyrelu"
     path.with_suffix(".json").unlink()
     with pytest.raises(WeightsError, match="without PReLU does not say which activation it has; configure act_type"):
-        pth.open_network(path)
-    path.with_suffix(".json").write_text(json.dumps({"kind": "nothing", "options": {}}))
+        load_network(path)
+    path.with_suffix(".json").write_text(json.dumps({"kind": "nothing", "options": {"act_type": "leakyrelu"}}))
+    with pytest.raises(WeightsError, match="a.json describes nothing, and the tensors are srvgg's; mend or delete it"):
+        load_network(path)
+    path.with_suffix(".json").write_text(json.dumps({"options": 3}))
     with pytest.raises(WeightsError, match="does not describe a network .*; mend or delete it"):
-        pth.open_network(path)
+        load_network(path)
 
 
 def test_a_section_of_a_configuration_serves_as_options(tmp_path: Path) -> None:
@@ -278,28 +297,28 @@ def test_a_section_of_a_configuration_serves_as_options(tmp_path: Path) -> None:
     section = role_class("generator", "gcfsr")(kind="gcfsr", num_style_feat=64)
     options = gcfsr_options.scaled(section, "1/32", "scaled")
     net = gcfsr.Generator(options, resolution=32)
-    pth.require("t.pth", pth.detect(net.state_dict()), kind="gcfsr", options=options)
-    found = pth.Found("gcfsr", "Generator", options, 32)
-    path = pth.export_student(net.state_dict(), found, tmp_path / "s.safetensors", "safetensors")
-    assert pth.open_network(path)[1].options.narrow == 1 / 32
+    require("t.pth", recognised(net), kind="gcfsr", options=options)
+    found = described(net, resolution=32)
+    assert "kind" in (found.options or {})
+    assert load_network(save_network(found, tmp_path / "s")).typed_options.narrow == 1 / 32
 
 
 def test_averaged_weights_are_preferred_and_the_other_kind_is_taken_where_it_is_alone(tmp_path: Path) -> None:
     both = SDAKD / "RRDBNet_x2_nf8_params_and_ema.pth"
-    average, raw = pth.load_pth(both), pth.load_pth(both, "params")
+    average, raw = (load_network(both, prefer=key).state for key in ("params_ema", "params"))
     torch.testing.assert_close(average["conv_first.weight"], 0.99 * raw["conv_first.weight"])
-    assert pth.load_pth(SDAKD / "UNetD_nf4_params.pth")
-    assert pth.load_pth(SDAKD / "RRDBNet_x4_nf8_params_ema.pth", "params")
+    assert load_network(SDAKD / "UNetD_nf4_params.pth").state
+    assert load_network(SDAKD / "RRDBNet_x4_nf8_params_ema.pth", prefer="params").state
     wrapped = {f"module.{name}": value for name, value in raw.items()}
-    pth.save_pth(wrapped, tmp_path / "wrapped.pth", None)
-    assert pth.load_pth(tmp_path / "wrapped.pth").keys() == raw.keys()
+    save_pth(wrapped, tmp_path / "wrapped.pth", None)
+    assert load_network(tmp_path / "wrapped.pth").state.keys() == raw.keys()
 
 
 def test_the_wrong_teacher_is_refused_naming_both_sides() -> None:
     x4 = SDAKD / "RRDBNet_x4_nf8_params_ema.pth"
-    found, options = pth.detect(pth.load_pth(x4)), rrdbnet.GeneratorOptions(num_feat=8, num_grow_ch=4, num_block=2)
+    found, options = load_network(x4), rrdbnet.GeneratorOptions(num_feat=8, num_grow_ch=4, num_block=2)
     shown = r"RRDBNet generator \(scale 4, num_feat 8, num_block 2, num_grow_ch 4\)"
-    pth.require("t.pth", found, kind="rrdbnet", options=options)
+    require("t.pth", found, kind="rrdbnet", options=options)
     cases = {
         rf"t.pth holds a {shown}, but the configuration asks for scale 2; set scale: 4 or give another file": dict(
             options=dataclasses.replace(options, scale=2)
@@ -314,28 +333,27 @@ def test_the_wrong_teacher_is_refused_naming_both_sides() -> None:
     }
     for message, wanted in cases.items():
         with pytest.raises(WeightsError, match=message):
-            pth.require("t.pth", found, **wanted)
-    D = pth.detect(pth.load_pth(SDAKD / "UNetD_nf4_params.pth"))
+            require("t.pth", found, **wanted)
+    D = load_network(SDAKD / "UNetD_nf4_params.pth")
     with pytest.raises(
         WeightsError,
         match=r"t.pth holds a UNetDiscriminatorSN discriminator \(num_feat 4\), but a generator is needed here; "
         "give the generator's file",
     ):
-        pth.require("t.pth", D)
-    face = pth.detect(pth.load_pth(SDAKD / "GCFSR_32_narrow32_params_and_ema.pth"))
+        require("t.pth", D)
+    face = load_network(SDAKD / "GCFSR_32_narrow32_params_and_ema.pth")
     with pytest.raises(
         WeightsError, match=r"GCFSR generator \(32 px, .* but the configuration asks for 1024 px; change one"
     ):
-        pth.require("t.pth", face, resolution=1024)
+        require("t.pth", face, resolution=1024)
 
 
 def test_a_third_of_the_channels_is_the_same_network_when_read_back() -> None:
     options = gcfsr_options.scaled(gcfsr.GeneratorOptions(narrow=1 / 16, num_style_feat=8), "1/3")
     net = gcfsr.Generator(options, resolution=64)
-    found = pth.detect(net.state_dict())
-    pth.require("t.pth", found, options=options)
+    found = recognised(net)
+    require("t.pth", found, options=options)
     again = found.build()
-    pth.load_into(again, net.state_dict())
     assert all(torch.equal(value, net.state_dict()[key]) for key, value in again.state_dict().items())
 
 
@@ -344,12 +362,12 @@ def test_strict_loading_names_what_differs() -> None:
     state["extra"] = torch.zeros(1)
     with pytest.raises(
         WeightsError,
-        match=r"t.pth does not fit the network: it lacks body.1.rdb1.conv1.weight; .* and \d+ more differences",
+        match=r"t.pth does not fit the network: it lacks body.1.rdb1.conv1.weight; .* and \d+ more; use the",
     ):
-        pth.load_into(net, state, "t.pth")
+        load_into(net, state, "t.pth")
     fitting = {**net.state_dict(), "conv_last.bias": torch.zeros(4)}
-    with pytest.raises(WeightsError, match=r"it has conv_last.bias of shape \[4\] for \[3\]$"):
-        pth.load_into(net, fitting, "t.pth")
+    with pytest.raises(WeightsError, match=r"it has conv_last.bias \[4\], the network \[3\];"):
+        load_into(net, fitting, "t.pth")
 
 
 class Runs:
@@ -364,17 +382,16 @@ def test_files_that_are_no_checkpoints_are_refused(tmp_path: Path, capsys: pytes
     torch.save([1, 2], tmp_path / "list.pth")
     save_file({"w": torch.zeros(2)}, tmp_path / "other.safetensors")
     messages = {
-        "absent.pth": "there is no file .*absent.pth; give the path of a .pth or .safetensors checkpoint",
-        "cut.pth": "cannot be read as a checkpoint .*damaged or has more than tensors",
-        "code.pth": "cannot be read as a checkpoint .*damaged or has more than tensors",
-        "state.pth": "holds no weights: its top level has epoch, iter, where params_ema or params is expected",
-        "list.pth": "holds a list, where a dictionary of tensors is expected",
+        "absent.pth": r"absent.pth: cannot be read \(No such file or directory\); give an existing file",
+        "cut.pth": "cut.pth: .*nothing of the file was run, use a file from a source you trust",
+        "code.pth": "code.pth: wants the global .__builtin__.print., which no known checkpoint needs; nothing of",
+        "state.pth": "holds no weights; its top level has epoch, iter, where params_ema or params is expected",
+        "list.pth": "holds a list, where networks are expected; give a checkpoint",
+        "other.safetensors": "other.safetensors holds no network known here .*; its first tensors are w",
     }
     for name, message in messages.items():
         with pytest.raises(WeightsError, match=message):
-            pth.load_pth(tmp_path / name)
-    with pytest.raises(WeightsError, match="holds no network known here .*; its first tensors are w"):
-        pth.detect(load_file(tmp_path / "other.safetensors"), "other.safetensors")
+            load_network(tmp_path / name)
     assert "code ran" not in capsys.readouterr().out
 
 
@@ -383,9 +400,9 @@ def test_padding_growth_to_32_changes_no_output(grow: int) -> None:
     net, x = small_rrdb(num_grow_ch=grow).eval(), torch.rand(1, 3, 9, 7)
     for value in net.parameters():
         value.data.normal_(0, 0.1)
-    padded = pth.pad_growth_to_32(net.state_dict())
-    wide = pth.detect(padded)
-    assert wide.options.num_grow_ch == 32
+    padded = pad_growth_to_32(net.state_dict())
+    wide = recognise(padded, None, {})
+    assert wide.typed_options.num_grow_ch == 32
     again = wide.build().eval()
     again.load_state_dict(padded)
     y = net(x).detach()
@@ -395,7 +412,7 @@ def test_padding_growth_to_32_changes_no_output(grow: int) -> None:
 def test_a_padded_student_opens_in_spandrel(tmp_path: Path) -> None:
     spandrel = pytest.importorskip("spandrel", reason="spandrel is not installed")
     net, x = small_rrdb().eval(), torch.rand(1, 3, 8, 8)
-    path = pth.export_student(net.state_dict(), pth.detect(net.state_dict()), tmp_path / "s.pth", "spandrel")
+    path = export_student(recognised(net), tmp_path / "s.pth", "spandrel")
     opened = spandrel.ModelLoader().load_from_file(str(path))
     assert (opened.architecture.id, opened.scale) == ("ESRGAN", 4)
     torch.testing.assert_close(opened(x), net(x).clamp(0, 1), rtol=0, atol=2e-7)
@@ -404,5 +421,5 @@ def test_a_padded_student_opens_in_spandrel(tmp_path: Path) -> None:
 def test_a_network_no_other_tool_knows_is_not_written_for_them(tmp_path: Path) -> None:
     net = small_face()
     with pytest.raises(WeightsError, match="opens in no other tool; export it as pth or safetensors"):
-        pth.export_student(net.state_dict(), pth.detect(net.state_dict()), tmp_path / "s.pth", "spandrel")
+        export_student(recognised(net), tmp_path / "s.pth", "spandrel")
     assert not list(tmp_path.iterdir())

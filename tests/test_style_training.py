@@ -37,6 +37,17 @@ STYLENAT: dict[str, Any] = {
     "save_img": 6 * BATCH, "bcr": 10.0, "r1__gamma": 1.0, "r1__every": 8, "augment": {"kind": "none"},
     "optimizer__D__clip_norm": 5.0, "sd__alpha": 0.25, "sd__loss": "lpips-vgg",
 }  # fmt: skip
+STAGES = {"widths": [16, 16, 8, 8], "groups": [2, 2, 2, 2], "blocks": [1, 1, 1, 1]}
+HALF = STEPS * BATCH // 2
+R3GAN: dict[str, Any] = {
+    "model": {"generator": {"kind": "r3gan", "z_dim": 8, **STAGES}, "discriminator": {"kind": "r3gan", **STAGES}},
+    "adversarial": "relativistic", "order": "D first", "fake_labels": "real", "sd__alpha": 1.0, "sd__loss": "l1",
+    "batch_size": BATCH, "ghost_batch": 2, "total_img": STEPS * BATCH, "log_img": BATCH, "save_img": 6 * BATCH,
+    "r1": {"gamma": {"points": [[0, 1.0], [HALF, 0.1]], "curve": "cosine"}, "every": 1, "on": "both", "joint": True},
+    "augment": {"kind": "ada", "policy": "r3gan", "p": {"points": [[0, 0.0], [HALF, 0.5]]}, "target": None},
+    "ema__half_life_img": {"points": [[0, 0.0], [HALF, 100.0]], "curve": "cosine"}, "ema__rampup": None,
+    "optimizer__G__betas": [0.0, {"points": [[0, 0.9], [HALF, 0.99]], "curve": "cosine"}],
+}  # fmt: skip
 TEACHERS = {
     "matched": {},
     "unmixed": {"sd__mixing": "none"},
@@ -82,6 +93,16 @@ def test_stylenat_is_the_same_on_2_ranks_and_goes_on_bit_for_bit(tmp_path: Path)
     run_all(tmp_path, [job(config, "two")], ranks=2)
     assert {"G/sd", "D/bcr", "D/r1"} <= {key for row in rows(tmp_path / "one") for key in row}
     assert worst(rows(tmp_path / "one"), rows(tmp_path / "two"))[0] < 1e-4
+    assert worst(rows(tmp_path / "one"), rows(tmp_path / "parts"))[0] == 0
+    assert not unequal(tensors(tmp_path / "one", end), tensors(tmp_path / "parts", end))
+
+
+def test_r3gan_with_self_distillation_is_the_same_on_2_ranks_and_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    config, end = configured(tmp_path, R3GAN), STEPS * BATCH
+    run_all(tmp_path, [job(config, "one"), job(config, "parts", f"total_img={6 * BATCH}"), job(config, "parts")])
+    run_all(tmp_path, [job(config, "two")], ranks=2)
+    assert {"G/adv", "G/sd", "D/pair", "D/r1", "D/r2"} <= {key for row in rows(tmp_path / "one") for key in row}
+    assert worst(rows(tmp_path / "one"), rows(tmp_path / "two"))[0] == 0
     assert worst(rows(tmp_path / "one"), rows(tmp_path / "parts"))[0] == 0
     assert not unequal(tensors(tmp_path / "one", end), tensors(tmp_path / "parts", end))
 

@@ -9,6 +9,7 @@ import dataclasses
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,11 +22,18 @@ from torch.nn import functional as F
 from sdtrain.commands import upscale
 from sdtrain.data.read.picture import Picture, _turn, read_picture, write_picture
 from sdtrain.errors import ConfigError, DataError, WeightsError
-from sdtrain.interop.pth import Found, export_student
+from sdtrain.interop.network import Network, save_network
+from sdtrain.interop.pth import export_student
 from sdtrain.interop.tiled import auto_overlap, enlarge, reach, spans
 from sdtrain.models.gcfsr import networks as gcfsr
 from sdtrain.models.rrdbnet import networks as rrdbnet
 from sdtrain.models.srvgg import networks as srvgg
+
+
+def network_of(net: Any, **more: Any) -> Network:
+    """A module of sdtrain.models as a network with a card."""
+    kind, options = type(net).__module__.split(".")[-2], dataclasses.asdict(net.options)
+    return Network(kind=kind, player="Generator", role="G_ema", state=net.state_dict(), options=options, **more)
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +45,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     net.body[-1].weight.data.mul_(0.1)
     net.body[-1].bias.data.zero_()
     path = tmp_path_factory.mktemp("model") / "student.safetensors"
-    return export_student(net.state_dict(), Found("srvgg", "Generator", options), path, "safetensors")
+    return save_network(network_of(net), path)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +57,7 @@ def face_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if name.endswith(".weight") and value.shape == (1,):
             value.data.fill_(0.3)  # strength of the noise
     path = tmp_path_factory.mktemp("face") / "gcfsr.pth"
-    return export_student(net.state_dict(), Found("gcfsr", "Generator", options, 32), path, "pth")
+    return export_student(network_of(net, resolution=32), path)
 
 
 def run(*words: object) -> int:

@@ -214,7 +214,7 @@ def poisoned(job: dict[str, Any], rank: int, notes: dict[str, Any]) -> Any:
 
         return call
 
-    return wrapped("sdtrain.engine.phases", "Engine.run", make)
+    return wrapped("sdtrain.engine.phases", "PhaseEngine.run", make)
 
 
 def limited(job: dict[str, Any]) -> Any:
@@ -260,9 +260,6 @@ def forked(job: dict[str, Any], log: Path) -> dict[str, Any]:
         os.dup2(fd, 1)
         os.dup2(fd, 2)
         os.environ.update(job.get("env", {}))
-        import sdtrain.engine.checkpoint
-
-        sdtrain.engine.checkpoint._fault = os.environ.get("SDTRAIN_FAULT", "")
         code = 1
         try:
             told = do(job, 0)

@@ -9,22 +9,20 @@ Under torchrun or accelerate launch all ranks share the work; the values do not 
 from __future__ import annotations
 
 import argparse
-import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sdtrain.commands.eval_rows import DECIMALS, append, compare, last_row, start_ranks
 from sdtrain.errors import EXIT_OK, ConfigError, WeightsError
+from sdtrain.metrics.table import METRICS, Settings
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-METRICS = ("fid", "rfid", "kid", "pr")
 DEFAULTS = {"metrics": "fid", "extractor": "inception", "tap": 2048, "seeds": 5, "seed": 0, "batch_size": 32}
-DEFAULTS |= {"inception": "download", "split": "test"}
-DECIMALS = {"fid": 4, "fid_biased": 4, "rfid": 4, "rfid_std": 4, "kid": 6, "kid_std": 6, "precision": 4, "recall": 4}
-DECIMALS |= {"psnr_y": 3, "ssim_y": 4, "lpips": 4}
+DEFAULTS |= {"inception": "download", "vgg16": "download", "split": "test"}
+DEFAULTS |= {"pr_features": "inception", "pr_precision": "fp32"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,9 +42,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     extractors = ("inception", "random-inception", "random")
     add("--extractor", choices=extractors, help=f"feature network ({own} inception)")
     add("--tap", type=int, choices=(64, 192, 768, 2048), help=f"width of the feature layer ({own} 2048)")
-    add("--pr-extractor", choices=("same", "vgg16"), default="same", help="features of precision and recall")
+    pr = "of precision and recall; vgg16 and fp16 are the reference code's"
+    add("--pr-features", choices=("inception", "vgg16"), help=f"features {pr} ({own} as --extractor)")
+    add("--pr-precision", choices=("fp32", "fp16"), help=f"distances {pr} ({own} fp32)")
     add("--inception", metavar="SOURCE", help=f"Inception weights: a path or `download`, fetched ({own} download)")
-    add("--vgg16", default="download", metavar="SOURCE", help="VGG16 weights: a path, `download` or `random`")
+    add("--vgg16", metavar="SOURCE", help=f"VGG16 weights: a path, `download` or `random` ({own} download)")
     add("--seeds", type=int, help=f"random networks averaged by rfid ({own} 5)")
     add("--seed", type=int, help=f"seed of the latents of a run or checkpoint ({own} 0)")
     add("--weights", choices=("ema", "raw"), default="ema", help="of a run: the generator's average, or itself")
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
 
         return evaluate_sr.run(args, config)
     check(args, config)
-    earlier = last_row(args.against) if args.against else None
+    earlier = last_row(args.against)
     from sdtrain.engine.ranks import is_main
 
     device = start_ranks(args.device)
@@ -80,13 +80,12 @@ def run(args: argparse.Namespace) -> int:
     if is_main():
         report(row)
         append(row, args.json)
-    if earlier is not None:
-        compare(earlier, row)
+    compare(earlier, row)
     return EXIT_OK
 
 
 def check(args: argparse.Namespace, config: Any) -> None:
-    """Everything that can be wrong with the arguments, before torch is imported."""
+    """Everything that can be wrong with the arguments, before torch is imported: ConfigError or WeightsError."""
     from sdtrain.weights import check_weights
 
     fill_in(args, config)
@@ -119,11 +118,13 @@ def fill_in(args: argparse.Namespace, config: Any) -> None:
     """Give what was not asked for: as the run measures itself, so that values compare with its own; else defaults."""
     defaults: dict[str, Any] = dict(DEFAULTS)
     if config is not None:
-        m = config.metrics
+        m, w = config.metrics, config.weights
         defaults |= {"metrics": ",".join(m.names), "num": m.num_fake, "num_real": m.num_real, "extractor": m.extractor}
         defaults |= {"tap": m.tap, "seeds": m.seeds, "batch_size": m.batch_size, "seed": config.seed}
-        defaults |= {"inception": config.weights.inception or "download", "real": config.data.val or config.data.train}
-        if config.weights.inception == "random":  # as the run understands it
+        defaults |= {name: getattr(m, name, defaults[name]) for name in ("pr_features", "pr_precision")}
+        defaults |= {"inception": w.inception or "download", "vgg16": getattr(w, "vgg16", None) or "download"}
+        defaults["real"] = config.data.val or config.data.train
+        if w.inception == "random":  # as the run understands it
             defaults |= {"inception": "download", "extractor": "random-inception"}
     for name, value in defaults.items():
         if getattr(args, name) is None:
@@ -131,25 +132,10 @@ def fill_in(args: argparse.Namespace, config: Any) -> None:
 
 
 def weights_needed(args: argparse.Namespace) -> dict[str, str]:
-    own_pr = args.pr_extractor == "vgg16"
-    users = {"fid", "kid"} if own_pr else {"fid", "kid", "pr"}
-    needs = {"inception": args.inception} if args.extractor == "inception" and users & set(args.metrics) else {}
-    return needs | ({"vgg16": args.vgg16} if own_pr and "pr" in args.metrics else {})
-
-
-def start_ranks(device: str) -> Any:
-    """Join the other processes of a launch, if there are any; the device of this one."""
-    import torch
-    import torch.distributed as dist
-
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    use_cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
-    place = torch.device(f"cuda:{local}" if use_cuda and device in ("auto", "cuda") else device if use_cuda else "cpu")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
-    if place.type == "cuda":
-        torch.cuda.set_device(place)
-    return place
+    """Sources of the weights files that these metrics are computed with."""
+    chosen = {name: getattr(args, name) for name in ("metrics", "extractor", "tap", "pr_features")}
+    kinds = {kind for kind, _ in Settings(**chosen).nets().values()}
+    return {name: getattr(args, name) for name in ("inception", "vgg16") if name in kinds}
 
 
 def subject(args: argparse.Namespace, device: Any) -> tuple[Callable[[list[int]], Tensor], dict[str, Any]]:
@@ -180,6 +166,7 @@ def sampler_for(
 
 
 def evaluator(args: argparse.Namespace, info: dict[str, Any], device: Any) -> Any:
+    """The Evaluator these arguments ask for. Raises ConfigError for missing real images and too many fake ones."""
     from sdtrain.metrics.evaluate import Evaluator
     from sdtrain.metrics.images import open_images
     from sdtrain.weights import cache_folder
@@ -196,7 +183,8 @@ def evaluator(args: argparse.Namespace, info: dict[str, Any], device: Any) -> An
         num_real=args.num_real,
         extractor=args.extractor,
         tap=args.tap,
-        pr_extractor=None if args.pr_extractor == "same" else args.pr_extractor,
+        pr_features=args.pr_features,
+        pr_precision=args.pr_precision,
         seeds=args.seeds,
         batch_size=args.batch_size,
         weights={"inception": args.inception, "vgg16": args.vgg16},
@@ -209,43 +197,14 @@ def evaluator(args: argparse.Namespace, info: dict[str, Any], device: Any) -> An
 
 
 def report(row: dict[str, Any]) -> None:
-    """Print the table."""
+    """Print the table: each number with the network and the counts that made it."""
     from sdtrain.metrics.protocol import fingerprint
 
     protocol = row["protocol"]
-    print(f"{row['measured']} against {protocol['real_source']}")
-    print(f"{protocol['num_fake']} generated, {protocol['num_real']} real images, protocol {fingerprint(protocol)}")
-    for name, decimals in DECIMALS.items():
-        if name in row:
-            print(f"  {name:12}{row[name]:.{decimals}f}")
+    counts = f"{protocol['num_fake']} generated, {protocol['num_real']} real images"
+    print(f"{row['measured']} against {protocol['real_source']}, protocol {fingerprint(protocol)}")
+    for metric in METRICS.values():
+        for name in [name for name in metric.shown if name in row]:
+            print(f"  {name:12}{row[name]:<12.{DECIMALS[name]}f}{metric.network(protocol)}, {counts}")
     if "rfid_seeds" in row:
         print(f"  rfid over seeds {row['rfid_seeds']}, standard deviation with n - 1, rule {row['rfid_rule']}")
-
-
-def append(row: dict[str, Any], file: Path | None) -> None:
-    """Add a row to a file of rows."""
-    if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("a") as out:
-            out.write(json.dumps(row) + "\n")
-
-
-def last_row(file: Path) -> dict[str, Any]:
-    """The last evaluation in a --json file or a run's metrics.jsonl."""
-    try:
-        rows = [json.loads(line) for line in file.read_text().splitlines() if line.strip()]
-        return [row for row in rows if "protocol" in row][-1]
-    except (OSError, ValueError, IndexError, TypeError):
-        raise ConfigError(
-            f"--against {file} holds no evaluation; give a file written by `sdtrain evaluate --json`."
-        ) from None
-
-
-def compare(earlier: dict[str, Any], row: dict[str, Any]) -> None:
-    """Print the differences. Raises ConfigError when the protocols differ."""
-    from sdtrain.engine.ranks import is_main
-    from sdtrain.metrics.protocol import require_same
-
-    require_same(earlier["protocol"], row["protocol"])
-    for name in [name for name in DECIMALS if name in row and name in earlier] if is_main() else ():
-        print(f"  {name:12}{earlier[name]:.{DECIMALS[name]}f} -> {row[name]:.{DECIMALS[name]}f}")

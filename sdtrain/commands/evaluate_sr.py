@@ -11,8 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from sdtrain.commands.eval_rows import append, compare, last_row, start_ranks
 from sdtrain.commands.source import ROLE, position_of, run_folder_of
 from sdtrain.errors import EXIT_OK, ConfigError, WeightsError
+from sdtrain.metrics.table import words
 
 NAMES = ("fid", "psnr_y", "ssim_y", "lpips")
 SPLITS = ("test", "val")
@@ -23,13 +25,12 @@ def run(args: argparse.Namespace, config: Any) -> int:
     """`config` is that of the run. Returns 0; raises ConfigError, DataError or WeightsError before any computation."""
     path = Path(args.path)
     config = configured(args, config)
-    from sdtrain.commands.evaluate import append, compare, last_row, start_ranks
     from sdtrain.engine.ranks import is_main
-    from sdtrain.interop.network import file_of_run, load_network
+    from sdtrain.interop.loading import file_of_run, load_network
     from sdtrain.methods.sdakd.inputs import make_inputs
     from sdtrain.tasks.validation import ValidationList
 
-    earlier = last_row(args.against) if args.against else None
+    earlier = last_row(args.against)
     device = start_ranks(args.device)
     file = file_of_run(path, ROLE[args.weights]) if path.is_dir() else path
     network = load_network(file, ROLE[args.weights])
@@ -45,13 +46,15 @@ def run(args: argparse.Namespace, config: Any) -> int:
     if is_main():
         report(row, plain, getattr(config.data, args.split))
         append(row, args.json)
-    if earlier is not None:
-        compare(earlier, row)
+    compare(earlier, row)
     return EXIT_OK
 
 
 def configured(args: argparse.Namespace, config: Any) -> Any:
-    """The run's configuration with the metrics and the list asked for; every mistake in the arguments is found here."""
+    """The run's configuration with the metrics and the list asked for; every mistake in the arguments is found here.
+
+    Raises ConfigError or WeightsError.
+    """
     from sdtrain.weights import check_weights
 
     given = [f"--{name.replace('_', '-')}" for name in NOT_HERE if getattr(args, name) is not None]
@@ -100,8 +103,16 @@ def folder_of_inputs(args: argparse.Namespace, config: Any) -> Path:
 
 
 def report(row: dict[str, Any], plain: dict[str, float], source: str) -> None:
+    """Print the table: the network, bicubic enlargement, and what made each number."""
     protocol = row["protocol"]
     print(f"{row['measured']} on {protocol['num_images']} photographs of {source}, low quality: {protocol['lq']}")
     print(f"  {'':12}{'network':>10}{'bicubic':>10}")
     for name, value in plain.items():
-        print(f"  {name:12}{row[name]:10.4f}{value:10.4f}")
+        print(f"  {name:12}{row[name]:10.4f}{value:10.4f}  {made_by(name, protocol)}, {protocol['num_images']} images")
+
+
+def made_by(name: str, protocol: dict[str, Any]) -> str:
+    """The network or the rule behind a value; NAME_FACTOR is a value of one factor."""
+    if name.startswith("fid"):
+        return words(protocol["fid"])
+    return protocol["lpips" if name.startswith("lpips") else "psnr_y, ssim_y"]

@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--out {args.out}: {reason}; choose another place")
     if args.format == "onnx":
         require_onnx()
-    from sdtrain.interop.network import load_network
+    from sdtrain.interop.loading import load_network
 
     network = load_network(args.source, args.role)
     path = export(network, out, args.format, args.layout)
@@ -110,11 +110,10 @@ def export(network: Network, path: Path, form: str = "official", layout: str = "
 def export_official(network: Network, path: Path, layout: str = "current") -> Path:
     """Flat state dict with official names, checked to load strictly, and the card FILE.json beside it."""
     from sdtrain.files import write_json
-    from sdtrain.interop.official import official_state
     from sdtrain.interop.pth import save_pth
 
     require_whole(network)
-    state = official_state(network)
+    state = network.state
     if layout == "legacy":
         if network.kind != "stylenat" or network.player != "Generator":
             raise WeightsError(f"layout legacy is for StyleNAT generators, not for {network.kind}; leave it out")
@@ -145,14 +144,11 @@ def require_whole(network: Network) -> None:
 
 
 def _super_resolution(network: Network, path: Path, form: str) -> Path:
-    from sdtrain.interop.network import as_tuples
-    from sdtrain.interop.pth import Found, export_student, options_of
+    from sdtrain.interop.pth import export_student
 
     if network.kind not in SUPER_RESOLUTION:
         raise WeightsError(f"format {form} is for super-resolution networks, this is {network.kind}; use official")
-    options = options_of(network.kind, network.player, **as_tuples(network.options or {}))
-    found = Found(network.kind, network.player, options, network.resolution)
-    return export_student(network.state, found, path, "spandrel" if form == "spandrel" else "pth")
+    return export_student(network, path, "spandrel" if form == "spandrel" else "pth")
 
 
 def example_inputs(network: Network, net: nn.Module, batch: int) -> dict[str, Any]:

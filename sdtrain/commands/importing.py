@@ -21,7 +21,7 @@ from sdtrain.errors import ConfigError, WeightsError
 if TYPE_CHECKING:
     from sdtrain.interop.network import Network
     from sdtrain.interop.official import Official
-    from sdtrain.interop.safe_pickle import Checkpoint
+    from sdtrain.interop.safe_pickle import Content
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Returns 0; raises ConfigError for arguments and WeightsError for files that cannot be used."""
     options = dict(_setting(text) for text in args.set)
     if args.inspect:
         print("\n".join(inspected(args.file, options)))
@@ -91,20 +92,20 @@ def inspected(path: Path, options: dict[str, Any]) -> Iterator[str]:
     from sdtrain.interop.official import read_official
     from sdtrain.interop.safe_pickle import read_checkpoint
 
-    checkpoint = read_checkpoint(path)
+    content = read_checkpoint(path)
     yield f"file        {path} ({path.stat().st_size:,} bytes)"
     yield f"sha256      {sha256_of_file(path)}"
-    yield f"container   {checkpoint.container}"
-    yield f"globals     {len(checkpoint.globals)} named, all known and inert"
-    yield from (f"            {name}" for name in checkpoint.globals)
+    yield f"container   {content.container}"
+    yield f"globals     {len(content.globals)} named, all known and inert"
+    yield from (f"            {name}" for name in content.globals)
     try:
-        yield from _networks(read_official(path, **options), checkpoint)
+        yield from _networks(read_official(path, **options), content)
     except WeightsError as error:
         yield f"networks    none can be rebuilt: {error}"
-        yield from _top_level(checkpoint)
+        yield from _top_level(content)
 
 
-def _networks(found: Official, checkpoint: Checkpoint) -> Iterator[str]:
+def _networks(found: Official, content: Content) -> Iterator[str]:
     from sdtrain.interop.pickle_machine import Record
 
     yield f"what        {found.what}"
@@ -112,7 +113,7 @@ def _networks(found: Official, checkpoint: Checkpoint) -> Iterator[str]:
     for role, network in found.networks.items():
         yield ""
         yield f"network     {describe(network)}"
-        record = checkpoint.tree.get(role)
+        record = content.tree.get(role)
         if isinstance(record, Record):
             yield f"class       {record.name}"
             yield f"arguments   {json.dumps(_arguments(record))}"
@@ -126,10 +127,10 @@ def _arguments(record: Any) -> Any:
     return plain(record.attributes.get("_init_kwargs") or record)
 
 
-def _top_level(checkpoint: Checkpoint) -> Iterator[str]:
+def _top_level(content: Content) -> Iterator[str]:
     from sdtrain.interop.official import plain
 
-    tree = plain(checkpoint.tree)
+    tree = plain(content.tree)
     yield from (
         f"  {name:20}{json.dumps(value)[:200]}" for name, value in (tree.items() if isinstance(tree, dict) else ())
     )

@@ -16,10 +16,11 @@ from torch import Tensor
 from sdtrain.builder import Builder
 from sdtrain.commands.results import Written
 from sdtrain.commands.source import Source, config_of
-from sdtrain.engine.checkpoint import load_tensors, newest, verify
+from sdtrain.engine.checkpoint import newest, verify
 from sdtrain.engine.make import make_engine
 from sdtrain.engine.net import load_strictly
 from sdtrain.errors import RunError
+from sdtrain.files import load_tensors
 from sdtrain.losses.perceptual import LPIPS
 from sdtrain.metrics.variation import variation_per_latent
 from sdtrain.models.ghost import set_ghost_batch

@@ -48,7 +48,7 @@ class Source:
         allow_pipe: bool = False,
     ) -> None:
         """Raises WeightsError for weights that cannot be used, ConfigError for an option this generator has not."""
-        from sdtrain.interop.network import file_of_run, load_network
+        from sdtrain.interop.loading import file_of_run, load_network
 
         self.file = file_of_run(path, ROLE[weights]) if path.is_dir() else path
         network = load_network(self.file, ROLE[weights])

@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
 def model_file(model: Path, weights: str) -> Path:
     """The file that --model means: itself, or the weights of a run. Raises WeightsError."""
     from sdtrain.commands.source import ROLE
-    from sdtrain.interop.network import file_of_run
+    from sdtrain.interop.loading import file_of_run
 
     return file_of_run(model, ROLE[weights]) if model.is_dir() else model
 
@@ -195,7 +195,7 @@ class Upscaler:
     """A network with the settings of one command; Picture -> Picture."""
 
     net: Any  # a generator of sdtrain.models
-    found: Any  # sdtrain.interop.pth.Found
+    found: Any  # sdtrain.interop.network.Network
     device: Any
     tile: int = 512
     overlap: int = 32
@@ -207,15 +207,17 @@ class Upscaler:
     @classmethod
     def of(cls, args: argparse.Namespace) -> Upscaler:
         """Load the network; WeightsError unless it is a generator known here."""
-        from sdtrain.interop.pth import open_network, require
+        from sdtrain.interop.architectures import require, title
+        from sdtrain.interop.loading import load_network
         from sdtrain.interop.tiled import auto_overlap
 
         device = _device(args.device)
         file = model_file(args.model, args.weights)
-        net, found = open_network(file, "params_ema" if args.weights == "ema" else "params")
+        found = load_network(file, prefer="params_ema" if args.weights == "ema" else "params")
         require(file, found, player="Generator")
         if args.factor is not None and found.kind != "gcfsr":
-            raise ConfigError(f"--factor is GCFSR's condition, but {file} holds a {found}; leave it out")
+            raise ConfigError(f"--factor is GCFSR's condition, but {file} holds a {title(found)}; leave it out")
+        net = found.build().requires_grad_(False)
         overlap = auto_overlap(net) if args.overlap == "auto" else int(args.overlap)
         same = dict(scale=args.scale, factor=args.factor, seed=args.seed, path=file)
         return cls(net.to(device), found, device, args.tile, min(overlap, args.tile // 2), **same)

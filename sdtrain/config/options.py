@@ -162,18 +162,6 @@ class SelfDistillation:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiffAugment:
-    """Differentiable augmentation of everything D sees (Zhao et al. 2020)."""
-
-    policy: tuple[Literal["color", "translation", "cutout"], ...] = ("color", "translation", "cutout")
-    """Which changes, in this order; an empty list = none."""
-    translation: Fraction = 0.125
-    """Largest shift, as a share of the side."""
-    cutout: Fraction = 0.2
-    """Side of the blanked square, as a share of the side."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class Augment:
     """What D sees instead of the plain image, real and fake alike."""
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,61 +24,25 @@ from typing import Any
 
 from torch import Tensor
 
+from sdtrain.contracts import Tensors
 from sdtrain.engine.ranks import gather_objects, is_main
 from sdtrain.errors import RunError
-from sdtrain.files import sha256_of_file
+from sdtrain.files import (
+    fault_point,
+    load_tensors,
+    save_tensors,
+    sha256_of_file,
+    sweep,
+    sync_folder,
+    write_bytes,
+    write_json,
+)
 
 MARKER = "complete.json"
-_fault = os.environ.get("SDTRAIN_FAULT", "")  # fault tests name a boundary at which the process is killed
-_passed: dict[str, int] = {}  # how often each boundary has been crossed, counted only in fault tests
-
-
-def fault_point(name: str) -> None:
-    """Be killed where a fault test asks for it: `NAME`, or `NAME@3` for the third time. Nothing in a normal run."""
-    if _fault.partition("@")[0] == name != "":
-        _passed[name] = _passed.get(name, 0) + 1
-        if _passed[name] == int(_fault.partition("@")[2] or 1):
-            os.kill(os.getpid(), signal.SIGKILL)
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write beside the target, flush to disk, rename: readers see the old file or the new one, never a part."""
-    tmp, view = path.with_name(f".{path.name}.writing"), memoryview(data)
-    with open(tmp, "wb") as file:
-        file.write(view[: len(data) // 2])
-        file.flush()
-        fault_point("mid-file")
-        file.write(view[len(data) // 2 :])
-        file.flush()
-        os.fsync(file.fileno())
-    fault_point("before-rename-file")
-    os.replace(tmp, path)
-    sync_folder(path.parent)
-
-
-def sync_folder(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def digest(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
-
-
-def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    from safetensors.torch import save
-
-    own = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()}
-    write_atomically(path, save(own))
-
-
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
-
-    return load_file(str(path))
 
 
 @dataclass(frozen=True)
@@ -141,7 +104,7 @@ def _begin(tmp: Path) -> None:
 def _commit(tmp: Path, final: Path, files: Mapping[str, Any]) -> None:
     """Write the marker and give the folder its name: from here on it counts."""
     fault_point("before-marker")
-    write_atomically(tmp / MARKER, json.dumps({"files": files}).encode())
+    write_json(tmp / MARKER, {"files": files})
     fault_point("after-marker")
     if final.exists():  # it was refused when this run resumed from an older one, or it holds this very position
         os.rename(final, final.with_name(f".writing-old-{final.name}"))
@@ -152,19 +115,21 @@ def _commit(tmp: Path, final: Path, files: Mapping[str, Any]) -> None:
 
 
 def _tidy(root: Path, final: Path, keep: int) -> None:
-    write_atomically(root / "latest", final.name.encode())
+    write_bytes(root / "latest", final.name.encode())
     fault_point("after-latest")
     retain(root, keep)
 
 
-def _write_files(folder: Path, shared: Mapping, ghosts: Mapping, state: Mapping | None) -> dict[str, dict]:
+def _write_files(
+    folder: Path, shared: Mapping[str, Tensors], ghosts: Mapping[int, Tensors], state: Mapping[str, Any] | None
+) -> dict[str, dict[str, Any]]:
     names = []
     for name, tensors in [*shared.items(), *((f"ghosts_{g:04d}", t) for g, t in ghosts.items())]:
         save_tensors(folder / f"{name}.safetensors", tensors)
         names.append(f"{name}.safetensors")
         fault_point("mid-save")
     if state is not None:
-        write_atomically(folder / "state.json", json.dumps(state).encode())
+        write_json(folder / "state.json", state)
         names.append("state.json")
     return {name: digest(folder / name) for name in names}
 
@@ -199,10 +164,16 @@ def _cannot_write(folder: Path, problem: str, needed: int) -> str:
 
 
 def retain(root: Path, keep: int) -> None:
-    """Delete the oldest complete checkpoints beyond `keep`, and leftovers of interrupted saves."""
+    """Delete the oldest complete checkpoints beyond `keep`, and leftovers of interrupted saves.
+
+    A checkpoint that is a link belongs to somebody else: it neither counts nor goes.
+    """
+    sweep(root)
     for leftover in root.glob(".writing-*"):
+        if leftover.is_symlink():
+            leftover.unlink()
         shutil.rmtree(leftover, ignore_errors=True)
-    everything = sorted(root.glob("img_*"))
+    everything = sorted(path for path in root.glob("img_*") if not path.is_symlink())
     complete = [p for p in everything if (p / MARKER).exists()]
     for unfinished in [p for p in everything if p not in complete and p < max(complete)]:
         shutil.rmtree(unfinished)  # a deletion that was interrupted
@@ -228,15 +199,6 @@ def verify(path: Path) -> str | None:
         if digest(path / name) != expected:
             return f"{name} does not match its digest"
     return None
-
-
-def open_checkpoint(path: Path) -> Checkpoint:
-    """Open one folder by name. Raises `RunError` with the reason when it is not complete."""
-    reason = "there is no such folder" if not path.is_dir() else verify(path)
-    if reason:
-        advice = "name another one or remove it to fall back to an older"
-        raise RunError(f"{path}: not a usable checkpoint: {reason}; {advice}")
-    return Checkpoint(path, json.loads((path / "state.json").read_text()))
 
 
 def newest(root: Path) -> tuple[Checkpoint | None, list[str]]:

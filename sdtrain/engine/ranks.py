@@ -24,7 +24,8 @@ def start_ranks(device: str = "auto") -> torch.device:
     alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
     together: dict[str, Any] = {} if alone else {"timeout": RANK_TIMEOUT, "backend": "nccl" if on_gpu else "gloo"}
     state = PartialState(cpu=not on_gpu, **together)
-    return state.device
+    chosen: torch.device = state.device
+    return chosen
 
 
 def _grouped() -> bool:

@@ -16,18 +16,18 @@ Only the main rank writes.
 
 from __future__ import annotations
 
+import io
 import json
 import math
-import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from sdtrain.engine.checkpoint import write_atomically
 from sdtrain.engine.precision import described
 from sdtrain.engine.ranks import gather_objects, is_main, world
 from sdtrain.errors import RunError
+from sdtrain.files import sweep, write_bytes, write_json
 
 
 class RunFolder:
@@ -53,7 +53,9 @@ class RunFolder:
         try:
             for sub in ("checkpoints", "samples", "best"):
                 (self.path / sub).mkdir(parents=True, exist_ok=True)
-            write_atomically(self.path / ".writable", b"")
+                sweep(self.path / sub)
+            sweep(self.path)
+            write_bytes(self.path / ".writable", b"")
             (self.path / ".writable").unlink()
         except OSError as error:
             return error.strerror
@@ -65,7 +67,7 @@ class RunFolder:
             return
         if self.metrics.exists():
             kept = [line for line in self.metrics.read_text().splitlines() if _position(line) <= resumed_img]
-            write_atomically(self.metrics, "".join(f"{line}\n" for line in kept).encode())
+            write_bytes(self.metrics, "".join(f"{line}\n" for line in kept).encode())
             evals = [row for row in map(json.loads, kept) if row["kind"] == "eval"]
             self._measured = {(row["seen_img"], row["split"]) for row in evals}
         self._rows = open(self.metrics, "a", encoding="utf-8")
@@ -89,7 +91,7 @@ class RunFolder:
 
     def measured(self, seen_img: int, split: str) -> bool:
         """Whether this position had been evaluated before the run was started again; the same answer on all ranks."""
-        return gather_objects((seen_img, split) in self._measured)[0]
+        return bool(gather_objects((seen_img, split) in self._measured)[0])
 
     def image(self, tag: str, picture: Any, seen_img: int) -> None:
         """Store a uint8 HWC picture as PNG under samples/ and in TensorBoard."""
@@ -98,9 +100,9 @@ class RunFolder:
         from PIL import Image
 
         path = self.path / "samples" / f"{tag.replace('/', '_')}_{seen_img:09d}.png"
-        tmp = path.with_name(f".{path.name}")
-        Image.fromarray(picture).save(tmp, format="PNG")
-        os.replace(tmp, path)
+        data = io.BytesIO()
+        Image.fromarray(picture).save(data, format="PNG")
+        write_bytes(path, data.getbuffer())
         if self._board is not None:
             self._board.add_image(tag, picture, seen_img, dataformats="HWC")
 
@@ -110,7 +112,7 @@ class RunFolder:
 
     def write_json(self, name: str, value: Any) -> None:
         if is_main():
-            write_atomically(self.path / name, (json.dumps(value, indent=2, default=str) + "\n").encode())
+            write_json(self.path / name, value, default=str)
 
     def note_environment(self, weights: dict[str, Any]) -> None:
         """Add this start to environment.json; earlier starts are kept."""

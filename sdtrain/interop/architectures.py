@@ -10,12 +10,14 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from sdtrain.errors import WeightsError
 from sdtrain.interop import r3gan
+from sdtrain.interop import super_resolution as sr
 from sdtrain.interop.network import Network, Player, as_tuples
 
 State = Mapping[str, Tensor]
@@ -32,7 +34,6 @@ def _power_law(widths: Mapping[int, int]) -> dict[str, int]:
 
 
 def stylegan2_generator(state: State) -> dict[str, Any]:
-    """StyleGAN2 generator"""
     levels = numbers(state, r"synthesis\.b(\d+)\.")
     c_dim = state["mapping.embed.weight"].shape[1] if "mapping.embed.weight" in state else 0
     w_dim = state["synthesis.b4.conv1.affine.weight"].shape[1]
@@ -47,7 +48,6 @@ def stylegan2_generator(state: State) -> dict[str, Any]:
 
 
 def stylegan2_discriminator(state: State) -> dict[str, Any]:
-    """StyleGAN2 discriminator"""
     levels = numbers(state, r"b(\d+)\.conv0\.")
     top = levels[-1]
     architecture = "resnet" if f"b{top}.skip.weight" in state else "skip" if "b4.fromrgb.weight" in state else "orig"
@@ -66,7 +66,6 @@ def stylegan2_discriminator(state: State) -> dict[str, Any]:
 
 
 def fastgan_generator(state: State) -> dict[str, Any]:
-    """FastGAN generator (ProjectedGAN)"""
     levels = numbers(state, r"synthesis\.feat_(\d+)\.")
     first = state["synthesis.init.init.0.weight_orig"]
     last = state["synthesis.to_big.weight_orig"].shape[1]
@@ -92,7 +91,6 @@ def _conv_out(state: State, r: int) -> int:
 
 
 def projected_discriminator(state: State) -> dict[str, Any]:
-    """projected discriminator (ProjectedGAN)"""
     head = "discriminator.mini_discs.0."
     block = f"{head}main.0.main."
     patch = any(name.startswith(f"{block}0.main.") for name in state)
@@ -114,7 +112,6 @@ def projected_discriminator(state: State) -> dict[str, Any]:
 
 
 def stylenat_generator(state: State) -> dict[str, Any]:
-    """StyleNAT generator"""
     levels = numbers(state, r"layers\.(\d+)\.")
     tables = [_bias_tables(state, level) for level in levels]
     widths = [state[f"layers.{level}.blocks.0.attn.proj.weight"].shape[0] for level in levels]
@@ -157,45 +154,67 @@ def _multiplier(widest: int, width: int, resolution: int) -> float:
 
 
 def stylenat_discriminator(state: State) -> dict[str, Any]:
-    """StyleNAT discriminator"""
     resolution = 2 ** (len(numbers(state, r"convs\.(\d+)\.")) + 3)
     widest, first = state["final_conv.0.weight_orig"].shape[0], state["from_rgbs.0.conv.0.weight_orig"].shape[0]
     options = {"channel_max": widest, "channel_multiplier": _multiplier(widest, first, resolution)}
     return {"options": options, "resolution": resolution, "num_classes": 0}
 
 
-# the tensor that gives a network away: module of sdtrain/models, player, reader of shapes
-RECOGNISERS: dict[str, tuple[str, Player, Callable[[State], dict[str, Any]]]] = {
-    "synthesis.b4.const": ("stylegan2", "Generator", stylegan2_generator),
-    "b4.conv.weight": ("stylegan2", "Discriminator", stylegan2_discriminator),
-    "synthesis.init.init.0.weight_orig": ("fastgan", "Generator", fastgan_generator),
-    "discriminator.mini_discs.0.main.0.main.1.bias": ("projected", "Discriminator", projected_discriminator),
-    "discriminator.mini_discs.0.main.0.main.2.bias": ("projected", "Discriminator", projected_discriminator),
-    "layers.0.blocks.0.attn.rpb": ("stylenat", "Generator", stylenat_generator),
-    "Model.AggregationLayer.Layer.weight": ("r3gan", "Generator", r3gan.generator),
-    "Model.ExtractionLayer.Layer.weight": ("r3gan", "Discriminator", r3gan.discriminator),
-    "final_linear.0.weight_orig": ("stylenat", "Discriminator", stylenat_discriminator),
+Row = tuple[str, Player, Callable[[State], dict[str, Any]], str]
+PROJECTED: Row = ("projected", "Discriminator", projected_discriminator, "ProjectedGAN")
+# the tensor that gives a network away: kind (folder of sdtrain/models), player, reader of shapes, the authors' name
+NETWORKS: dict[str, Row] = {
+    "synthesis.b4.const": ("stylegan2", "Generator", stylegan2_generator, "StyleGAN2"),
+    "b4.conv.weight": ("stylegan2", "Discriminator", stylegan2_discriminator, "StyleGAN2"),
+    "synthesis.init.init.0.weight_orig": ("fastgan", "Generator", fastgan_generator, "FastGAN (ProjectedGAN)"),
+    "discriminator.mini_discs.0.main.0.main.1.bias": PROJECTED,
+    "discriminator.mini_discs.0.main.0.main.2.bias": PROJECTED,
+    "layers.0.blocks.0.attn.rpb": ("stylenat", "Generator", stylenat_generator, "StyleNAT"),
+    "Model.AggregationLayer.Layer.weight": ("r3gan", "Generator", r3gan.generator, "R3GAN"),
+    "Model.ExtractionLayer.Layer.weight": ("r3gan", "Discriminator", r3gan.discriminator, "R3GAN"),
+    "final_linear.0.weight_orig": ("stylenat", "Discriminator", stylenat_discriminator, "StyleNAT"),
+    "conv9.weight": ("unet_sn", "Discriminator", sr.unet_sn, "UNetDiscriminatorSN"),
+    "condition_scale1.0.weight": ("gcfsr", "Generator", sr.gcfsr_generator, "GCFSR"),
+    "conv_body.1.skip.1.weight": ("gcfsr", "Discriminator", sr.gcfsr_discriminator, "GCFSR"),
+    "body.0.rdb1.conv1.weight": ("rrdbnet", "Generator", sr.rrdbnet, "RRDBNet"),
+    "body.0.weight": ("srvgg", "Generator", sr.srvgg, "SRVGGNetCompact"),
 }
+NAMES = {kind: name for kind, _, _, name in NETWORKS.values()}
+SHOWN = ("scale", "upscale", "num_feat", "num_block", "num_grow_ch", "num_conv", "narrow", "num_style_feat")
 
 
 def recognise(state: State, role: str | None, source: dict[str, Any], **changes: Any) -> Network:
     """The network of a state dict; `changes` override fields (options, resolution, num_classes).
 
-    Names of the older StyleNAT layout are brought up to date. A network that is recognised but has other widths than
-    sdtrain can build is returned without options, with a note. Raises WeightsError for an unknown one.
+    Names of the older StyleNAT layout and of the first ESRGAN are brought up to date. A network that is recognised but
+    has other widths than sdtrain can build is returned without options, with a note. Raises WeightsError for an unknown
+    one.
     """
     state = {name.removeprefix("module."): value for name, value in state.items()}
-    mark = next((mark for mark in RECOGNISERS if mark in state), None)
-    if mark is None:
-        return _super_resolution(state, role, source, changes.get("options") or {})
-    kind, player, read = RECOGNISERS[mark]
-    found = read(state)
-    options = {**found["options"], **changes.pop("options", {})}
+    if "model.0.weight" in state:
+        state = sr.from_old_esrgan(state)
+    kind, player, found = _read(state, source.get("file", "the file"))
+    options = {**found["options"], **(changes.pop("options", None) or {})}
+    if kind == "srvgg":
+        sr.require_activation(options)
     if kind == "stylenat" and player == "Generator":
         state = _current_layout(state, options, source)
     role = role or ("D" if player == "Discriminator" else "G_ema")
     fields = {**found, **{name: value for name, value in changes.items() if value is not None}, "options": options}
     return checked(Network(kind=kind, player=player, role=role, state=dict(state), source=source, **fields))
+
+
+def _read(state: State, file: str) -> tuple[str, Player, dict[str, Any]]:
+    """Kind, player and what shapes say. Raises WeightsError for an unknown network and for one that lacks tensors."""
+    mark = next((mark for mark in NETWORKS if mark in state), None)
+    if mark is None:
+        known, first = ", ".join(dict.fromkeys(NAMES.values())), ", ".join(list(state)[:3])
+        raise WeightsError(f"{file} holds no network known here ({known}); its first tensors are {first}")
+    kind, player, read, name = NETWORKS[mark]
+    try:
+        return kind, player, read(state)
+    except (KeyError, IndexError) as error:
+        raise WeightsError(f"{file} begins like {name} but lacks the tensor {error}") from error
 
 
 def _current_layout(state: State, options: dict[str, Any], source: dict[str, Any]) -> State:
@@ -218,28 +237,46 @@ def _undoubled(dilations: list[list[int]]) -> list[list[int]]:
     return [sizes[:1] if len(set(sizes)) == 1 else sizes for sizes in dilations]
 
 
-def _super_resolution(state: State, role: str | None, source: dict[str, Any], changes: dict[str, Any]) -> Network:
-    from sdtrain.interop.pth import detect
-
-    found = detect(state, source.get("file", "the file"))
-    role = role or ("D" if found.player == "Discriminator" else "G_ema")
-    options = {**dataclasses.asdict(found.options), **changes}
-    return Network(
-        kind=found.kind,
-        player=found.player,
-        role=role,
-        state=dict(state),
-        options=options,
-        resolution=found.resolution,
-        source=source,
-    )
-
-
 def checked(network: Network) -> Network:
     """The network, or one without options and with a note when its tensors do not fit what sdtrain would build."""
     found = network.misfits()
     if not found:
         return network
     more = f" and {len(found) - 1} more" if len(found) > 1 else ""
-    note = f"its tensors do not fit models/{network.kind}.py: it {found[0]}{more}"
+    note = f"its tensors do not fit models/{network.kind}: it {found[0]}{more}"
     return dataclasses.replace(network, options=None, note=note)
+
+
+def title(network: Network) -> str:
+    """Name, player and what tells it from its kin, for messages: `RRDBNet generator (scale 4, num_feat 64)`."""
+    size = [f"{network.resolution} px"] if network.resolution else []
+    told = [f"{name} {(network.options or {})[name]:g}" for name in SHOWN if name in (network.options or {})]
+    shown = f" ({', '.join([*size, *told])})" if size or told else ""
+    return f"{NAMES.get(network.kind, network.kind)} {network.player.lower()}{shown}"
+
+
+def require(
+    path: str | Path,
+    network: Network,
+    *,
+    player: Player = "Generator",
+    kind: str | None = None,
+    options: Any = None,
+    resolution: int | None = None,
+) -> None:
+    """WeightsError, naming both sides, unless it is the wanted player and, where given, kind, options and size."""
+    holds = f"{path} holds a {title(network)}, but"
+    if network.player != player:
+        raise WeightsError(f"{holds} a {player.lower()} is needed here; give the {player.lower()}'s file")
+    if kind is not None and network.kind != kind:
+        raise WeightsError(f"{holds} the configuration asks for {NAMES.get(kind, kind)}; change one")
+    if resolution is not None and network.resolution not in (None, resolution):
+        raise WeightsError(f"{holds} the configuration asks for {resolution} px; change one")
+    if network.options is None:
+        raise WeightsError(f"{path}: {network.note}")
+    for name, has in network.options.items():
+        wants = getattr(options, name, None)
+        if wants is not None and not sr.same_option(name, has, wants):
+            raise WeightsError(
+                f"{holds} the configuration asks for {name} {wants}; set {name}: {has} or give another file"
+            )

@@ -18,10 +18,10 @@ from torch import Tensor
 from sdtrain.errors import ConfigError, WeightsError
 from sdtrain.files import sha256_of_file
 from sdtrain.interop import r3gan
-from sdtrain.interop.architectures import RECOGNISERS, checked, recognise
+from sdtrain.interop.architectures import NETWORKS, checked, recognise
 from sdtrain.interop.network import Network, Player, read_card
 from sdtrain.interop.pickle_machine import Record
-from sdtrain.interop.safe_pickle import PERSISTENT, Checkpoint, read_checkpoint, state_of
+from sdtrain.interop.safe_pickle import PERSISTENT, Content, read_checkpoint, state_of
 
 MODULE_ROLES = ("G", "D", "G_ema")
 CONTAINER_ROLES = {"g": "G", "d": "D", "g_ema": "G_ema"}
@@ -37,24 +37,27 @@ class Official:
     extras: dict[str, Any]
     what: str
     source: dict[str, Any]
-    checkpoint: Checkpoint = field(repr=False)
+    content: Content = field(repr=False)
 
 
-def read_official(path: Path | str, **options: Any) -> Official:
-    """Read a .pkl, .pt or .pth file; `options` override what it says or does not say. Raises WeightsError."""
+def read_official(path: Path | str, prefer: str = "params_ema", **options: Any) -> Official:
+    """Read a .pkl, .pt or .pth file; `options` override what it says or does not say. Raises WeightsError.
+
+    Of averaged and raw weights under params_ema and params, `prefer` chooses; a file with only one kind gives that.
+    """
     path = Path(path)
-    checkpoint = read_checkpoint(path)
-    tree = checkpoint.tree
+    content = read_checkpoint(path)
+    tree = content.tree
     if not isinstance(tree, dict):
         raise WeightsError(f"{path} holds a {type(tree).__name__}, where networks are expected; give a checkpoint")
     source = {"file": path.name, "sha256": sha256_of_file(path)}
     modules = {role: tree[role] for role in MODULE_ROLES if isinstance(tree.get(role), Record)}
     if modules:
-        return _snapshot(modules, checkpoint, source, options)
+        return _snapshot(modules, content, source, options)
     held = tree.get("state_dicts", tree)
     if isinstance(held, dict) and any(is_state(held.get(name)) for name in CONTAINER_ROLES):
-        return _container(held, checkpoint, source, options)
-    return _flat(tree, path.with_suffix(".json"), checkpoint, source, options)
+        return _container(held, content, source, options)
+    return _flat(path, prefer, content, source, options)
 
 
 def is_state(value: Any) -> bool:
@@ -62,25 +65,25 @@ def is_state(value: Any) -> bool:
 
 
 def _snapshot(
-    modules: Mapping[str, Record], checkpoint: Checkpoint, source: dict[str, Any], options: dict[str, Any]
+    modules: Mapping[str, Record], content: Content, source: dict[str, Any], options: dict[str, Any]
 ) -> Official:
     """StyleGAN2-ADA (modules with constructor arguments), ProjectedGAN or R3GAN (modules by class)."""
     style = all(module.name.startswith(PERSISTENT) for module in modules.values())
     what = "StyleGAN2-ADA snapshot" if style else "ProjectedGAN snapshot"
     read = _stylegan2 if style else _projected
-    what, read = (r3gan.WHAT, r3gan.read) if r3gan.is_snapshot(modules) else (what, read)
+    what, read = (r3gan.WHAT, _r3gan) if r3gan.is_snapshot(modules) else (what, read)
     source = {**source, "what": what}
     resolution = next(
         (m.attributes["img_resolution"] for m in modules.values() if "img_resolution" in m.attributes), None
     )
     networks = {role: read(role, module, source, options, resolution) for role, module in modules.items()}
-    extras = {name: plain(value) for name, value in checkpoint.tree.items() if name not in MODULE_ROLES}
-    pipe = checkpoint.tree.get("augment_pipe")
+    extras = {name: plain(value) for name, value in content.tree.items() if name not in MODULE_ROLES}
+    pipe = content.tree.get("augment_pipe")
     if isinstance(pipe, Record):
         state = state_of(source["file"], pipe)
         extras["augment_pipe"] = plain(pipe.attributes.get("_init_kwargs", {}))
         extras["ada_p"] = float(state["p"]) if "p" in state else None
-    return Official(networks, extras, what, source, checkpoint)
+    return Official(networks, extras, what, source, content)
 
 
 def _stylegan2(role: str, module: Record, source: dict[str, Any], options: dict[str, Any], _: Any) -> Network:
@@ -124,20 +127,24 @@ def _projected(role: str, module: Record, source: dict[str, Any], options: dict[
     return recognise(state, role, source, options=own, **changes)
 
 
-def _container(
-    held: Mapping[str, Any], checkpoint: Checkpoint, source: dict[str, Any], options: dict[str, Any]
-) -> Official:
+def _r3gan(role: str, module: Record, source: dict[str, Any], options: dict[str, Any], _: Any) -> Network:
+    """Number formats stand in the modules, everything else in the shapes."""
+    low = r3gan.low_precision_res(source["file"], module, upwards=role != "D")
+    return recognise(state_of(source["file"], module), role, source, options={"num_low_precision_res": low, **options})
+
+
+def _container(held: Mapping[str, Any], content: Content, source: dict[str, Any], options: dict[str, Any]) -> Official:
     """StyleNAT: new files keep state dicts below `state_dicts`, old ones at the top."""
     source = {**source, "what": "StyleNAT checkpoint"}
-    arguments = plain(checkpoint.tree.get("args"))
+    arguments = plain(content.tree.get("args"))
     networks = {}
     for name, role in CONTAINER_ROLES.items():
         if is_state(held.get(name)):
             tensors = {str(key): value for key, value in held[name].items() if isinstance(value, Tensor)}
             own = {**_said(arguments), **options} if role != "D" else {}
-            known = any(mark in tensors or f"module.{mark}" in tensors for mark in RECOGNISERS)
+            known = any(mark in tensors or f"module.{mark}" in tensors for mark in NETWORKS)
             networks[role] = recognise(tensors, role, source, options=own) if known else _unknown(tensors, role, source)
-    return Official(networks, {"args": arguments}, source["what"], source, checkpoint)
+    return Official(networks, {"args": arguments}, source["what"], source, content)
 
 
 def _unknown(tensors: dict[str, Tensor], role: str, source: dict[str, Any]) -> Network:
@@ -161,21 +168,16 @@ def _said(arguments: Any) -> dict[str, Any]:
     return found
 
 
-def _flat(
-    tree: Mapping[str, Any], card: Path, checkpoint: Checkpoint, source: dict[str, Any], options: dict[str, Any]
-) -> Official:
+def _flat(path: Path, prefer: str, content: Content, source: dict[str, Any], options: dict[str, Any]) -> Official:
     """One state dict, bare or under params_ema / params; the card beside an export knows what shapes do not."""
-    from sdtrain.interop.pth import from_old_esrgan
-
-    key = next((name for name in FLAT_KEYS if is_state(tree.get(name))), None)
-    held = tree[key] if key else tree
-    state = {str(name).removeprefix("module."): v for name, v in held.items() if isinstance(v, Tensor)}
+    tree, card = content.tree, path.with_suffix(".json")
+    key = next((name for name in (prefer, *FLAT_KEYS) if is_state(tree.get(name))), None)
+    state = {str(name): v for name, v in (tree[key] if key else tree).items() if isinstance(v, Tensor)}
     if not state:
+        first = ", ".join(map(str, list(tree)[:4])) or "nothing"
         raise WeightsError(
-            f"{source['file']} holds no weights; its top level has {', '.join(map(str, list(tree)[:4]))}"
+            f"{path} holds no weights; its top level has {first}, where params_ema or params is expected"
         )
-    if "model.0.weight" in state:
-        state = from_old_esrgan(state)
     what = f"state dict ({key})" if key else "state dict"
     source = {**source, "what": what}
     said: dict[str, Any] = {}
@@ -183,8 +185,10 @@ def _flat(
         said = read_card(card)
         source["origin"] = said.get("source", {})
     known = {name: said.get(name) for name in ("resolution", "num_classes")}
-    network = recognise(state, said.get("role"), source, options={**(said.get("options") or {}), **options}, **known)
-    return Official({network.role: network}, {}, what, network.source, checkpoint)
+    network = recognise(state, said.get("role"), source, options={**said.get("options", {}), **options}, **known)
+    if said and said["kind"] != network.kind:
+        raise WeightsError(f"{card} describes {said['kind']}, and the tensors are {network.kind}'s; mend or delete it")
+    return Official({network.role: network}, {}, what, network.source, content)
 
 
 def plain(value: Any, depth: int = 8, budget: list[int] | None = None) -> Any:
@@ -203,8 +207,3 @@ def plain(value: Any, depth: int = 8, budget: list[int] | None = None) -> Any:
     if isinstance(value, Tensor):
         return value.item() if value.numel() == 1 else f"tensor {list(value.shape)} {value.dtype}"
     return value if isinstance(value, (str, int, float, bool, type(None))) else f"({type(value).__name__})"
-
-
-def official_state(network: Network) -> dict[str, Tensor]:
-    """The state dict that the official module of this network loads strictly."""
-    return {name: value.detach().cpu().contiguous().clone() for name, value in network.state.items()}

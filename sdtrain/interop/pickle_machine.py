@@ -62,7 +62,11 @@ def refuse(source: str, what: str) -> WeightsError:
 
 
 class Machine:
-    """Reads one pickle. `find` maps 'module.name' to a Token or None, `persistent` resolves storage ids."""
+    """Reads one pickle. `find` maps 'module.name' to a Token or None, `persistent` resolves storage ids.
+
+    The actions of opcodes raise WeightsError for what is refused and one of MALFORMED for what makes no sense; `load`
+    turns these into WeightsError.
+    """
 
     def __init__(self, source: str, find: FindGlobal, persistent: LoadPersistent | None = None):
         self.source, self.find, self.persistent = source, find, persistent
@@ -215,7 +219,7 @@ class Machine:
 
 
 def checked_keys(items: list[Any]) -> list[Any]:
-    """Members of a set, which must hash without calling anything of depth."""
+    """Members of a set, which must hash without calling anything of depth. Raises ValueError for containers."""
     if not all(isinstance(item, KEY_TYPES) for item in items):
         raise ValueError("a set of containers")
     return items

@@ -12,9 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from sdtrain.errors import WeightsError
-from sdtrain.interop.network import Network
 from sdtrain.interop.pickle_machine import Record, Token
-from sdtrain.interop.safe_pickle import modules_of, state_of
+from sdtrain.interop.safe_pickle import modules_of
 
 State = Mapping[str, Tensor]
 WHAT = "R3GAN snapshot"
@@ -28,24 +27,31 @@ def is_snapshot(modules: Mapping[str, Record]) -> bool:
 
 def generator(state: State) -> dict[str, Any]:
     """R3GAN generator"""
-    embed = state.get("Model.EmbeddingLayer.weight")
-    options = _stages(state, upwards=True)
-    options["z_dim"] = state["Model.MainLayers.0.Layers.0.LinearLayer.weight"].shape[1]
-    if embed is not None:
-        options["z_dim"] -= embed.shape[0]
-    return _described(options, embed)
+    found = _described(state, upwards=True)
+    inputs = _sizes(state, "Model.MainLayers.0.Layers.0.LinearLayer.weight")[1]
+    found["options"]["z_dim"] = inputs - found["options"].get("embed_dim", 0)
+    return found
 
 
 def discriminator(state: State) -> dict[str, Any]:
     """R3GAN discriminator"""
-    return _described(_stages(state, upwards=False), state.get("Model.EmbeddingLayer.weight"))
+    return _described(state, upwards=False)
 
 
-def _described(options: dict[str, Any], embed: Tensor | None) -> dict[str, Any]:
-    if embed is not None:
-        options["embed_dim"] = embed.shape[0]
-    resolution = 4 << (len(options["widths"]) - 1)
-    return {"options": options, "resolution": resolution, "num_classes": 0 if embed is None else embed.shape[1]}
+def _described(state: State, upwards: bool) -> dict[str, Any]:
+    options = _stages(state, upwards)
+    classes = 0
+    if "Model.EmbeddingLayer.weight" in state:
+        options["embed_dim"], classes = _sizes(state, "Model.EmbeddingLayer.weight")[:2]
+    return {"options": options, "resolution": 4 << (len(options["widths"]) - 1), "num_classes": classes}
+
+
+def _sizes(state: State, name: str) -> tuple[int, ...]:
+    """The sizes of a weight that must be there, at least a matrix and not empty. Raises WeightsError."""
+    sizes = tuple(state[name].shape) if name in state else ()
+    if len(sizes) < 2 or 0 in sizes:
+        raise WeightsError(f"a network that begins like R3GAN has no usable {name}; the file is damaged")
+    return sizes
 
 
 def _stages(state: State, upwards: bool) -> dict[str, Any]:
@@ -57,22 +63,14 @@ def _stages(state: State, upwards: bool) -> dict[str, Any]:
         raise WeightsError("a network that begins like R3GAN has no residual blocks; the file is damaged")
     rows = []
     for stems in (blocks[stage] for stage in sorted(blocks)):
-        inner, width = state[f"{stems[0]}LinearLayer1.Layer.weight"].shape[:2]
-        per_group = state[f"{stems[0]}LinearLayer2.Layer.weight"].shape[1]
+        inner, width = _sizes(state, f"{stems[0]}LinearLayer1.Layer.weight")[:2]
+        per_group = _sizes(state, f"{stems[0]}LinearLayer2.Layer.weight")[1]
         rows.append((width, inner // per_group, len(stems), inner // width))
     widths, groups, counts, expansions = map(list, zip(*(rows if upwards else reversed(rows))))
     return {"widths": widths, "groups": groups, "blocks": counts, "expansion": expansions[0]}
 
 
-def read(role: str, module: Record, source: dict[str, Any], options: dict[str, Any], _: Any = None) -> Network:
-    """The network of one module of a snapshot, number formats included; `options` override. Raises WeightsError."""
-    from sdtrain.interop.architectures import recognise
-
-    low = _low_precision_res(source["file"], module, upwards=role != "D")
-    return recognise(state_of(source["file"], module), role, source, options={"num_low_precision_res": low, **options})
-
-
-def _low_precision_res(source: str, module: Record, upwards: bool) -> int:
+def low_precision_res(source: str, module: Record, upwards: bool) -> int:
     """How many highest resolutions the modules say to run in bfloat16."""
     formats = [
         record.attributes.get("DataType")

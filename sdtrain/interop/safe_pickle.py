@@ -60,7 +60,7 @@ TENSORFLOW = "dnnlib.tflib."
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class Content:
     """A file as plain data: containers, numbers, text, tensors (CPU) and Records."""
 
     tree: Any
@@ -143,7 +143,7 @@ def class_token(name: str) -> Token | None:
 
 
 class Globals:
-    """The table of one file: every global it may name, and what that becomes."""
+    """The table of one file: every global it may name, and what that becomes. Calling it may raise WeightsError."""
 
     def __init__(self, source: str, num_bytes: int):
         self.source = source
@@ -186,7 +186,7 @@ class Globals:
         return tree
 
 
-def read_checkpoint(path: Path | str) -> Checkpoint:
+def read_checkpoint(path: Path | str) -> Content:
     """The content of a .pkl, .pt or .pth file. Raises WeightsError when it is missing, damaged or hostile."""
     path = Path(path)
     try:
@@ -199,8 +199,8 @@ def read_checkpoint(path: Path | str) -> Checkpoint:
     return read_bytes(str(path), data)
 
 
-def read_bytes(source: str, data: bytes) -> Checkpoint:
-    """`read_checkpoint` of a file's content; `source` names it in messages."""
+def read_bytes(source: str, data: bytes) -> Content:
+    """`read_checkpoint` of a file's content; `source` names it in messages. Raises WeightsError."""
     table = Globals(source, len(data))
     if not data:
         raise refuse(source, "is empty")
@@ -214,7 +214,7 @@ def read_bytes(source: str, data: bytes) -> Checkpoint:
         tree, found, container = machine.load(stream), machine.globals, "pickle"
         if stream.read(1):
             raise refuse(source, "has data behind its end")
-    return Checkpoint(tree, tuple(sorted(found | table.found)), container)
+    return Content(tree, tuple(sorted(found | table.found)), container)
 
 
 def modules_of(source: str, root: Record) -> Iterator[tuple[str, Record]]:

@@ -41,7 +41,10 @@ class Storage:
 
 @dataclass
 class Budget:
-    """Bytes that the views of one file may have in all: a small file must not name a storage a million times."""
+    """Bytes that the views of one file may have in all: a small file must not name a storage a million times.
+
+    `spend` raises WeightsError beyond that.
+    """
 
     source: str
     left: int
@@ -59,7 +62,7 @@ def storage_token(name: str) -> Token | None:
 
 
 def view_of(budget: Budget, storage: Any, offset: Any, size: Any, stride: Any) -> Tensor:
-    """`_rebuild_tensor_v2`: a view [size] of a storage, every index inside it."""
+    """`_rebuild_tensor_v2`: a view [size] of a storage, every index inside it. Raises WeightsError."""
     if not isinstance(storage, Storage) or type(size) is not tuple or type(stride) is not tuple or len(size) > MAX_DIMS:
         raise refuse(budget.source, "describes a tensor by something else than a storage and sizes")
     if len(size) != len(stride) or not all(type(n) is int and n >= 0 for n in (offset, *size, *stride)):
@@ -73,7 +76,7 @@ def view_of(budget: Budget, storage: Any, offset: Any, size: Any, stride: Any) -
 
 
 def storage_id(source: str, pid: Any) -> tuple[torch.dtype, str, int]:
-    """(dtype, key, numel) of a persistent id ('storage', type, key, location, numel[, None])."""
+    """(dtype, key, numel) of a persistent id ('storage', type, key, location, numel[, None]). Raises WeightsError."""
     if not (isinstance(pid, tuple) and len(pid) in (5, 6) and pid[0] == "storage" and isinstance(pid[1], Token)):
         raise refuse(source, "refers to something that is not a tensor storage")
     if len(pid) == 6 and pid[5] is not None:
@@ -103,7 +106,7 @@ class LegacyReader:
         self.storages: dict[str, Storage] = {}
 
     def load(self) -> tuple[Any, set[str]]:
-        """(object, globals it named)."""
+        """(object, globals it named). Raises WeightsError for a file that is damaged or hostile."""
         if self._plain() != MAGIC or self._plain() != PROTOCOL:
             raise refuse(self.source, "is not a torch file of a known version")
         info = self._plain()
@@ -141,7 +144,7 @@ class LegacyReader:
 
 
 def checked_members(source: str, archive: zipfile.ZipFile, total_bytes: int) -> dict[str, zipfile.ZipInfo]:
-    """Members by name below the archive's one folder. Torch stores members uncompressed; nothing else is accepted."""
+    """Members by name below the archive's one folder. Raises WeightsError for compressed ones: torch makes none."""
     members: dict[str, zipfile.ZipInfo] = {}
     roots = set()
     for info in archive.infolist():
@@ -183,7 +186,7 @@ class ZipReader:
         self.storages: dict[str, Storage] = {}
 
     def load(self) -> tuple[Any, set[str]]:
-        """(object, globals it named)."""
+        """(object, globals it named). Raises WeightsError for a file that is damaged or hostile."""
         if "byteorder" in self.members and self._read("byteorder") != b"little":
             raise refuse(self.source, "was written on a big-endian machine")
         machine = Machine(self.source, self.find, self._storage)

@@ -13,31 +13,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from sdtrain.errors import ConfigError, WeightsError
-from sdtrain.losses.perceptual import VGG16, VGG19, vgg_layers
+from sdtrain.errors import ConfigError
+from sdtrain.losses.vgg import Frozen, Net, Trunk, imagenet_statistics, layer_names, load_fitting
 from sdtrain.rng import generator
-
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 # VGG and its layers, taken before the ReLU, as the two works train
 REAL_ESRGAN = {"conv1_2": 0.1, "conv2_2": 0.1, "conv3_4": 1.0, "conv4_4": 1.0, "conv5_4": 1.0}
 GCFSR = {"conv4_3": 1.0}
 
 
-def layer_positions(plan: Sequence[int | str]) -> dict[str, int]:
-    """Positions in torchvision's `vgg*.features` by name: conv1_1 -> 0, relu1_1 -> 1, conv1_2 -> 2, ..."""
-    names: dict[str, int] = {}
-    block, number, position = 1, 1, 0
-    for width in plan:
-        if width == "M":
-            block, number, position = block + 1, 1, position + 1
-            continue
-        names[f"conv{block}_{number}"], names[f"relu{block}_{number}"] = position, position + 1
-        number, position = number + 1, position + 2
-    return names
-
-
-class VGGFeatures(nn.Module):
+class VGGFeatures(Frozen):
     """Maps of a frozen VGG by layer name: RGB [N, 3, H, W] in [0, 1] -> {name: [N, C, h, w]}.
 
     `state` has torchvision's names (`features.0.weight`; the classifier is ignored). None is a seeded random network,
@@ -52,32 +37,21 @@ class VGGFeatures(nn.Module):
         layers: Sequence[str],
         state: Mapping[str, Tensor] | None = None,
         *,
-        net: Literal["vgg16", "vgg19"] = "vgg19",
+        net: Net = "vgg19",
         imagenet_norm: bool = True,
         seed: int = 0,
     ):
+        """Raises ConfigError for a layer that this VGG has not."""
         super().__init__()
-        plan = VGG16 if net == "vgg16" else VGG19
-        known = layer_positions(plan)
+        known = layer_names(net)
         if unknown := [layer for layer in layers if layer not in known]:
             raise ConfigError(f"{net} has no layer {unknown[0]!r}; it has {', '.join(known)}")
-        self.net_name, self.imagenet_norm = net, imagenet_norm
-        self.taps = {known[layer]: layer for layer in layers}
-        self.features = nn.Sequential(*vgg_layers(plan)[: max(self.taps) + 1])
-        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1), persistent=False)
-        self._load(self._random(seed) if state is None else state)
-        self.requires_grad_(False).eval()
-
-    def _load(self, state: Mapping[str, Tensor]) -> None:
-        wanted = self.state_dict()
-        missing = [key for key in wanted if key not in state or state[key].shape != wanted[key].shape]
-        if missing:
-            raise WeightsError(
-                f"the weights given for {self.net_name} lack a fitting tensor {missing[0]} "
-                f"(and {len(missing) - 1} more); give torchvision's file of {self.net_name}"
-            )
-        self.load_state_dict({key: state[key] for key in wanted})
+        self.net_name, self.layers, self.imagenet_norm = net, tuple(layers), imagenet_norm
+        self.features = Trunk(net, max(layers, key=known.index))
+        for name, value in zip(("mean", "std"), imagenet_statistics()):
+            self.register_buffer(name, value, persistent=False)
+        load_fitting(self, self._random(seed) if state is None else state, net, f"torchvision's file of {net}")
+        self.freeze()
 
     def _random(self, seed: int) -> dict[str, Tensor]:
         state = {key: torch.zeros_like(value) for key, value in self.state_dict().items()}
@@ -86,21 +60,13 @@ class VGGFeatures(nn.Module):
                 value.normal_(0, math.sqrt(2 / (9 * value.shape[1])), generator=generator(self.net_name, seed, key))
         return state
 
-    def train(self, mode: bool = True) -> VGGFeatures:
-        """Stays in eval: a parent's `.train()` must not change a loss."""
-        return super().train(False)
-
     def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """RGB [N, 3, H, W] in [0, 1] -> maps [N, C, h, w] by layer, float32."""
         with torch.autocast(x.device.type, enabled=False):
             out = x.float()
             if self.imagenet_norm:
                 out = (out - self.mean) / self.std
-            maps = {}
-            for position, layer in enumerate(self.features):
-                out = layer(out)
-                if position in self.taps:
-                    maps[self.taps[position]] = out
-        return maps
+            return dict(self.features.maps(out, self.layers))
 
 
 def gram(x: Tensor) -> Tensor:
@@ -120,7 +86,7 @@ class PerceptualLoss(nn.Module):
         layer_weights: Mapping[str, float],
         state: Mapping[str, Tensor] | None = None,
         *,
-        net: Literal["vgg16", "vgg19"] = "vgg19",
+        net: Net = "vgg19",
         range_norm: bool = False,
         seed: int = 0,
     ):
@@ -139,17 +105,18 @@ class PerceptualLoss(nn.Module):
         return cls(GCFSR, state, net="vgg16", range_norm=True, seed=seed)
 
     def forward(self, x: Tensor, target: Tensor) -> Tensor:
+        """[N, 3, H, W] twice -> scalar."""
         return sum(
             (self.layer_weights[name] * F.l1_loss(a, b) for name, a, b in self._pairs(x, target)), x.new_zeros(())
         )
 
     def style(self, x: Tensor, target: Tensor) -> Tensor:
-        """The same sum over Gram matrices."""
+        """The same sum over Gram matrices: [N, 3, H, W] twice -> scalar."""
         pairs = self._pairs(x, target)
         return sum((self.layer_weights[name] * F.l1_loss(gram(a), gram(b)) for name, a, b in pairs), x.new_zeros(()))
 
     def maps(self, x: Tensor) -> dict[str, Tensor]:
-        """The compared maps of one batch, by layer."""
+        """The compared maps [N, C, h, w] of one batch [N, 3, H, W], by layer."""
         return self.vgg((x + 1) / 2 if self.range_norm else x)
 
     def _pairs(self, x: Tensor, target: Tensor) -> list[tuple[str, Tensor, Tensor]]:
@@ -159,7 +126,7 @@ class PerceptualLoss(nn.Module):
 
 
 def charbonnier(x: Tensor, target: Tensor, eps: float = 1e-12) -> Tensor:
-    """mean sqrt((x - target)^2 + eps): L1 with a gradient at zero."""
+    """mean sqrt((x - target)^2 + eps), of tensors of one shape -> scalar: L1 with a gradient at zero."""
     return ((x - target).square() + eps).sqrt().mean()
 
 
@@ -177,11 +144,6 @@ def _squares(mlp: Callable[[Tensor], Tensor], f_s: Tensor, f_t: Tensor) -> Tenso
     return (mlp(f_s) - f_t).float().square().sum()
 
 
-def tiles_for(f_t: Tensor, max_elements: int = 1 << 22) -> int:
-    """How many strips keep the MLP's hidden map of [N, c_T, H, W] under `max_elements` (16 MB in float32)."""
-    return max(1, min(f_t.shape[2], -(-f_t.numel() // max_elements)))
-
-
 def mlp_loss(
     mlp: Callable[[Tensor], Tensor],
     f_s: Tensor,
@@ -196,6 +158,8 @@ def mlp_loss(
     strips, each recomputed in the backward pass, changes nothing but memory: the hidden map of one strip at a time.
 
         for n, y, x: loss += sum_c (mlp(f_s[n, :, y, x]) - f_t[n, :, y, x])_c^2
+
+    Raises ConfigError for maps of different sizes.
     """
     if f_s.shape[-2:] != f_t.shape[-2:] or len(f_s) != len(f_t):
         raise ConfigError(f"feature maps of student {tuple(f_s.shape)} and teacher {tuple(f_t.shape)} differ in size")
@@ -211,7 +175,8 @@ def mlp_loss(
 
 
 def probability_loss(logit_s: Tensor, logit_t: Tensor, of: Literal["probability", "logit"] = "probability") -> Tensor:
-    """SDAKD Eq. (2): mean (P_S - P_T)^2 with P = sigmoid(logit); over the map, element by element, for a U-Net D.
+    """SDAKD Eq. (2): mean (P_S - P_T)^2 with P = sigmoid(logit); logits of any one shape -> scalar; over the map,
+    element by element, for a U-Net D.
 
     `of="logit"` compares the logits. The teacher's side is a constant.
     """

@@ -16,16 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from sdtrain.errors import ConfigError, WeightsError
+from sdtrain.losses.vgg import WIDTHS, Frozen, Trunk, load_fitting
 from sdtrain.rng import generator
 
 Net = Literal["vgg", "alex"]
 
-VGG16 = (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512, "M")
-VGG19 = (64, 64, "M", 128, 128, "M", *(256,) * 4, "M", *(512,) * 4, "M", *(512,) * 4, "M")
-
 # where the trunk is cut: the last layer of every slice is the ReLU whose output is compared
 CUTS: dict[str, tuple[int, ...]] = {"vgg": (4, 9, 16, 23, 30), "alex": (2, 5, 8, 10, 12)}
-CHANNELS: dict[str, tuple[int, ...]] = {"vgg": (64, 128, 256, 512, 512), "alex": (64, 192, 384, 256, 256)}
+CHANNELS: dict[str, tuple[int, ...]] = {"vgg": WIDTHS, "alex": (64, 192, 384, 256, 256)}
 MIN_SIDE: dict[str, int] = {"vgg": 16, "alex": 32}
 
 SHIFT = (-0.030, -0.088, -0.188)
@@ -34,19 +32,6 @@ SCALE = (0.458, 0.448, 0.450)
 # lpips divides by sqrt(sum x^2) + 1e-10, whose gradient is NaN where all channels are dead; the term inside the root
 # changes values by less than 1e-6 for any feature norm above 1e-2
 EPS = 1e-10
-
-
-def vgg_layers(plan: tuple[int | str, ...] = VGG16) -> list[nn.Module]:
-    """Layers of torchvision's `vgg*.features`, in order, without its import. No weights, no in-place ReLU."""
-    layers: list[nn.Module] = []
-    c_in = 3
-    for width in plan:
-        if isinstance(width, str):
-            layers.append(nn.MaxPool2d(2, 2))
-        else:
-            layers += [nn.Conv2d(c_in, width, 3, padding=1), nn.ReLU()]
-            c_in = width
-    return layers
 
 
 def alex_layers() -> list[nn.Module]:
@@ -66,7 +51,10 @@ def unit_length(features: Tensor, eps: float = EPS) -> Tensor:
 
 
 def package_heads(net: Net = "vgg") -> dict[str, Tensor]:
-    """The five 1x1 weights `lin0.model.1.weight`, ... that the lpips package ships (v0.1), without its import."""
+    """The five 1x1 weights `lin0.model.1.weight`, ... that the lpips package ships (v0.1), without its import.
+
+    Raises WeightsError when the package is not installed.
+    """
     spec = importlib.util.find_spec("lpips")
     if spec is None or spec.origin is None:
         raise WeightsError(
@@ -77,7 +65,7 @@ def package_heads(net: Net = "vgg") -> dict[str, Tensor]:
     )
 
 
-class LPIPS(nn.Module):
+class LPIPS(Frozen):
     """d(x, target) = sum_l mean_hw w_l . (unit(f_l(x)) - unit(f_l(target)))^2.
 
     `state` holds the trunk under torchvision's names (`features.0.weight`, ...) or a whole LPIPS state dict under the
@@ -99,7 +87,7 @@ class LPIPS(nn.Module):
     ):
         super().__init__()
         self.kind: str = net
-        layers = vgg_layers() if net == "vgg" else alex_layers()
+        layers = list(Trunk("vgg16")) if net == "vgg" else alex_layers()
         starts = (0, *CUTS[net])
         self.net = nn.ModuleDict()
         for number, (start, stop) in enumerate(zip(starts[:-1], starts[1:], strict=True), start=1):
@@ -111,24 +99,11 @@ class LPIPS(nn.Module):
             self.add_module(f"lin{number}", nn.ModuleDict({"model": nn.ModuleDict({"1": head})}))
         self.register_buffer("shift", torch.tensor(SHIFT).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("scale", torch.tensor(SCALE).view(1, 3, 1, 1), persistent=False)
-        self._load(random_trunk(self, seed) if state is None else state)
+        trunk = random_trunk(self, seed) if state is None else lpips_names(state, net)
+        advice = "torchvision's file of that network or a full LPIPS state dict"
+        load_fitting(self, {**package_heads(net), **trunk}, f"LPIPS ({net})", advice)
         self.net.to(trunk_dtype)
-        self.requires_grad_(False).eval()
-
-    def _load(self, state: dict[str, Tensor]) -> None:
-        wanted = self.state_dict()
-        given = {**package_heads(self.kind), **lpips_names(state, self.kind)}  # type: ignore[arg-type]
-        missing = [key for key in wanted if key not in given or given[key].shape != wanted[key].shape]
-        if missing:
-            raise WeightsError(
-                f"The weights given for LPIPS ({self.kind}) have no fitting tensor for {missing[0]} and "
-                f"{len(missing) - 1} more; give torchvision's file of that network or a full LPIPS state dict."
-            )
-        self.load_state_dict({key: given[key] for key in wanted})
-
-    def train(self, mode: bool = True) -> LPIPS:
-        """Stays in eval: a parent's `.train()` must not change a distance."""
-        return super().train(False)
+        self.freeze()
 
     def forward(self, x: Tensor, target: Tensor) -> Tensor:
         """Distance of each pair: RGB [N, 3, H, W] in [-1, 1] twice -> [N], fp32. The gradient reaches `x` alone.
@@ -171,7 +146,8 @@ class LPIPS(nn.Module):
 
 
 def lpips_names(state: dict[str, Tensor], net: Net) -> dict[str, Tensor]:
-    """Translate torchvision's `features.N.x` into lpips' `net.sliceK.N.x`; other names pass through."""
+    """Translate torchvision's `features.N.x` into lpips' `net.sliceK.N.x`; other names and all shapes
+    pass through."""
     renamed = {}
     for key, tensor in state.items():
         if key.startswith("features."):

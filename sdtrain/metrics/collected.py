@@ -26,11 +26,13 @@ class Statistics:
         self.rows: dict[str, list[Tensor]] = {name: [] for name in keep}
 
     def add(self, name: str, rows: Tensor) -> None:
+        """Rows [n, width] of one extractor."""
         self.sums[name].add(rows)
         if name in self.rows:
             self.rows[name].append(rows.cpu())
 
     def features(self, name: str) -> Tensor:
+        """All rows [n, width] of an extractor that keeps them, on the CPU."""
         return torch.cat(self.rows[name])
 
     def state(self) -> dict[str, Tensor]:
@@ -40,6 +42,7 @@ class Statistics:
         return tensors
 
     def load(self, state: dict[str, Tensor], device: torch.device | str) -> Statistics:
+        """Take over what `state` gave: rows [n, width] and sums."""
         self.sums = {name: FeatureSums.of_state(state, f"{name}.", device) for name in self.sums}
         self.rows = {name: [state[f"rows.{name}"]] for name in self.rows}
         return self

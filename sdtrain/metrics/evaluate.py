@@ -18,18 +18,14 @@ import torch
 from torch import Tensor
 
 from sdtrain.engine.ranks import agree_max, barrier, is_main, rank, sum_over_ranks, world
-from sdtrain.errors import ConfigError, RunError
+from sdtrain.errors import RunError
 from sdtrain.metrics import features, rfid
 from sdtrain.metrics.collected import Progress, Statistics, warn_if_collapsed
 from sdtrain.metrics.features import Extractor
-from sdtrain.metrics.fid import fid_of_sums
 from sdtrain.metrics.images import batches
-from sdtrain.metrics.kid import NUM_SUBSETS, SUBSET_SIZE, kid
-from sdtrain.metrics.prc import K, precision_recall
 from sdtrain.metrics.protocol import fingerprint
+from sdtrain.metrics.table import Settings
 from sdtrain.rng import generator
-
-METRICS = ("fid", "rfid", "kid", "pr")
 
 SampleFn = Callable[[list[int]], Tensor]
 
@@ -38,13 +34,13 @@ class Evaluator:
     """Everything fixed about an evaluation; `measure` may be called again and again.
 
     real           an open data set (`sdtrain.metrics.images.open_images`)
-    metrics        some of fid, rfid, kid, pr
-    extractor      features of fid, kid and pr: inception or random-inception; `tap` is the width of the layer
-    pr_extractor   vgg16 for precision and recall in the features of the reference code; None takes `extractor`
+    metrics        some of `sdtrain.metrics.table.METRICS`; there also: extractor, tap, pr_features, pr_precision
     weights        where frozen networks come from, by name (`sdtrain.weights`)
     num_real       a fixed random subset of that size; None = all
     seeds          how many random networks rfid averages, seeds 0, 1, ...
     batch_size     samples in a block; part of the protocol because the last bits of features depend on it
+
+    Raises ConfigError for metrics that do not exist and for fewer than two images.
     """
 
     def __init__(
@@ -56,7 +52,8 @@ class Evaluator:
         num_real: int | None = None,
         extractor: str = "inception",
         tap: int = 2048,
-        pr_extractor: str | None = None,
+        pr_features: str = "inception",
+        pr_precision: str = "fp32",
         seeds: int = 5,
         batch_size: int = 32,
         weights: dict[str, str] | None = None,
@@ -66,19 +63,22 @@ class Evaluator:
         latents_seed: int | None = 0,
         workers: int = 2,
     ):
-        unknown = [name for name in metrics if name not in METRICS]
-        if unknown or not metrics:
-            raise ConfigError(f"The metrics {unknown or 'list'} cannot be measured; choose from {', '.join(METRICS)}.")
-        self.real, self.metrics, self.num_fake, self.tap = real, tuple(metrics), num_fake, tap
-        self.extractor, self.pr_extractor, self.seeds = extractor, pr_extractor, tuple(range(seeds))
-        self.batch_size, self.weights, self.device = batch_size, dict(weights or {}), torch.device(device)
-        self.cache, self.split, self.latents_seed, self.workers = cache, split, latents_seed, workers
+        self.weights, self.device = dict(weights or {}), torch.device(device)
         self.indices = subset(real.num_samples, num_real)
+        self.settings = Settings(
+            metrics=tuple(metrics),
+            num_fake=num_fake,
+            num_real=len(self.indices),
+            extractor="random-inception" if self.weights.get("inception") == "random" else extractor,
+            tap=tap,
+            pr_features=pr_features,
+            pr_precision=pr_precision,
+            seeds=tuple(range(seeds)),
+        )
+        self.real, self.batch_size, self.cache, self.split = real, batch_size, cache, split
+        self.latents_seed, self.workers = latents_seed, workers
         self._extractors: dict[str, Extractor] | None = None
         self._real: Statistics | None = None
-        for count, what in ((num_fake, "generated"), (len(self.indices), "real")):
-            if count < 2:
-                raise ConfigError(f"An evaluation needs at least 2 {what} images, got {count}.")
 
     def evaluate(self, sample_fn: SampleFn) -> dict[str, Any]:
         """`measure` as one row: the values and, under `protocol`, how they came about."""
@@ -92,8 +92,10 @@ class Evaluator:
         Collective: every rank calls it.
         """
         real = self.real_statistics()
-        fake = self._collect(f"evaluate {self.split}", range(self.num_fake), lambda blocks: map(sample_fn, blocks))
-        return self._values(real, fake), self.protocol()
+        samples = range(self.settings.num_fake)
+        fake = self._collect(f"evaluate {self.split}", samples, lambda blocks: map(sample_fn, blocks))
+        warn_if_collapsed(real, fake)
+        return self.settings.values(real, fake), self.protocol()
 
     def real_statistics(self) -> Statistics:
         """Statistics of the real images, from memory, the cache, or the images. Collective."""
@@ -112,10 +114,10 @@ class Evaluator:
     def protocol(self) -> dict[str, Any]:
         """How the values are measured: JSON data, kept beside them."""
         nets = {name: net.identity for name, net in self.extractors().items() if not name.startswith("rfid")}
-        protocol: dict[str, Any] = {
-            "metrics": list(self.metrics),
-            "num_fake": self.num_fake,
-            "num_real": len(self.indices),
+        return {
+            "metrics": list(self.settings.metrics),
+            "num_fake": self.settings.num_fake,
+            "num_real": self.settings.num_real,
             "real_hash": self.real.hash,
             "real_source": str(self.real.source),
             "real_resolution": self.real.resolution,
@@ -124,39 +126,24 @@ class Evaluator:
             "batch_size": self.batch_size,
             "covariance": "n - 1 (fid, rfid), n (fid_biased)",
             **nets,
+            **self.settings.protocol(),
         }
-        if "kid" in self.metrics:
-            protocol["kid"] = {"subsets": NUM_SUBSETS, "subset_size": self._subset_size(), "kernel": "(x.y/d + 1)^3"}
-        if "pr" in self.metrics:
-            protocol["pr_k"] = K
-        if "rfid" in self.metrics:
-            protocol["rfid"] = {"seeds": list(self.seeds), "tap": self.tap, "rule": rfid.RULE_HASH, "std_ddof": 1}
-        return protocol
 
     def extractors(self) -> dict[str, Extractor]:
         """The networks this evaluation needs, built once: `features` (fid, kid, pr), `pr_features`, `rfid<seed>`."""
         if self._extractors is None:
-            self._extractors = dict(self._build())
+            makers = {"inception": self._inception, "random-inception": self._random, "vgg16": self._vgg16}
+            self._extractors = {name: makers[kind](seed) for name, (kind, seed) in self.settings.nets().items()}
         return self._extractors
 
-    def _build(self) -> Iterator[tuple[str, Extractor]]:
-        own_pr = self.pr_extractor is not None and "pr" in self.metrics
-        shared = {"fid", "kid"} if own_pr else {"fid", "kid", "pr"}
-        if shared & set(self.metrics):
-            yield "features", self._main_extractor()
-        if own_pr:
-            yield "pr_features", features.vgg16(self.weights.get("vgg16", "download"), self.device)
-        for seed in self.seeds if "rfid" in self.metrics else ():
-            yield f"rfid{seed}", self._random(seed)
+    def _inception(self, _: int) -> Extractor:
+        return features.inception(self.weights.get("inception", "download"), self.settings.tap, self.device)
 
-    def _main_extractor(self) -> Extractor:
-        source = self.weights.get("inception", "download")
-        if self.extractor == "random-inception" or source == "random":
-            return self._random(0)
-        return features.inception(source, self.tap, self.device)
+    def _vgg16(self, _: int) -> Extractor:
+        return features.vgg16(self.weights.get("vgg16", "download"), self.device)
 
     def _random(self, seed: int) -> Extractor:
-        made = features.random_inception(seed, self.tap, self._calibration, self.device)
+        made = features.random_inception(seed, self.settings.tap, self._calibration, self.device)
         if world() > 1:  # ranks on unlike processors must not end up with unlike networks
             tensors = list(made.net.state_dict().values())
             if not is_main():
@@ -171,18 +158,11 @@ class Evaluator:
     def _read(self, blocks: list[list[int]]) -> Iterator[Tensor]:
         return batches(self.real, [i for block in blocks for i in block], self.batch_size, self.workers)
 
-    def _keep(self) -> list[str]:
-        """Extractors whose rows are needed, not only their sums."""
-        kept = {"features"} if "kid" in self.metrics else set()
-        if "pr" in self.metrics:
-            kept.add("pr_features" if self.pr_extractor else "features")
-        return sorted(kept)
-
     def _collect(
         self, title: str, indices: Sequence[int], produce: Callable[[list[list[int]]], Iterator[Tensor]]
     ) -> Statistics:
         nets = self.extractors()
-        found = Statistics({name: net.width for name, net in nets.items()}, self._keep(), self.device)
+        found = Statistics({name: net.width for name, net in nets.items()}, self.settings.kept(), self.device)
         blocks = [list(indices[at : at + self.batch_size]) for at in range(0, len(indices), self.batch_size)]
         images = iter(produce(blocks[rank() :: world()]))
         progress = Progress(title, len(indices))
@@ -212,27 +192,6 @@ class Evaluator:
         sum_over_ranks(list(shared.values()))
         return {name: [rows[slot, :n] for slot, n in enumerate(sizes)] for name, rows in shared.items()}
 
-    def _values(self, real: Statistics, fake: Statistics) -> dict[str, Any]:
-        warn_if_collapsed(real, fake)
-        values: dict[str, Any] = {}
-        if "fid" in self.metrics:
-            pair = real.sums["features"], fake.sums["features"]
-            values |= {"fid": fid_of_sums(*pair, ddof=1), "fid_biased": fid_of_sums(*pair, ddof=0)}
-        if "kid" in self.metrics:
-            mean, std = kid(real.features("features"), fake.features("features"))
-            values |= {"kid": mean, "kid_std": std}
-        if "pr" in self.metrics:
-            name = "pr_features" if self.pr_extractor else "features"
-            rows = [found.features(name).to(self.device) for found in (real, fake)]
-            values |= dict(zip(("precision", "recall"), precision_recall(*rows), strict=True))
-        if "rfid" in self.metrics:
-            names = [f"rfid{seed}" for seed in self.seeds]
-            values |= rfid.summary([fid_of_sums(real.sums[n], fake.sums[n]) for n in names], self.seeds)
-        return values
-
-    def _subset_size(self) -> int:
-        return min(SUBSET_SIZE, self.num_fake, len(self.indices))
-
     def _cache_path(self) -> Path | None:
         if self.cache is None:
             return None
@@ -241,7 +200,7 @@ class Evaluator:
             "real": self.real.hash,
             "num": len(self.indices),
             "block": self.batch_size,
-            "keep": self._keep(),
+            "keep": self.settings.kept(),
             **nets,
         }
         return Path(self.cache) / f"real-{fingerprint(what)}.safetensors"
@@ -250,7 +209,7 @@ class Evaluator:
         from safetensors.torch import load_file
 
         widths = {name: net.width for name, net in self.extractors().items()}
-        return Statistics(widths, self._keep()).load(load_file(path), self.device)
+        return Statistics(widths, self.settings.kept()).load(load_file(path), self.device)
 
     def _save(self, path: Path, found: Statistics) -> None:
         from safetensors.torch import save

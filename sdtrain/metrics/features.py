@@ -16,14 +16,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sdtrain.errors import WeightsError
-from sdtrain.losses.perceptual import vgg_layers
+from sdtrain.losses.vgg import Frozen, Trunk, imagenet_statistics, load_fitting
 from sdtrain.metrics.inception import Inception, calibrate, randomise, resize_tf1
 from sdtrain.metrics.rfid import RULE_HASH
 from sdtrain.rng import generator
 from sdtrain.weights import load_weights, weights_digest
 
 VGG_SIDE = 224
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def exact_convolutions() -> AbstractContextManager[None]:
@@ -68,7 +67,10 @@ def random_inception(
     calibration: Callable[[], list[Tensor]],
     device: torch.device | str = "cpu",
 ) -> Extractor:
-    """Inception with weights from `seed`, batch-norm statistics from the calibration images (rule: `rfid.RULE`)."""
+    """Inception with weights from `seed`, batch-norm statistics from calibration images, uint8 [n, 3, H, W] each.
+
+    The rule is `rfid.RULE`.
+    """
     net = Inception(tap)
     randomise(net, seed)
     net.to(device)
@@ -78,7 +80,7 @@ def random_inception(
     return Extractor(net, tap, identity)
 
 
-class VGG16Features(nn.Module):
+class VGG16Features(Frozen):
     """torch-fidelity's `vgg16` extractor: TF1 resize to 224 px, ImageNet mean and std, fc2 after ReLU."""
 
     mean: Tensor
@@ -86,12 +88,12 @@ class VGG16Features(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.features = nn.Sequential(*vgg_layers())
+        self.features = Trunk("vgg16")
         hidden = [nn.Linear(512 * 7 * 7, 4096), nn.ReLU(), nn.Identity(), nn.Linear(4096, 4096), nn.ReLU()]
         self.classifier = nn.Sequential(*hidden)
-        self.register_buffer("mean", 255 * torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", 255 * torch.tensor(IMAGENET_STD).view(1, 3, 1, 1), persistent=False)
-        self.requires_grad_(False).eval()
+        for name, value in zip(("mean", "std"), imagenet_statistics(255)):
+            self.register_buffer(name, value, persistent=False)
+        self.freeze()
 
     def forward(self, images: Tensor) -> Tensor:
         """[N, 3, H, W] uint8 -> [N, 4096] float32."""
@@ -108,7 +110,7 @@ def vgg16(source: str, device: torch.device | str = "cpu") -> Extractor:
             fan_in = tensor[0].numel() if tensor.ndim > 1 else 1
             tensor.normal_(0, (2 / fan_in) ** 0.5 if tensor.ndim > 1 else 0.0, generator=generator("vgg16", name))
     else:
-        net.load_state_dict({key: state[key] for key in net.state_dict()})
+        load_fitting(net, state, "vgg16", "torchvision's file with its classifier")
     identity = {
         "extractor": "vgg16",
         "tap": "fc2_relu",

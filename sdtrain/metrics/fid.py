@@ -9,7 +9,7 @@ from sdtrain.metrics.sums import FeatureSums
 
 
 def frechet(mean_1: Tensor, cov_1: Tensor, mean_2: Tensor, cov_2: Tensor) -> float:
-    """|m1 - m2|^2 + tr(C1) + tr(C2) - 2 tr((C1 C2)^(1/2)), float64.
+    """|m1 - m2|^2 + tr(C1) + tr(C2) - 2 tr((C1 C2)^(1/2)) of means [d] and covariances [d, d], float64.
 
     The cross term is the sum of the square roots of the eigenvalues of C1^(1/2) C2 C1^(1/2), which is symmetric: no
     complex square root, no jitter on the diagonal, negative rounding errors count as zero.
@@ -19,7 +19,7 @@ def frechet(mean_1: Tensor, cov_1: Tensor, mean_2: Tensor, cov_2: Tensor) -> flo
 
 
 def cross_term(cov_1: Tensor, cov_2: Tensor) -> Tensor:
-    """tr((C1 C2)^(1/2)) of two covariances."""
+    """tr((C1 C2)^(1/2)) of two covariances [d, d], a scalar."""
     values, vectors = torch.linalg.eigh(cov_1)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
     inner = root @ cov_2 @ root
@@ -42,7 +42,7 @@ def fid_of_features(real: Tensor, fake: Tensor, ddof: int = 1) -> float:
 
 
 def centred(features: Tensor, ddof: int) -> tuple[Tensor, Tensor]:
-    """Mean and A with A^T A = covariance: tr((C1 C2)^(1/2)) is then the nuclear norm of A1 A2^T."""
+    """Mean [d] and A [n, d] of rows, A^T A = covariance: tr((C1 C2)^(1/2)) is then the nuclear norm of A1 A2^T."""
     rows = features.double()
     mean = rows.mean(0)
     return mean, (rows - mean) / (len(rows) - ddof) ** 0.5

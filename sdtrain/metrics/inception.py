@@ -125,6 +125,7 @@ class ConvNormRelu(nn.Module):
 
 
 def pooled(kind: str, x: Tensor) -> Tensor:
+    """[N, C, H, W] through one of the three pools."""
     if kind == AVG:
         return F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
     return F.max_pool2d(x, 3, 1, 1) if kind == MAX else F.max_pool2d(x, 3, 2)
@@ -216,7 +217,10 @@ class Inception(nn.Module):
 
 
 def resize_tf1(images: Tensor, side: int) -> Tensor:
-    """Bilinear as TensorFlow 1 without aligned corners: output pixel i samples input position i * size / side."""
+    """[N, C, H, W] float -> [N, C, side, side], bilinear as TensorFlow 1 without aligned corners.
+
+    Output pixel i samples input position i * size / side.
+    """
     for dim in (2, 3):
         size = images.shape[dim]
         at = torch.arange(side, dtype=torch.float32, device=images.device) * (size / side)
@@ -244,7 +248,7 @@ def randomise(net: Inception, seed: int) -> None:
 
 @torch.no_grad()
 def calibrate(net: Inception, batches: list[Tensor]) -> None:
-    """Set the batch-norm statistics to their plain average over `batches` (uint8 images), in one pass."""
+    """Set the batch-norm statistics to their plain average over `batches`, uint8 [n, 3, H, W] each, in one pass."""
     norms = [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
         norm.reset_running_stats()

@@ -27,12 +27,12 @@ def kid(
 
 
 def kernel(x: Tensor, y: Tensor) -> Tensor:
-    """(x . y / d + 1)^3 for all pairs."""
+    """(x . y / d + 1)^3 for all pairs of rows [n, d] and [m, d] -> [n, m]."""
     return (x @ y.T / x.shape[1] + 1) ** 3
 
 
 def mmd2(x: Tensor, y: Tensor) -> Tensor:
-    """Unbiased estimate of the squared maximum mean discrepancy of two sets of m rows."""
+    """Unbiased estimate of the squared maximum mean discrepancy of two sets of m rows [m, d], a scalar."""
     m = len(x)
     within = sum(k.sum() - k.trace() for k in (kernel(x, x), kernel(y, y)))
     return within / (m * (m - 1)) - 2 * kernel(x, y).mean()

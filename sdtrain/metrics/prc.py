@@ -40,7 +40,7 @@ def radii(points: Tensor, k: int, half: bool = False) -> Tensor:
 
 
 def covered(probes: Tensor, points: Tensor, radius: Tensor, half: bool = False) -> float:
-    """Share of the probes within the ball of at least one point."""
+    """Share of the probes [n, d] within the ball, of `radius` [m], of at least one of the points [m, d]."""
     hits = torch.zeros(1, dtype=torch.int64, device=probes.device)
     for rows in own_rows(len(probes), len(points)):
         hits += (distances(probes[rows], points, half) <= radius).any(1).sum()

@@ -1,7 +1,7 @@
 """PSNR and SSIM as super-resolution papers report them (BasicSR's definitions), for batches of 8-bit images.
 
 Images are RGB, uint8 or whole numbers 0..255 as float, [N, 3, H, W]. All is float64 after the luminance; the border
-is cropped first. `psnr_of_unit` and `ssim_of_unit` are the variants upstream applies to tensors in [0, 1].
+is cropped first.
 """
 
 from __future__ import annotations
@@ -82,25 +82,3 @@ def ssim(x: Tensor, y: Tensor, *, crop_border: int = 0, luma: bool = False) -> T
 def ssim_y(x: Tensor, y: Tensor, *, crop_border: int = 0) -> Tensor:
     """SSIM of the luminance, [N]."""
     return ssim(x, y, crop_border=crop_border, luma=True)
-
-
-def _luma_of_unit(images: Tensor) -> Tensor:
-    weights = torch.tensor(LUMA, device=images.device).view(1, 3, 1, 1)
-    return ((images * weights).sum(1, keepdim=True) + 16.0) / PEAK
-
-
-def _prepare_unit(x: Tensor, y: Tensor, crop_border: int, luma: bool) -> tuple[Tensor, Tensor]:
-    x, y = _prepare(x, y, crop_border, False)
-    return (_luma_of_unit(x), _luma_of_unit(y)) if luma else (x, y)
-
-
-def psnr_of_unit(x: Tensor, y: Tensor, *, crop_border: int = 0, luma: bool = False) -> Tensor:
-    """10 log10(1 / (mse + 1e-8)) of images in [0, 1], [N]: never above 80 dB."""
-    x, y = _prepare_unit(x, y, crop_border, luma)
-    return 10 * torch.log10(1 / ((x - y).square().flatten(1).mean(1) + 1e-8))
-
-
-def ssim_of_unit(x: Tensor, y: Tensor, *, crop_border: int = 0, luma: bool = False) -> Tensor:
-    """SSIM of images in [0, 1], [N]."""
-    x, y = _prepare_unit(x, y, crop_border, luma)
-    return _ssim(x * PEAK, y * PEAK)

@@ -40,6 +40,7 @@ class FeatureSums:
 
     @classmethod
     def of_state(cls, state: dict[str, Tensor], prefix: str, device: torch.device | str = "cpu") -> FeatureSums:
+        """The sums that `state` wrote: sum [width], outer [width, width] and their count."""
         sums = cls(len(state[f"{prefix}sum"]), device)
         sums.count = int(state[f"{prefix}count"])
         sums.sum.copy_(state[f"{prefix}sum"])

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from sdtrain.contracts import Task
 from sdtrain.data.read.dataset import Dataset, open_dataset
-from sdtrain.engine.checkpoint import fault_point, save_tensors, write_atomically
 from sdtrain.engine.ranks import barrier, is_main
+from sdtrain.files import fault_point, save_tensors, write_bytes
 from sdtrain.metrics.evaluate import Evaluator
 from sdtrain.sampling import grid, sampler
 
@@ -113,7 +113,7 @@ class GenerationTask(Task):
             save_tensors(run.folder.path / "best" / f"{self.evaluated}.safetensors", tensors)
             fault_point("best")
             row = json.dumps({"seen_img": run.seen_img, **values}, default=str)
-            write_atomically(run.folder.path / "best" / "metrics.json", row.encode())
+            write_bytes(run.folder.path / "best" / "metrics.json", row.encode())
         barrier()
 
     def finish(self) -> None:

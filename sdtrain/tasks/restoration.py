@@ -27,8 +27,8 @@ from sdtrain.contracts import Chunk, Net, Restoration, Task, Tensors
 from sdtrain.data.degrade.chain import reflect_to
 from sdtrain.data.read.order import order
 from sdtrain.data.read.reader import read_image
-from sdtrain.engine.checkpoint import save_tensors, write_atomically
 from sdtrain.engine.ranks import barrier, gather_objects, is_main, rank, sum_over_ranks, world
+from sdtrain.files import save_tensors, write_bytes
 from sdtrain.rng import Draws
 from sdtrain.tasks import sr_pictures
 from sdtrain.tasks.validation import HIGHER_IS_BETTER, Upscale, ValidationList
@@ -120,7 +120,7 @@ class RestorationTask(Task):
         if is_main():
             chosen = json.dumps({"stage": stage, **run.best[stage]}).encode()
             for file in ("metrics.json", f"{stage}_metrics.json"):
-                write_atomically(run.folder.path / "best" / file, chosen)
+                write_bytes(run.folder.path / "best" / file, chosen)
         barrier()
 
     def write_network(self, file: str, name: str, tensors: Tensors) -> None:
@@ -130,7 +130,7 @@ class RestorationTask(Task):
             card = self.card(name, net)
         if is_main():
             save_tensors(folder / f"{file}.safetensors", tensors)
-            write_atomically(folder / f"{file}.json", json.dumps(card).encode())
+            write_bytes(folder / f"{file}.json", json.dumps(card).encode())
 
     def card(self, name: str, net: nn.Module) -> dict[str, Any]:
         """How to rebuild a network: kind, player, role and options."""

@@ -11,7 +11,6 @@ Steps go through the same phases, engine, optimizers and average as any run.
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from sdtrain.data.read.stream import Batch
 from sdtrain.errors import EXIT_OK
+from sdtrain.files import write_bytes, write_json
 from sdtrain.methods.dirac import method as dirac
 from sdtrain.trainer import Trainer
 
@@ -121,12 +121,11 @@ def describe(config: Loaded) -> str:
 
 def write(config: Loaded, out: Path, found: list[dict[str, Any]]) -> None:
     from sdtrain.config.compare import dump
-    from sdtrain.engine.checkpoint import write_atomically
 
     out.mkdir(parents=True, exist_ok=True)
-    write_atomically(out / "config.yaml", dump(config).encode())
+    write_bytes(out / "config.yaml", dump(config).encode())
     rows = [{**item, "outcome": outcome(item)} for item in found]
-    write_atomically(out / "analysis.json", (json.dumps(rows, indent=1) + "\n").encode())
+    write_json(out / "analysis.json", rows)
 
 
 def draw(config: Loaded, paths: list[Tensor], file: Path) -> None:

@@ -37,7 +37,10 @@ def strip(images: Sequence[Tensor]) -> Tensor:
 
 
 def busiest(image: Tensor, whole: tuple[int, int, int]) -> tuple[int, int, int]:
-    """The window of 1 / ZOOM of the side, on a grid of half its size inside `whole`, whose brightness varies most."""
+    """The window of 1 / ZOOM of the side, on a grid of half its size inside `whole`, whose brightness varies most.
+
+    `image` is uint8 [3, H, W]; a window is (top, left, side).
+    """
     top, left, side = whole
     small = max(side // ZOOM, 1)
     starts = range(0, side - small + 1, max(small // 2, 1))
@@ -90,4 +93,5 @@ def bars(counts: dict[str, list[int]], title: str) -> Any:
 
 
 def as_hwc(image: Tensor) -> Any:
+    """[C, H, W] -> numpy [H, W, C]."""
     return image.permute(1, 2, 0).contiguous().cpu().numpy()

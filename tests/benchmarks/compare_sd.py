@@ -109,7 +109,7 @@ def variation(out: Path, role: str) -> tuple[float, float]:
     """Table 3: mean and deviation over fixed latents of the mean LPIPS between consecutive checkpoints."""
     import torch
 
-    from sdtrain.interop.network import load_network
+    from sdtrain.interop.loading import load_network
     from sdtrain.losses.perceptual import LPIPS
     from sdtrain.metrics.variation import perceptual_variation
     from sdtrain.sampling import generate

@@ -100,7 +100,7 @@ def _augmented(case, pipe: nn.Module, images: Tensor, part: str, chance: Any, ar
 
 def schedules(case) -> Iterator[tuple]:
     if "ada" not in case.json:  # R3GAN's file has the same name
-        from adapters_r3gan import schedules as r3gan
+        from adapters_r3gan_files import schedules as r3gan
 
         return (yield from r3gan(case))
     """Every table of the file; one that is unknown and not empty is an error."""

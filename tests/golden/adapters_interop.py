@@ -47,7 +47,8 @@ def _round_trip(case: Case, snapshot: str) -> Iterator[tuple]:
     from pathlib import Path
 
     from sdtrain.commands.exporting import export
-    from sdtrain.interop.network import load_network, save_network
+    from sdtrain.interop.loading import load_network
+    from sdtrain.interop.network import save_network
     from sdtrain.interop.official import read_official
 
     with tempfile.TemporaryDirectory() as folder:

@@ -167,25 +167,25 @@ def gcfsr_parts(case: Any) -> Iterator[tuple]:
 
 def pth_expected(case: Any) -> Iterator[tuple]:
     """The .pth files that must give this output are named in the entry."""
-    from sdtrain.interop.pth import open_network
+    from sdtrain.interop.loading import load_network
 
     for name in re.findall(r"\S+\.pth", case.entry["module"]):
-        net, _ = open_network(case.folder / name)
-        yield "out.y", net(case.tensors["in.x"])
+        yield "out.y", load_network(case.folder / name).build()(case.tensors["in.x"])
 
 
 def pth_generator(case: Any) -> Iterator[tuple]:
     """Recognised with the sizes that the manifest states; averaged weights are the stated share of the raw ones."""
-    from sdtrain.interop.pth import load_pth, open_network
+    from sdtrain.interop.loading import load_network
 
     said = case.entry["what"]
-    net, found = open_network(case.path)
+    found = load_network(case.path)
+    net, options = found.build(), found.typed_options
     for name, ours in {"nf": "num_feat", "gc": "num_grow_ch", "nb": "num_block", "x": "scale"}.items():
         if re.search(rf"\b{name} ?\d", said):
-            yield ours, getattr(found.options, ours), number(said, name), 0.0
-    yield "side", net(torch.zeros(1, 3, 4, 6)).shape[-1], 6 * found.options.scale, 0.0
+            yield ours, getattr(options, ours), number(said, name), 0.0
+    yield "side", net(torch.zeros(1, 3, 4, 6)).shape[-1], 6 * options.scale, 0.0
     if "*params" in said:
-        raw, average = load_pth(case.path, "params"), load_pth(case.path)
+        raw, average = load_network(case.path, prefer="params").state, found.state
         share = number(said, "ema =")
         worst = max(float((average[name] - share * raw[name]).abs().max()) for name in raw)
         yield f"ema is {share} params", worst, 0.0, 1e-6
@@ -199,9 +199,10 @@ def pth_generator(case: Any) -> Iterator[tuple]:
 def pth_other(case: Any) -> Iterator[tuple]:
     """Recognised, loaded strictly, and the discriminator refused where a generator is needed."""
     from sdtrain.errors import WeightsError
-    from sdtrain.interop.pth import open_network, require
+    from sdtrain.interop.architectures import require
+    from sdtrain.interop.loading import load_network
 
-    _, found = open_network(case.path)
+    found = load_network(case.path)
     yield "recognised", found.kind == ("unet_sn" if case.name.startswith("UNetD") else "gcfsr"), True, 0.0
     refused = False
     try:

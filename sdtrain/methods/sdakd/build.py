@@ -16,8 +16,9 @@ from sdtrain.config.declare import Role
 from sdtrain.config.options import span_img
 from sdtrain.contracts import Net, Stage, Start
 from sdtrain.engine.ema import freeze
-from sdtrain.interop.network import file_of_run
-from sdtrain.interop.pth import detect, load_into, load_pth, require
+from sdtrain.interop.architectures import require
+from sdtrain.interop.loading import file_of_run, load_network
+from sdtrain.interop.network import load_into
 from sdtrain.losses.feature import FeatureMLP, PerceptualLoss
 from sdtrain.methods.sdakd.inputs import make_inputs
 from sdtrain.methods.sdakd.method import SDAKD
@@ -185,14 +186,13 @@ def teacher_from(builder: Builder, path: str, which: Role, section: Any) -> nn.M
     role, player = ("G_ema", "Generator") if which == "generator" else ("D", "Discriminator")
     place = Path(path).expanduser()
     file = teacher_of_run(place, which, role) if place.is_dir() else place
-    state = load_pth(file)
-    found = detect(state, file)
+    found = load_network(file)
     plain = getattr(importlib.import_module(f"sdtrain.models.{section.kind}.options"), f"{player}Options")
     options = plain(**{name: getattr(section, name) for name in plain.__dataclass_fields__})
     side = builder.resolution if section.kind == "gcfsr" else None
     require(file, found, player=player, kind=section.kind, options=options, resolution=side)  # type: ignore[arg-type]
     module = builder.module(which, section, f"{role}/teacher")
-    load_into(module, state, file)
+    load_into(module, found.state, file)
     return freeze(module)
 
 

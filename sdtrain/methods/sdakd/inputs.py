@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,11 +20,14 @@ from sdtrain.data.degrade.pair_pool import pool_for
 from sdtrain.data.degrade.resize_matlab import draw_factors, gcfsr_train_input, imresize
 from sdtrain.rng import Draws
 
+if TYPE_CHECKING:
+    from sdtrain.methods.sdakd.options import Loaded
+
 
 class Photos:
     """Pairs (HQ crop, LQ of 1 / scale): the second-order degradation with its pool, plain bicubic, or given pairs."""
 
-    def __init__(self, config: Any, scale: int) -> None:
+    def __init__(self, config: Loaded, scale: int) -> None:
         self.lq, self.scale, self.options = config.lq, scale, config.degradation
         self.degradation, self.sharp_target = Degradation(self.options), config.recipe.sharpen_target
         self.pool = pool_for(self.options, config.ghost_batch) if self.lq == "second_order" else None
@@ -97,7 +100,7 @@ class Faces:
 
     scale = 1
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Loaded) -> None:
         self.factors = tuple(config.factors)
         self.feed = Feed()
 
@@ -135,7 +138,7 @@ class Faces:
         pass
 
 
-def make_inputs(config: Any) -> Photos | Faces:
+def make_inputs(config: Loaded) -> Photos | Faces:
     generator = config.model.generator
     if generator.kind == "gcfsr":
         return Faces(config)

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -226,5 +225,4 @@ def natten_attention(q: Tensor, k: Tensor, v: Tensor, rpb: Tensor, dilation: int
     return out.permute(0, 2, 3, 1, 4).reshape(n, height, width, channels)
 
 
-Backend = Literal["portable", "full_mask", "natten"]
 BACKENDS = {"portable": neighborhood_attention, "full_mask": full_mask_attention, "natten": natten_attention}

@@ -415,11 +415,6 @@ class Generator(nn.Module):
         return from_official(self.render(self.mapping(z)))
 
 
-def legacy_groups(options: GeneratorOptions, level: int) -> list[tuple[int, int]]:
-    groups = head_groups(tuple(options.kernels[level]), tuple(options.dilations[level]))
-    return groups if len(groups) > 1 else groups * 2
-
-
 def _legacy_level(name: str) -> int:
     return int(name.split(".")[1])
 

@@ -1,0 +1,51 @@
+"""How a process ends: a mistake of the user is one sentence, the ranks part in order, and the exit code arrives.
+
+Exit codes: 0 finished, 2 a mistake of the user (one sentence, no traceback), 75 stopped on request with a checkpoint
+saved, 130 interrupted, anything else a fault.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+from sdtrain.errors import EXIT_OK, EXIT_USER_ERROR, UserError
+
+EXIT_INTERRUPTED = 130
+
+
+def run_command(command: Callable[[], int]) -> int:
+    """Call it and return an exit code; a `UserError` becomes one sentence on stderr."""
+    try:
+        return command()
+    except UserError as error:
+        tell(error)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print("sdtrain: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # the reader of our output has left, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_OK
+
+
+def tell(error: UserError) -> None:
+    """Print the sentence once: until ranks have met all see the same problem, afterwards it may be one rank's own."""
+    ranks = sys.modules.get("sdtrain.engine.ranks")
+    met = ranks is not None and ranks.world() > 1
+    if met or os.environ.get("RANK", "0") == "0":
+        print(f"sdtrain{f' (rank {ranks.rank()})' if met and ranks else ''}: {error}", file=sys.stderr)
+
+
+def part(code: int) -> int:
+    """Leave the other ranks and end this process with `code`; alone, just return it."""
+    ranks = sys.modules.get("sdtrain.engine.ranks")
+    if ranks is None or ranks.world() == 1:
+        return code
+    if code == EXIT_OK:
+        ranks.barrier()  # nobody closes connections while another still sends
+    ranks.destroy()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # what threads of the group do in the interpreter's exit may abort a finished process
