@@ -28,6 +28,8 @@ def train(run: Run) -> int:
                 run.task.pictures()
             if run.due(run.task.eval_img) or run.at_stage_end and run.task.ends_with_evaluation:
                 run.task.evaluate("val")
+            if run.seen_img in run.snapshot_img:
+                run.save_snapshot()
             stop = run.stop_agreed()
             if stop or run.due(c.save_img):
                 run.save()

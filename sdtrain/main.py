@@ -13,7 +13,7 @@ if __name__ == "__main__":  # run as a script: the repository root takes the pla
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from sdtrain.errors import EXIT_OK, EXIT_USER_ERROR, WeightsError
-from sdtrain.exits import part, run_command
+from sdtrain.exits import part, run_command, tell
 
 if TYPE_CHECKING:
     import torch

@@ -58,9 +58,24 @@ def weights_needed(config: Config) -> dict[str, str]:
         name = schema.model(section.kind).feature_weights
         if name:
             needs[name] = config.weights.features
-    if config.eval_img and config.metrics.extractor == "inception" and {"fid", "kid"} & set(config.metrics.names):
-        needs["inception"] = config.weights.inception
+    if config.eval_img:
+        needs |= _needed_by_metrics(config)
     return {name: source or "download" for name, source in needs.items()}
+
+
+def _snapshots_gb(config: Config, networks: dict[str, dict[str, Any]]) -> float:
+    """G and its average at chosen shares of training."""
+    shares = getattr(config, "snapshots", ())
+    return len(shares) * sum(networks[n]["weights_gb"] for n in ("G", "G_ema")) if shares else 0.0
+
+
+def _needed_by_metrics(config: Config) -> dict[str, str | None]:
+    m, found = config.metrics, dict[str, str | None]()
+    own_pr = "pr" in m.names and m.pr_features == "vgg16"
+    shared = {"fid", "kid"} | (set() if own_pr else {"pr"})
+    if m.extractor == "inception" and shared & set(m.names):
+        found["inception"] = config.weights.inception
+    return found | ({"vgg16": config.weights.vgg16} if own_pr else {})
 
 
 def check_weights_needed(config: Config) -> dict[str, Any]:
@@ -136,7 +151,8 @@ def make_plan(
         "activations_gb": kept,
         "ghosts_at_once": trainer.ghosts_at_once,
         "checkpoint_gb": sum(n["checkpoint_gb"] for n in networks.values()),
-        "disk_gb": sum(n["checkpoint_gb"] for n in networks.values()) * (config.keep_checkpoints + 1),
+        "disk_gb": sum(n["checkpoint_gb"] for n in networks.values()) * (config.keep_checkpoints + 1)
+        + _snapshots_gb(config, networks),
         "weights": {name: describe_source(name, source) for name, source in needs.items()},
         "weights_missing": check_weights(needs),
         "init": initial.described if initial else {},

@@ -18,6 +18,7 @@ from sdtrain.engine.meter import Meter
 from sdtrain.engine.preempt import StopRequest
 from sdtrain.engine.ranks import agree_max, gather_objects, world
 from sdtrain.engine.runfolder import RunFolder
+from sdtrain.engine.snapshots import cut_back, save_snapshot, snapshot_positions
 from sdtrain.finetune import Initial, apply_initial
 from sdtrain.trainer import Trainer
 
@@ -39,6 +40,8 @@ class Run(Trainer):
         task = importlib.import_module(f"sdtrain.tasks.{self.method.task}").TASK(self)
         assert isinstance(task, Task)
         self.task = task
+        shares = getattr(config, "snapshots", ())  # a key of methods that generate
+        self.snapshot_img = snapshot_positions(shares, self.method.stages[-1].end_img, config.batch_size)
 
     def due(self, interval_img: int) -> bool:
         """Whether this step crossed a multiple of `interval_img` images (0 = never)."""
@@ -103,6 +106,11 @@ class Run(Trainer):
         where, keep = self.folder.checkpoints, self.config.keep_checkpoints
         return save_checkpoint(where, self.seen_img, shared, state, self.method.ghost_state(), keep)
 
+    def save_snapshot(self) -> None:
+        """Keep the weights of G and of its average at this position for good, with all ranks."""
+        nets = {name: self.nets[name].state() for name in ("G", self.stage.evaluated)}
+        save_snapshot(self.folder.snapshots, self.seen_img, nets)
+
     def restore(self, checkpoint: Checkpoint) -> None:
         """Take up the position and every tensor of a checkpoint; players follow in `begin`."""
         self.step = checkpoint.state["step"]
@@ -120,10 +128,14 @@ class Run(Trainer):
         self.checkpoint = checkpoint
 
     def resume(self) -> list[str]:
-        """Load the newest complete checkpoint, if there is one; returns why newer ones were refused."""
+        """Load the newest complete checkpoint, if there is one, and forget later snapshots.
+
+        Returns why newer checkpoints were refused.
+        """
         checkpoint, refused = newest(self.folder.checkpoints)
         if checkpoint is not None:
             self.restore(checkpoint)
+        cut_back(self.folder.snapshots, self.seen_img)
         return refused
 
     def start_from(self, initial: Initial) -> None:

@@ -32,6 +32,7 @@ sample_img: 0
 eval_img: 32
 save_img: 16
 keep_checkpoints: 3
+snapshots: []
 seed: 7
 tensorboard: false
 data: {train: SHARDS, workers: 0}

@@ -27,15 +27,17 @@ from torch.nn import functional as F
 
 from sdtrain.config.load import load_config
 from sdtrain.config.options import parse_span, span_img
-from sdtrain.contracts import Chunk, Stage
+from sdtrain.contracts import Chunk, Stage, spans
 from sdtrain.data.degrade.chain import apply_chain, decide, flip_images
 from sdtrain.data.degrade.kernels import sharpen
+from sdtrain.engine.runfolder import RunFolder
 from sdtrain.errors import ConfigError, DataError, WeightsError
 from sdtrain.interop.pth import save_pth
 from sdtrain.main import main
 from sdtrain.methods.sdakd import build as sr_build
 from sdtrain.plan import check_data, make_plan
 from sdtrain.rng import Draws
+from sdtrain.tasks import sr_pictures
 from sdtrain.trainer import Trainer
 
 SIDE = 32
@@ -487,6 +489,25 @@ def test_gcfsr_measures_every_factor_and_selects_by_the_mean(lists, tmp_path):
     assert card["resolution"] == SIDE and card["options"]["narrow"] == 0.015625
 
 
+def test_validation_under_two_degradations_has_values_of_each_and_the_first_chooses(lists, tmp_path):
+    names = ["psnr_y", "fid"]
+    tree = settings(lists, validation__lq=["second_order", "bicubic"], validation__names=names, total_img=8, save_img=0)
+    assert main(["--cfg", write(tmp_path, tree), "--out", str(tmp_path / "both")]) == 0
+    row = rows(tmp_path / "both", ("eval",))[0]
+    assert row["protocol"]["lq"] == ["second_order", "bicubic"] and row["protocol"]["factors"] == [4]
+    for name in names:
+        assert row[name] == row[f"{name}_second_order"] != row[f"{name}_bicubic"]
+    chosen = json.loads((tmp_path / "both" / "best" / "metrics.json").read_text())
+    evals = [r for r in rows(tmp_path / "both", ("eval",)) if r["split"] == "val"]
+    assert chosen["psnr_y"] == max(r["psnr_y_second_order"] for r in evals)
+    for lq in ("second_order", "bicubic"):  # each is what a run of it alone measures, under the same protocol as before
+        alone = tmp_path / lq
+        assert main(["--cfg", str(tmp_path / "tiny.yaml"), "--out", str(alone), "--set", f"validation.lq={lq}"]) == 0
+        first = rows(alone, ("eval",))[0]
+        assert (first["protocol"]["lq"], first["psnr_y"]) == (lq, row[f"psnr_y_{lq}"])
+        assert "psnr_y_bicubic" not in first
+
+
 def test_discriminator_alone_is_trained_on_a_given_generator(lists, tmp_path, finished):
     path = finished / "best" / "teacher_G.safetensors"
     tree = settings(lists, teacher={"generator": str(path)}, total_img=16)
@@ -513,12 +534,35 @@ def test_pictures_show_strips_and_what_discriminators_say(lists, tmp_path):
     assert main(["--cfg", write(tmp_path, tree), "--out", str(tmp_path / "run")]) == 0
     made = tmp_path / "run" / "samples"
     with Image.open(made / "strips_000000016.png") as strip:
-        assert strip.size == (5 * 192, 3 * 2 * 192)  # LQ | bicubic | student | teacher | HQ, 3 images, details below
+        assert strip.size == (5 * 192, 28 + 3 * 2 * 192)  # names, then 3 images with details
+        header = np.asarray(strip.convert("L"))[:28].reshape(28, 5, 192)
+        assert (header.min((0, 2)) < 100).all() and (header[0] == 255).all()  # each column has a name
+    with Image.open(made / "d_outputs_000000016.png") as figure:
+        assert figure.width > 500 and figure.height > 400  # two panels with axes and words
     assert (made / "strips_test_000000016.png").exists()
     said = json.loads((made / "d_outputs_000000016.json").read_text())
     for name in ("D_T", "D_S"):
         assert len(said[name]["probabilities"]) == 3 and sum(said[name]["counts"]) == 3
         assert len(said[name]["counts"]) == 20
+
+
+def test_the_judge_of_the_ablations_is_named_as_the_teachers(lists, tmp_path, monkeypatch):
+    written: dict[str, Any] = {}
+    monkeypatch.setattr(RunFolder, "histogram", lambda self, tag, values, seen: written.setdefault(tag, seen))
+    tree = settings(lists, adversary="teacher", lambda_1=0.0, sample_img=48, eval_img=0)
+    legends, draw = [], sr_pictures.bars
+
+    def bars(counts: dict[str, list[int]], title: str) -> Any:
+        legends.append([*counts, title])
+        return draw(counts, title)
+
+    monkeypatch.setattr(sr_pictures, "bars", bars)
+    assert main(["--cfg", write(tmp_path, tree), "--out", str(tmp_path / "run")]) == 0
+    said = json.loads((tmp_path / "run" / "samples" / "d_outputs_000000048.json").read_text())
+    assert list(said) == ["seen_img", "D_T", "D_T_judge"]
+    title = "Discriminators on 3 images of the student, stage adversarial, 48 images seen"
+    assert legends == [["D_T", "D_T_judge", title]]
+    assert list(written) == ["d_outputs/D_T", "d_outputs/D_T_judge"]
 
 
 REFUSALS = [
@@ -530,6 +574,9 @@ REFUSALS = [
     ({**FACES, "factors": [2, 64]}, "factors: factor 2 is outside [4, 64]"),
     ({**FACES, "validation__factors": [128]}, "validation.factors: factor 128 is outside [4, 64]"),
     ({"degradation__pool_size": 5}, "pool_size = 5 is not a multiple of ghost_batch = 2"),
+    ({"validation__lq": ["bicubic", "down_up"]}, "validation.lq down_up does not feed rrdbnet"),
+    ({"validation__lq": ["bicubic", "bicubic"]}, "validation.lq is [bicubic, bicubic]: name at least one"),
+    ({"validation__lq": []}, "validation.lq is []: name at least one way"),
     ({"validation__select_by": "fid"}, "validation.select_by fid is not measured"),
     ({"degradation__crop_size": 16}, "recipe.sharpen_target needs crops of at least 26 pixels, not 16"),
     ({"n2": "soon"}, "write a number and its unit, such as 30 epochs, 500 steps or 64k images"),
@@ -548,6 +595,15 @@ def test_gcfsr_refuses_a_student_without_channels(lists, tmp_path):
     config = load(tmp_path, settings(lists, **{**FACES, "student": {"C": "1/512"}}))
     with pytest.raises(ConfigError, match="without channels; use a larger C"):
         build(config)
+
+
+def test_images_too_small_for_the_second_order_degradation_are_refused_with_the_keys_that_matter(lists, tmp_path):
+    tree = settings(lists, degradation__kernel_size=[7, 21])
+    with pytest.raises(ConfigError, match=r"source_size 32 is too small: the second-order degradation needs 44 pixels"):
+        load(tmp_path, tree)
+    tree["degradation"]["source_size"] = 400
+    with pytest.raises(DataError, match=r"32 pixels, and the second-order .* needs 44 pixels; .*kernel_size, raise"):
+        check_data(load(tmp_path, tree))
 
 
 def test_images_smaller_than_the_crop_are_refused_before_training(lists, tmp_path):
@@ -582,6 +638,14 @@ def test_a_teacher_of_another_width_scale_or_architecture_is_refused(lists, tmp_
     assert message in str(caught.value) and "RRDBNet generator" in str(caught.value)
 
 
+def test_the_run_that_trained_the_teachers_can_be_named_for_both(lists, tmp_path, finished):
+    config = load(tmp_path, settings(lists, teacher={"generator": str(finished), "discriminator": str(finished)}))
+    nets = build(config).method.nets
+    for net, file in (("G_T", "teacher_G"), ("D_T", "teacher_last_D")):
+        wanted, found = load_file(finished / "best" / f"{file}.safetensors"), nets[net].module.state_dict()
+        assert wanted.keys() == found.keys() and all(torch.equal(wanted[k], found[k]) for k in wanted)
+
+
 def test_a_discriminator_given_as_generator_is_refused(lists, tmp_path, finished):
     path = tmp_path / "netD.pth"
     save_pth(load_file(finished / "best" / "teacher_last_D.safetensors"), path, "params")
@@ -594,6 +658,34 @@ def test_a_teacher_file_that_is_not_there_is_named(lists, tmp_path):
     config = load(tmp_path, settings(lists, teacher={"generator": "nowhere.pth"}))
     with pytest.raises(DataError, match="teacher.generator nowhere.pth does not exist"):
         check_data(config)
+
+
+@pytest.mark.parametrize("work", ["gcfsr", "realesrgan"])
+def test_the_matched_baseline_sees_as_many_images_as_stages_2_and_3_of_the_student(work):
+    def stages(name: str) -> dict[str, tuple[int, int]]:
+        config = load_config(name)
+        nets = {"G", "D", "MLP", "G_T", "D_T"}
+        found = sr_build.stages_of(config, nets, 100.0, config.batch_size)
+        return {s.name: (begin, s.end_img) for s, begin in spans(found)}
+
+    student, naive = stages(f"sdakd_{work}"), stages(f"sdakd/{work}_naive_CC_matched")
+    assert naive["naive"][1] == student["adversarial"][1] - student["supervised"][0]
+    if work == "realesrgan":  # its recipe begins without a discriminator, for as long as stage 2
+        assert naive["naive_pixel"][1] == student["supervised"][1] - student["supervised"][0]
+    fair, paper = load_config(f"sdakd/{work}_naive_CC_matched"), load_config(f"sdakd/{work}_naive_CC")
+    recipe = replace(fair.recipe, pixel_share=paper.recipe.pixel_share)
+    assert replace(fair, n1=paper.n1, recipe=recipe, name=paper.name) == paper
+
+
+@pytest.mark.parametrize("work", ["gcfsr", "realesrgan"])
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_the_frozen_judge_is_the_only_difference_to_the_ablation(work, number):
+    plain, frozen = (load_config(f"sdakd/{work}_ablation{number}{end}") for end in ("", "_frozen"))
+    assert (plain.adversary, plain.teacher_d, frozen.teacher_d) == ("teacher", "train", "frozen")
+    assert replace(frozen, teacher_d="train", name=plain.name) == plain
+    nets = {"G", "D", "MLP", "G_T", "D_T"} if plain.lambda_1 else {"G", "D", "G_T", "D_T"}
+    last = sr_build.stages_of(frozen, nets, 100.0, frozen.batch_size)[-1]
+    assert list(last.players) == ["G"] and "D" in last.frozen
 
 
 CONFIGS = sorted(name for p in REPO.glob("configs/**/*.yaml") if "sdakd" in (name := str(p.relative_to(REPO))))

@@ -76,6 +76,7 @@ def tiny_config(shards: Path, **changes: Any) -> dict[str, Any]:
         "sample_img": 0,
         "eval_img": 0,
         "save_img": 32,
+        "snapshots": [],
         "tensorboard": False,
         "data": {"train": str(shards), "workers": 0, "xflip": True, "cache": str(shards.parent / "cache")},
         "model": {"generator": generator, "discriminator": discriminator},

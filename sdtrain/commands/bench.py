@@ -70,6 +70,7 @@ def run(args: argparse.Namespace) -> int:
         compare(variants, source.stream, args.steps, clock)
     found = figures(variants)
     found |= {"float32": "tf32" if first.tf32 else "full", "summation": first.summation}
+    found |= {"ghosts_at_once": variants[0].trainer.ghosts_at_once, "single": args.single}
     found |= {"cfg": args.cfg, "resolution": source.resolution, "device": device.type, "clock": clock.name}
     print(header(first, source, found, args.steps))
     print(table(found))
@@ -167,8 +168,10 @@ def figures(variants: list[Variant]) -> dict[str, Any]:
         found["variants"][variant.name] = {
             "sec_per_kimg": statistics.median(rounds) / batch * 1000,
             "ratio": statistics.median(own / base for own, base in zip(rounds, first.rounds())),
-            "memory_gb": variant.memory / 1e9,
-            "memory_ratio": variant.memory / max(first.memory, 1),
+            "memory_gb": variant.peak / 1e9,
+            "memory_ratio": variant.peak / max(first.peak, 1),
+            "memory_mean_gb": variant.average / 1e9,
+            "memory_mean_ratio": variant.average / max(first.average, 1),
             "data_wait": statistics.median(variant.waited),
             "phases": {
                 name: statistics.median(seconds) * shares[name] / batch * 1000
@@ -181,29 +184,32 @@ def figures(variants: list[Variant]) -> dict[str, Any]:
 def header(config: Any, source: Source, found: dict[str, Any], steps: int) -> str:
     import torch
 
+    who = "--single, as official code on one GPU" if found["single"] else "as training runs it"
     place = torch.cuda.get_device_name(source.device) if source.device.type == "cuda" else "CPU"
     return (
         f"{found['cfg']} at {source.resolution} px on {place}, {found['clock']}, {config.precision}, batch "
-        f"{config.batch_size} in ghosts of {config.ghost_batch}, summation {config.summation}, "
+        f"{config.batch_size} in ghosts of {config.ghost_batch}, "
         f"float32 products {found['float32']}\n"
+        f"{who}: summation {config.summation}, {found['ghosts_at_once']} of {config.num_ghosts} ghosts in a forward\n"
         f"{source.note}; frozen networks with random weights; medians of {steps} interleaved steps"
     )
 
 
 def table(found: dict[str, Any]) -> str:
     """Table 2 of the SD-GAN paper."""
-    memory = "peak GB" if found["device"] == "cuda" else "GB kept *"
-    lines = [
-        f"  {'variant':<10}{'s/kimg':>10}{'overhead':>10}{memory:>11}{'overhead':>10}{'data wait':>11}   s/kimg of"
-    ]
+    star = "" if found["device"] == "cuda" else " *"
+    head = f"  {'variant':<10}{'s/kimg':>10}{'overhead':>10}{f'peak GB{star}':>11}{'overhead':>10}"
+    lines = [f"{head}{f'mean GB{star}':>11}{'overhead':>10}{'data wait':>11}   s/kimg of"]
     for name, v in found["variants"].items():
         phases = "  ".join(f"{phase} {seconds:.2f}" for phase, seconds in v["phases"].items())
         lines.append(
-            f"  {name:<10}{v['sec_per_kimg']:>10.2f}{v['ratio'] - 1:>+10.1%}{v['memory_gb']:>11.3f}"
-            f"{v['memory_ratio'] - 1:>+10.1%}{v['data_wait']:>11.1%}   {phases}"
+            f"  {name:<10}{v['sec_per_kimg']:>10.2f}{v['ratio'] - 1:>+10.1%}"
+            f"{v['memory_gb']:>11.3f}{v['memory_ratio'] - 1:>+10.1%}"
+            f"{v['memory_mean_gb']:>11.3f}{v['memory_mean_ratio'] - 1:>+10.1%}{v['data_wait']:>11.1%}   {phases}"
         )
-    if found["device"] != "cuda":
-        lines.append("  * weights, gradients, Adam and what one backward of G keeps; no allocator to ask on a CPU")
+    lines.append("  peak GB: the phase that needs most; mean GB: over the phases, lazy ones in their proportion")
+    if star:
+        lines.append("  * weights, gradients, Adam and what one backward keeps; no allocator to ask on a CPU")
     return "\n".join(lines)
 
 

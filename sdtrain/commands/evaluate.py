@@ -127,8 +127,8 @@ def fill_in(args: argparse.Namespace, config: Any) -> None:
         defaults |= {"metrics": ",".join(m.names), "num": m.num_fake, "num_real": m.num_real, "extractor": m.extractor}
         defaults |= {"tap": m.tap, "seeds": m.seeds, "batch_size": m.batch_size}
         defaults |= {"seed": latents_seed(config.seed, split), "real": real}
-        defaults |= {name: getattr(m, name, defaults[name]) for name in ("pr_features", "pr_precision")}
-        defaults |= {"inception": w.inception or "download", "vgg16": getattr(w, "vgg16", None) or "download"}
+        defaults |= {"pr_features": m.pr_features, "pr_precision": m.pr_precision}
+        defaults |= {"inception": w.inception or "download", "vgg16": w.vgg16 or "download"}
         if w.inception == "random":  # as the run understands it
             defaults |= {"inception": "download", "extractor": "random-inception"}
     for name, value in defaults.items():

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sdtrain.activations import saved_storages, total_bytes
 from sdtrain.config.keys import Config
-from sdtrain.contracts import Chunk, Feed, Method
+from sdtrain.contracts import Chunk, Feed, Method, Phase
 from sdtrain.data.read.stream import Batch
 from sdtrain.methods.sdgan.method import SDGAN
 from sdtrain.rng import generator
@@ -54,7 +54,7 @@ class Variant:
         self.name, self.config, self.device = name, config, device
         self.seconds: dict[str, list[float]] = {}  # phase -> seconds a round
         self.waited: list[float] = []  # share of the wall time of a step spent waiting for data
-        self.memory = 0.0  # bytes
+        self.memory: dict[str, float] = {}  # phase -> bytes at its peak
         before = self._allocated()
         self.trainer = Trainer(config, device, resolution, class_counts, num_samples=config.batch_size)
         self.method = self.trainer.method
@@ -97,22 +97,45 @@ class Variant:
         return [self.step_seconds(self.round(i)) for i in range(len(self.seconds["ema"]))]
 
     def measure_memory(self, chunks: list[Chunk]) -> None:
-        """CUDA: the peak of a step without the other variants. CPU: weights, gradients, Adam, what backward keeps."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-            torch.cuda.reset_peak_memory_stats(self.device)
-            before = self._allocated()
-            self.step(chunks, Clock(self.device))
-            self.memory = torch.cuda.max_memory_allocated(self.device) - before + self.built + self._optimizer_bytes()
-            return
+        """Bytes of each phase, as if no other variant was there: what stays, and what the phase needs beside."""
+        work = self._allocated_in if self.device.type == "cuda" else self._counted_in
+        for phase in self.method.phases(self.stage, chunks[0].step):
+            beside = work(phase, chunks)
+            self.memory[phase.name] = beside + self._optimizer_bytes() + (self.built or self._weights())
+        self.trainer.engine.meter.clear()
+
+    def _allocated_in(self, phase: Phase, chunks: list[Chunk]) -> int:
+        """CUDA: the peak of the allocator during a phase, less what lay there before."""
+        torch.cuda.synchronize(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = self._allocated()
+        self.trainer.engine.run(phase, chunks)
+        return torch.cuda.max_memory_allocated(self.device) - before
+
+    def _counted_in(self, phase: Phase, chunks: list[Chunk]) -> int:
+        """CPU: what backward keeps of one chunk, and the gradients of the player."""
         with saved_storages() as kept:
-            self.trainer.engine.run(self.method.phases(self.stage, 1)[0], chunks[:1])
-        modules = self.trainer.engine.modules(self.trainer.nets) + frozen_networks(self.method)
-        state = sum(t.numel() * t.element_size() for m in modules for t in (*m.parameters(), *m.buffers()))
-        players = self.trainer.engine.players.values()
+            self.trainer.engine.run(phase, chunks[:1])
         per_weight = 4 + (16 if self.config.summation == "exact" else 0)  # see `plan.py`
-        gradients = max(sum(p.numel() * per_weight for p in player.params) for player in players)
-        self.memory = total_bytes(kept, beside=modules) + state + gradients + self._optimizer_bytes()
+        gradients = sum(p.numel() * per_weight for p in self.trainer.engine.players[phase.player].params)
+        return total_bytes(kept, beside=self._modules()) + gradients
+
+    def _modules(self) -> list[nn.Module]:
+        return self.trainer.engine.modules(self.trainer.nets) + frozen_networks(self.method)
+
+    def _weights(self) -> int:
+        return sum(t.numel() * t.element_size() for m in self._modules() for t in (*m.parameters(), *m.buffers()))
+
+    @property
+    def peak(self) -> float:
+        """Bytes of the phase that needs most."""
+        return max(self.memory.values())
+
+    @property
+    def average(self) -> float:
+        """Bytes of a mean phase, lazy ones in their proportion."""
+        shares = self.shares()
+        return sum(size * shares[name] for name, size in self.memory.items()) / sum(shares[n] for n in self.memory)
 
     def _optimizer_bytes(self) -> int:
         players = self.trainer.engine.players.values()

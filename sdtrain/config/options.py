@@ -223,6 +223,10 @@ class Metrics:
     """[images] Real images; null = all of them."""
     extractor: Literal["inception", "random-inception"] = "inception"
     """Features of fid, kid and pr."""
+    pr_features: Literal["inception", "vgg16"] = "inception"
+    """Features of precision and recall; vgg16 is the reference code's, inception takes `extractor`."""
+    pr_precision: Literal["fp32", "fp16"] = "fp32"
+    """Arithmetic of the distances of precision and recall; fp16 is the reference code's."""
     tap: Literal[64, 192, 768, 2048] = 2048
     """[channels] Width of the feature layer."""
     seeds: Count = 5
@@ -241,6 +245,8 @@ class Weights:
     """VGG16 trunk and LPIPS heads."""
     inception: str | None = None
     """Inception of FID, KID, precision and recall."""
+    vgg16: str | None = None
+    """VGG16 of precision and recall."""
     features: str | None = None
     """Feature network of the projected discriminator."""
     perceptual: str | None = None

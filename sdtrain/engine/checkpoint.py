@@ -72,14 +72,26 @@ def save_checkpoint(
     `shared` is written by the main rank, `ghosts` by the rank that owns them. Raises `RunError` on every rank when any
     rank could not write (disk full, folder gone); earlier checkpoints are untouched then.
     """
-    final, tmp = root / f"img_{seen_img:09d}", root / f".writing-img_{seen_img:09d}"
+    final = write_folder(root, seen_img, shared, state, ghosts)
+    together(lambda: _tidy(root, final, keep) if is_main() else None, final)
+    return final
+
+
+def write_folder(
+    root: Path,
+    seen_img: int,
+    shared: Mapping[str, Mapping[str, Tensor]],
+    state: Mapping[str, Any] | None = None,
+    ghosts: Mapping[int, Mapping[str, Tensor]] | None = None,
+) -> Path:
+    """Write ROOT/img_... with all ranks, marker last; one of that name is replaced. Raises as `save_checkpoint`."""
+    final, tmp, ghosts = root / f"img_{seen_img:09d}", root / f".writing-img_{seen_img:09d}", ghosts or {}
     needed = sum(t.nbytes for tensors in [*shared.values(), *ghosts.values()] for t in tensors.values())
-    _together(lambda: _begin(tmp) if is_main() else None, tmp, needed)
+    together(lambda: _begin(tmp) if is_main() else None, tmp, needed)
     mine = (shared, state) if is_main() else ({}, None)
-    files = _together(lambda: _write_files(tmp, mine[0], ghosts, mine[1]), tmp, needed)
+    files = together(lambda: _write_files(tmp, mine[0], ghosts, mine[1]), tmp, needed)
     listed = {name: facts for part in files for name, facts in part.items()}
-    _together(lambda: _commit(tmp, final, listed) if is_main() else None, tmp, needed)
-    _together(lambda: _tidy(root, final, keep) if is_main() else None, tmp, needed)
+    together(lambda: _commit(tmp, final, listed) if is_main() else None, tmp, needed)
     return final
 
 
@@ -122,8 +134,11 @@ def _write_files(
     return {name: digest(folder / name) for name in names}
 
 
-def _together(action: Callable[[], Any], folder: Path, needed: int) -> list[Any]:
-    """Run `action` on every rank, and wait for all; if it failed on one, all raise the same error."""
+def together(action: Callable[[], Any], folder: Path, needed: int = 0) -> list[Any]:
+    """Run `action` on every rank, and wait for all; if it failed on one, all raise the same `RunError`.
+
+    An unfinished `folder` is removed then; `needed` bytes are part of the message.
+    """
     mine, problem = None, None
     try:
         mine = action()
@@ -131,7 +146,7 @@ def _together(action: Callable[[], Any], folder: Path, needed: int) -> list[Any]
         problem = f"{error.strerror or error}"
     results = gather_objects((mine, problem, needed))
     if problem := next((p for _, p, _ in results if p), None):
-        if is_main():
+        if is_main() and folder.name.startswith(".writing-"):
             shutil.rmtree(folder, ignore_errors=True)
         raise RunError(_cannot_write(folder, problem, max(n for _, _, n in results)))
     return [result for result, _, _ in results]
@@ -140,8 +155,9 @@ def _together(action: Callable[[], Any], folder: Path, needed: int) -> list[Any]
 def _cannot_write(folder: Path, problem: str, needed: int) -> str:
     there = next(path for path in folder.parents if path.exists())
     free = shutil.disk_usage(there).free
+    kind = folder.parent.name.removesuffix("s")  # checkpoint or snapshot
     return (
-        f"cannot write the checkpoint {folder.name.removeprefix('.writing-')} in {folder.parent}: {problem}; it needs "
+        f"cannot write the {kind} {folder.name.removeprefix('.writing-')} in {folder.parent}: {problem}; it needs "
         f"{needed} bytes ({needed / 1e9:.3f} GB), {free} bytes ({free / 1e9:.3f} GB) are free; earlier checkpoints are "
         "untouched; free some space and start the same command again"
     )

@@ -8,6 +8,7 @@
       tensorboard/       the same scalars, image grids, figures
       samples/           fixed-latent grids
       checkpoints/       see checkpoint.py
+      snapshots/         see snapshots.py
       best/              best-by-validation weights and the metrics that chose them
 
 Only the main rank writes.
@@ -35,6 +36,7 @@ class RunFolder:
     def __init__(self, path: Path, tensorboard: bool = True) -> None:
         self.path = path
         self.checkpoints = path / "checkpoints"
+        self.snapshots = path / "snapshots"
         self.metrics = path / "metrics.jsonl"
         self._tensorboard = tensorboard
         self._board: Any = None

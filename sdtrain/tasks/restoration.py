@@ -4,7 +4,8 @@
     best/metrics.json               what chose it
     best/STAGE_G.safetensors        the same for each stage; STAGE_last_G, STAGE_last_D: how the stage ended
     samples/strips_*.png            LQ | bicubic | student | teacher | HQ, with the busiest part enlarged below
-    samples/d_outputs_*.png, .json  P(real) of D_T and D_S on images of the student (Figures 2 and 3 of SDAKD)
+    samples/d_outputs_*.png, .json  P(real) of D_T and D_S on images of the student (Figures 2 and 3 of SDAKD);
+                                    D_T_judge is the judge of Ablations 1 to 3
     inputs/SPLIT.safetensors        the fixed low-quality inputs
 """
 
@@ -16,7 +17,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -33,6 +34,7 @@ from sdtrain.tasks import sr_pictures
 from sdtrain.tasks.validation import HIGHER_IS_BETTER, Upscale, ValidationList
 
 if TYPE_CHECKING:
+    from sdtrain.methods.sdakd.options import Loaded
     from sdtrain.run import Run
 
 Values = Mapping[str, float]
@@ -44,7 +46,8 @@ class RestorationTask(Task):
 
     def __init__(self, run: Run) -> None:
         assert isinstance(run.method, Restoration)
-        self.run, self.config, self.method = run, run.config, run.method
+        self.run, self.method = run, run.method
+        self.config = cast("Loaded", run.config)  # every method of this task has these keys
         self.lists: dict[str, ValidationList] = {}
         self.best: dict[str, Tensors] = {}  # net -> weights that validation liked best in this stage
 
@@ -205,7 +208,7 @@ class RestorationTask(Task):
         return bool(gather_objects(len(found))[0])
 
     def _upscaler(self, split: str, net: nn.Module) -> Upscale:
-        return lambda i, factor: self.of(split).upscale(net, i, factor)
+        return lambda i, setting: self.of(split).upscale(net, i, setting)
 
     def best_network(self) -> nn.Module:
         """A copy of the average with the best weights of the last stage (its last weights where nothing was chosen)."""
@@ -243,23 +246,32 @@ class RestorationTask(Task):
         barrier()
 
     def sheet(self, images: ValidationList, nets: Sequence[nn.Module]) -> Tensor:
-        """LQ, bicubic, what each network makes of it, HQ: one row an image, uint8 [3, H, W]."""
-        count, factor = min(self.config.validation.strips, len(images)), images.factors[-1]
+        """LQ, bicubic, what each network makes of it, HQ, under their names: one row an image, uint8 [3, H, W].
+
+        Of several degradations the first is shown, of several factors the largest.
+        """
+        count = min(self.config.validation.strips, len(images))
+        setting = [setting for setting in images.settings if setting.lq == images.settings[0].lq][-1]
         rows = []
         for i in range(0, len(images), len(images) // count)[:count]:
-            made = [images.bicubic(i, factor), *(images.upscale(net, i, factor) for net in nets)]
-            rows.append(sr_pictures.strip([images.lq(i, factor), *(m[0].cpu() for m in made), images.hq(i)]))
-        return torch.cat(rows, 1)
+            made = [images.bicubic(i, setting), *(images.upscale(net, i, setting) for net in nets)]
+            rows.append(sr_pictures.strip([images.lq(i, setting), *(m[0].cpu() for m in made), images.hq(i)]))
+        names = [f"LQ 1/{setting.factor}, {setting.lq}", f"bicubic x{setting.factor}", "student", "teacher"]
+        return sr_pictures.headed(torch.cat(rows, 1), [*names[: 2 + len(nets)], "HQ"])
 
     def histograms(self) -> None:
         """P(real) of every discriminator on images of the student from the first training images of a fixed order."""
         run, seen = self.run, self.run.seen_img
-        names = {"D_T": "D_T", "D": "D_S"}
+        judge = self.config.adversary == "teacher"  # it has the teacher's width, and starts from D_T
+        names = {"D_T": "D_T", "D": "D_T_judge" if judge else "D_S"}
         found = {names[name]: self.d_outputs(run.nets[name]) for name in names if name in run.nets}
         counts = {name: sr_pictures.histogram(values) for name, values in found.items()}
         record = {name: {"probabilities": found[name], "counts": counts[name]} for name in found}
         run.folder.write_json(f"samples/d_outputs_{seen:09d}.json", {"seen_img": seen, **record})
-        run.folder.image("d_outputs", sr_pictures.bars(counts), seen)
+        if is_main():
+            about = f"{len(self.training_images())} images of the student"
+            title = f"Discriminators on {about}, stage {self.stage}, {seen:,} images seen"
+            run.folder.image("d_outputs", sr_pictures.bars(counts, title), seen)
         for name, values in found.items():
             run.folder.histogram(f"d_outputs/{name}", torch.tensor(values), seen)
 

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 SIDE = 192  # of a tile
 ZOOM = 3
 BINS = 20
+HEADER = 28
 
 
 def tile(image: Tensor, window: tuple[int, int, int]) -> Tensor:
@@ -60,18 +61,35 @@ def histogram(probabilities: Sequence[float]) -> list[int]:
     return np.histogram(np.asarray(probabilities), bins=BINS, range=(0.0, 1.0))[0].tolist()
 
 
-def bars(counts: dict[str, list[int]]) -> Any:
-    """One row of bars a discriminator, 0 on the left and 1 on the right: uint8 [H, W, 3]."""
-    width, height = 12 * BINS, 90
-    sheet = np.full((height * len(counts), width, 3), 255, np.uint8)
-    for row, values in enumerate(counts.values()):
-        base, top = (row + 1) * height - 4, max(max(values), 1)
-        sheet[base : base + 1] = 0
-        sheet[row * height : base, width // 2] = 200
-        for i, value in enumerate(values):
-            tall = round((height - 12) * value / top)
-            sheet[base - tall : base, i * 12 + 1 : i * 12 + 11] = (60, 90, 160)
-    return sheet
+def headed(sheet: Tensor, names: Sequence[str]) -> Tensor:
+    """A sheet of strips [3, H, W] uint8 below a row that names its columns: [3, HEADER + H, W]."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    band = Image.new("RGB", (sheet.shape[2], HEADER), "white")
+    write, font = ImageDraw.Draw(band), ImageFont.load_default(15)
+    for column, name in enumerate(names):
+        write.text(((column + 0.5) * SIDE, HEADER / 2), name, fill="black", font=font, anchor="mm")
+    return torch.cat([torch.from_numpy(np.array(band)).permute(2, 0, 1), sheet], 1)
+
+
+def bars(counts: dict[str, list[int]], title: str) -> Any:
+    """The histogram of each discriminator, one below the other on one axis of P(real): uint8 [H, W, 3]."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 0.9 + 1.9 * len(counts)), dpi=110, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.subplots(len(counts), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
+    left, top = np.arange(BINS) / BINS, max(1, *(max(values) for values in counts.values()))
+    for i, (ax, (name, values)) in enumerate(zip(axes, counts.items())):
+        ax.bar(left, values, width=1 / BINS, align="edge", label=name, color=f"C{i}", edgecolor="white")
+        ax.axvline(0.5, color="grey", linewidth=0.8, linestyle=":")
+        ax.set(xlim=(0, 1), ylim=(0, 1.3 * top), ylabel="number of images")  # room for the name
+        ax.legend(loc="upper right")
+    axes[-1].set_xlabel("P(real)")
+    figure.suptitle(title, fontsize=10)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
 def as_hwc(image: Tensor) -> Any:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -28,14 +29,30 @@ from sdtrain.metrics.sr_metrics import psnr_y, ssim_y, to_uint8
 from sdtrain.rng import Draws
 from sdtrain.weights import load_weights
 
+if TYPE_CHECKING:
+    from sdtrain.contracts import Inputs
+    from sdtrain.methods.sdakd.options import Loaded
+
 HIGHER_IS_BETTER = ("psnr_y", "ssim_y")
-Upscale = Callable[[int, int], Tensor]  # (image number, factor) -> uint8 [1, 3, H, W]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way in which every image of a list was made small."""
+
+    name: str
+    """The factor, or the degradation where there are several of those."""
+    lq: str
+    factor: int
+
+
+Upscale = Callable[[int, Setting], Tensor]  # (image number, setting) -> uint8 [1, 3, H, W]
 
 
 class ValidationList:
-    """One split: `hq(i)` and `lq(i, factor)` as uint8, and `measure(upscale)`."""
+    """One split: `hq(i)` and `lq(i, setting)` as uint8, and `measure(upscale)`."""
 
-    def __init__(self, config: Any, split: str, inputs: Any, folder: Path, device: torch.device) -> None:
+    def __init__(self, config: Loaded, split: str, inputs: Inputs, folder: Path, device: torch.device) -> None:
         self.config, self.split, self.inputs, self.device = config, split, inputs, device
         self.options = config.validation
         source = getattr(config.data, split)
@@ -43,7 +60,9 @@ class ValidationList:
         if self.data.num_samples < 2:
             raise DataError(f"data.{split} {source} holds {self.data.num_samples} image; FID needs at least 2")
         self.faces = config.model.generator.kind == "gcfsr"
-        self.factors = tuple(self.options.factors) if self.faces else (inputs.scale,)
+        factors = tuple(self.options.factors) if self.faces else (inputs.scale,)
+        lqs = self.options.lqs
+        self.settings = [Setting(lq if len(lqs) > 1 else str(f), lq, f) for lq in lqs for f in factors]
         self.path = folder / "inputs" / f"{split}.safetensors"
 
     def __len__(self) -> int:
@@ -54,8 +73,8 @@ class ValidationList:
         image, step = read_image(self.data, i), self.inputs.scale
         return image[:, : image.shape[1] // step * step, : image.shape[2] // step * step]
 
-    def lq(self, i: int, factor: int) -> Tensor:
-        return self.stored[f"{i:05d}/{factor}"]
+    def lq(self, i: int, setting: Setting) -> Tensor:
+        return self.stored[f"{i:05d}/{setting.name}"]
 
     @cached_property
     def stored(self) -> dict[str, Tensor]:
@@ -66,31 +85,28 @@ class ValidationList:
 
         if is_main() and not self.path.is_file():
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            made = {f"{i:05d}/{f}": self._degraded(i, f) for i in range(len(self)) for f in self.factors}
+            made = {f"{i:05d}/{s.name}": self._degraded(i, s) for i in range(len(self)) for s in self.settings}
             write_bytes(self.path, save(made))
         barrier()
         content = self.path.read_bytes()
         self.lq_hash = hashlib.sha256(content).hexdigest()
         return load(content)
 
-    def _degraded(self, i: int, factor: int) -> Tensor:
+    def _degraded(self, i: int, setting: Setting) -> Tensor:
         """Image i made worse [3, h, w] uint8: by image, number and `validation.seed` alone."""
-        hq = self.hq(i).float() / 255
+        hq, how = self.hq(i).float() / 255, self.config.degradation
         if self.faces:
-            return to_uint8(gcfsr_test_small(hq[None], factor)[0])
-        o = self.options
-        return to_uint8(
-            fixed_lq(hq, str(i), o.seed, kind=o.lq, scale=factor, options=self.config.degradation)
-        )
+            return to_uint8(gcfsr_test_small(hq[None], setting.factor)[0])
+        return to_uint8(fixed_lq(hq, str(i), self.options.seed, kind=setting.lq, scale=setting.factor, options=how))
 
     @torch.no_grad()
-    def upscale(self, net: Any, i: int, factor: int) -> Tensor:
+    def upscale(self, net: Any, i: int, setting: Setting) -> Tensor:
         """What `net` makes of input i: uint8 [1, 3, H, W] on the device; layer noise is fixed by image and seed."""
         module = getattr(net, "module", net)
         was_training = module.training
         module.eval()
         try:
-            lq = self.lq(i, factor).to(self.device)[None].float() / 255
+            lq, factor = self.lq(i, setting).to(self.device)[None].float() / 255, setting.factor
             if not self.faces:
                 return to_uint8(module(lq))
             draws = Draws(seed=self.options.seed, step=0, ghosts=(i,), ghost_batch=1, device=self.device, path="val")
@@ -100,30 +116,33 @@ class ValidationList:
         finally:
             module.train(was_training)
 
-    def bicubic(self, i: int, factor: int) -> Tensor:
+    def bicubic(self, i: int, setting: Setting) -> Tensor:
         """The input enlarged by MATLAB's bicubic: what a student must beat."""
-        return to_uint8(imresize(self.lq(i, factor).to(self.device)[None].float() / 255, factor))
+        return to_uint8(imresize(self.lq(i, setting).to(self.device)[None].float() / 255, setting.factor))
 
     def measure(self, upscale: Upscale) -> dict[str, float]:
-        """All configured values; with several factors also NAME_FACTOR each, and NAME is their mean. Collective."""
-        names, values = self.options.names, dict[str, float]()
-        assert self.stored
-        for factor in self.factors:
-            found = self._measure_factor(upscale, factor)
-            values |= {f"{n}_{factor}": found[n] for n in names} if len(self.factors) > 1 else found
-        if len(self.factors) > 1:
-            means = {n: sum(values[f"{n}_{f}"] for f in self.factors) / len(self.factors) for n in names}
-            values = means | values
-        return values
+        """All configured values. Collective.
 
-    def _measure_factor(self, upscale: Upscale, factor: int) -> dict[str, float]:
+        Of several factors or degradations each has its NAME_FACTOR or NAME_DEGRADATION; NAME alone is the mean over
+        factors, or the value under the first degradation.
+        """
+        assert self.stored
+        found = {setting.name: self._measure(upscale, setting) for setting in self.settings}
+        first = next(iter(found.values()))
+        if len(found) == 1:
+            return first
+        means = {n: sum(values[n] for values in found.values()) / len(found) for n in first}
+        each = {f"{n}_{setting}": value for setting, values in found.items() for n, value in values.items()}
+        return (means if self.faces else first) | each
+
+    def _measure(self, upscale: Upscale, setting: Setting) -> dict[str, float]:
         singles = [n for n in self.options.names if n != "fid"]
         rows = torch.zeros(len(self), len(singles), dtype=torch.float64, device=self.device)
         features = torch.zeros(len(self), self.extractor.width if self.extractor else 0, device=self.device)
         for i in range(rank(), len(self), world()):
-            fake, real = upscale(i, factor), self.hq(i).to(self.device)[None]
+            fake, real = upscale(i, setting), self.hq(i).to(self.device)[None]
             for column, name in enumerate(singles):
-                rows[i, column] = self._single(name, fake, real, factor)
+                rows[i, column] = self._single(name, fake, real, setting.factor)
             if self.extractor:
                 features[i] = self.extractor(fake)[0]
         sum_over_ranks([rows])
@@ -172,9 +191,9 @@ class ValidationList:
             "split": self.split,
             "num_images": len(self),
             "real_hash": self.data.hash,
-            "lq": o.lq,
+            "lq": o.lqs[0] if len(o.lqs) == 1 else list(o.lqs),
             "lq_hash": self.lq_hash,
-            "factors": list(self.factors),
+            "factors": list(dict.fromkeys(setting.factor for setting in self.settings)),
             "seed": o.seed,
             "fid": self.extractor.identity if self.extractor else None,
             "lpips": f"alex, {self.config.weights.alex or 'download'}" if "lpips" in o.names else None,

@@ -121,7 +121,7 @@ def table(results: dict[str, list[dict[str, Any]]]) -> str:
             values = [r["student"][m] for r in found]
             spread = statistics.stdev(values) if len(values) > 1 else float("nan")
             cells.append(f"{statistics.fmean(values):12.4f} +-{spread:6.4f}")
-        judged = {k: [r["d"][k] for r in found if k in r.get("d", {})] for k in ("D_T", "D_S")}
+        judged = {k: [r["d"][k] for r in found if k in r.get("d", {})] for k in ("D_T", "D_S", "D_T_judge")}
         shown = "  ".join(f"{k} {statistics.fmean(v):.3f}" for k, v in judged.items() if v)
         lines.append(f"{name:<16}{len(found):>6}" + "".join(f"{c:>20}" for c in cells) + f"{shown:>26}")
     return "\n".join(lines)

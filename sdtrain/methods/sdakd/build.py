@@ -179,13 +179,13 @@ def narrowed(section: Any, C: Any, **how: Any) -> Any:
 
 
 def teacher_from(builder: Builder, path: str, which: Role, section: Any) -> nn.Module:
-    """A frozen network from a file (or the best of a run folder) that must be the one `section` describes.
+    """A frozen network from a file (or a run folder) that must be the one `section` describes.
 
     Raises WeightsError naming both when it is another network, another width or scale, or the other player.
     """
     role, player = ("G_ema", "Generator") if which == "generator" else ("D", "Discriminator")
     place = Path(path).expanduser()
-    file = file_of_run(place, role) if place.is_dir() else place
+    file = teacher_of_run(place, which, role) if place.is_dir() else place
     found = load_network(file)
     plain = getattr(importlib.import_module(f"sdtrain.models.{section.kind}.options"), f"{player}Options")
     options = plain(**{name: getattr(section, name) for name in plain.__dataclass_fields__})
@@ -194,6 +194,13 @@ def teacher_from(builder: Builder, path: str, which: Role, section: Any) -> nn.M
     module = builder.module(which, section, f"{role}/teacher")
     load_into(module, found.state, file)
     return freeze(module)
+
+
+def teacher_of_run(run: Path, which: Role, role: str) -> Path:
+    """What a run distilled itself: the best generator of its stage 1 and the last discriminator; else its only ones."""
+    names = {"generator": ("teacher_G", "teacher_last_G"), "discriminator": ("teacher_last_D",)}[which]
+    found = [file for name in names if (file := run / "best" / f"{name}.safetensors").is_file()]
+    return found[0] if found else file_of_run(run, role)
 
 
 def feature_mlp(seed: int, layer: str, student: Any, teacher: Any) -> nn.Module:

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 GENERATORS = ("rrdbnet", "srvgg", "gcfsr")
 DISCRIMINATORS = ("unet_sn", "gcfsr")
 FACTORS = (4, 64)
+NEEDS = (  # pixels
+    "the second-order degradation needs {} pixels; lower the upper end of degradation.kernel_size, raise the lower end "
+    "of degradation.resize_range1, or use larger images"
+)
 WIDTHS = ("num_feat", "num_grow_ch")
 
 
@@ -95,6 +99,9 @@ def _degradation(config: Loaded) -> Iterator[tuple[str, str]]:
         check_options(config.degradation)
     except ConfigError as error:
         yield "degradation", str(error)
+    need, source = smallest_side(config.degradation, scale_of(config)), config.degradation.source_size
+    if source < need:
+        yield "degradation.source_size", f"degradation.source_size {source} is too small: {NEEDS.format(need)}"
     size = config.degradation.pool_size
     problem = pool_problem(size, config.ghost_batch) if size else None
     if problem:
@@ -102,10 +109,13 @@ def _degradation(config: Loaded) -> Iterator[tuple[str, str]]:
 
 
 def _validation(config: Loaded) -> Iterator[tuple[str, str]]:
-    v = config.validation
-    if (config.model.generator.kind == "gcfsr") != (v.lq == "down_up"):
-        right = "down_up" if config.model.generator.kind == "gcfsr" else "second_order or bicubic"
-        yield "validation.lq", f"validation.lq {v.lq} does not feed {config.model.generator.kind}: use {right}"
+    v, faces = config.validation, config.model.generator.kind == "gcfsr"
+    wrong = [lq for lq in v.lqs if (lq == "down_up") != faces]
+    if wrong:
+        right = "down_up" if faces else "second_order or bicubic"
+        yield "validation.lq", f"validation.lq {wrong[0]} does not feed {config.model.generator.kind}: use {right}"
+    if not v.lqs or len(set(v.lqs)) < len(v.lqs):
+        yield "validation.lq", f"validation.lq is [{', '.join(v.lqs)}]: name at least one way, and each once"
     if v.select_by not in v.names:
         yield "validation.select_by", f"validation.select_by {v.select_by} is not measured: add it to validation.names"
     if config.eval_img and not config.data.val:
@@ -138,10 +148,10 @@ def data_problems(config: Loaded, dataset: Dataset) -> list[str]:
     ]
     crop, side = crop_of(config), dataset.resolution
     if side and side < crop:
-        found.append(
-            f"{dataset.source} holds images of {side} pixels, smaller than the crop of {crop}: "
-            "lower degradation.crop_size, or pack larger images"
-        )
+        said = f"{dataset.source} holds images of {side} pixels"
+        second = f"{said}, and {NEEDS.format(crop)}"
+        plain = f"{said}, smaller than the crop of {crop}: lower degradation.crop_size, or pack larger images"
+        found.append(second if config.lq == "second_order" else plain)
     if config.lq == "paired" and not dataset.paired:
         found.append(f"{dataset.source} lacks low-quality partners (KEY.lq.png): pack pairs, or choose another lq")
     return found + overlaps(config, dataset)

@@ -43,9 +43,9 @@ class Teacher:
     """Trained networks to distil, instead of stage 1."""
 
     generator: str | None = None
-    """File or run folder; null = stage 1 trains one."""
+    """File, or folder of a run that trained one (its best); null = stage 1 trains one."""
     discriminator: str | None = None
-    """File; null = stage 1 trains one, on the given generator if there is one."""
+    """File, or folder of such a run (its last); null = stage 1 trains one, on the given generator if there is one."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the teachers' forward passes."""
 
@@ -76,12 +76,16 @@ class Supervision:
     """Weight of the perceptual loss."""
 
 
+Lq = Literal["second_order", "bicubic", "down_up"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Validation:
     """What a super-resolution run measures after each epoch. Inputs are made once, stored and hashed."""
 
-    lq: Literal["second_order", "bicubic", "down_up"] = "second_order"
-    """How the low-quality images are made; down_up is GCFSR's. The paper does not say for Real-ESRGAN."""
+    lq: Lq | tuple[Lq, ...] = "second_order"
+    """How the low-quality images are made: one word or a list, whose first chooses the best weights and whose others
+    are measured too (psnr_y_bicubic, ...). down_up is GCFSR's. The paper does not say for Real-ESRGAN."""
     factors: tuple[Count, ...] = (16, 32, 64)
     """[times] GCFSR: one FID each; their mean chooses."""
     seed: int = 0
@@ -94,6 +98,11 @@ class Validation:
     """[images] Images shown as LQ | bicubic | student | teacher | HQ."""
     histogram_images: Count = 100
     """[images] Training images behind the histograms of D's outputs (Figures 2 and 3 of SDAKD)."""
+
+    @property
+    def lqs(self) -> tuple[Lq, ...]:
+        """`lq` as a list."""
+        return (self.lq,) if isinstance(self.lq, str) else self.lq
 
 
 @dataclass(frozen=True, kw_only=True)

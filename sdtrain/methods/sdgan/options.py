@@ -51,6 +51,8 @@ class Options:
     """Real and fake through D in two calls, or in one."""
     fake_labels: Literal["drawn", "real"] = "drawn"
     """Classes of fakes: drawn in the training set's proportions (official), or those of the real batch."""
+    snapshots: tuple[Fraction, ...] = (0.2, 0.4, 0.6, 0.8, 1.0)
+    """Shares of total_img after which the weights of G and G_ema are kept for good (Table 3); an empty list = none."""
 
 
 if TYPE_CHECKING:
