@@ -76,7 +76,7 @@ class RestorationTask(Task):
     def of(self, split: str) -> ValidationList:
         if split not in self.lists:
             run = self.run
-            self.lists[split] = ValidationList(run.config, split, self.method.inputs, run.folder.path, run.device)
+            self.lists[split] = ValidationList(self.config, split, self.method.inputs, run.folder.path, run.device)
         return self.lists[split]
 
     def evaluate(self, split: str) -> None:
