@@ -123,10 +123,10 @@ class Net(Protocol):
         """
 
     def state(self) -> dict[str, Tensor]:
-        """Whole tensors by official name, without the parts that come from a weights file. All ranks together."""
+        """Whole tensors [...] by official name, without the parts that come from a weights file. All ranks together."""
 
     def load(self, tensors: Tensors, where: str) -> None:
-        """Take over what `state` gave, by exact names and shapes. Raises `RunError` with `where`."""
+        """Take over what `state` gave, by exact names and shapes [...]. Raises `RunError` with `where`."""
 
     def follow(self, other: Net, beta: float) -> None:
         """theta <- beta * theta + (1 - beta) * theta_other, Eq. (1) of SD-GAN; buffers are copied."""
@@ -148,10 +148,10 @@ class Player(Protocol):
         """Optimizer state as whole tensors `PARAMETER/SLOT`. All ranks together."""
 
     def load_state(self, tensors: Tensors) -> None:
-        """Take over what `state` gave; a parameter that has nothing there starts afresh."""
+        """Take over what `state` gave, each slot [...] as its parameter; one that has nothing there starts afresh."""
 
     def gradients(self) -> list[Tensor]:
-        """What this rank holds of the gradients of a phase, between backward and step."""
+        """What this rank holds of a phase's gradients, [...] as the parameters, between backward and step."""
 
 
 class Meter(Protocol):
@@ -247,7 +247,7 @@ class Method:
         return {}
 
     def load_ghost_state(self, state: Mapping[int, Tensors], device: torch.device) -> None:
-        """Take over what `ghost_state` gave, for the ghosts of this rank."""
+        """Take over what `ghost_state` gave ({ghost: {name: [...]}}), for the ghosts of this rank."""
 
 
 class Inputs(Protocol):
@@ -259,10 +259,10 @@ class Inputs(Protocol):
     """What it wants from the stream."""
 
     def to_range(self, images: Tensor) -> Tensor:
-        """uint8 -> float32 in the generator's range."""
+        """uint8 [N, 3, H, W] -> float32 in the generator's range."""
 
     def signed(self, images: Tensor) -> Tensor:
-        """Images of the generator's range in [-1, 1]."""
+        """Images [N, 3, H, W] of the generator's range -> [-1, 1]."""
 
     def fixed(self, x: Chunk) -> Chunk:
         """`Method.prepare` without anything that remembers."""
@@ -312,7 +312,7 @@ class Task:
         return {}
 
     def load_tensors(self, tensors: Tensors) -> None:
-        """Take over what `tensors` gave."""
+        """Take over what `tensors` gave, {name: [...]}."""
 
     def finish(self) -> None:
         """The end of the run: last pictures, the test list."""

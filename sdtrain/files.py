@@ -141,7 +141,7 @@ def write_json(path: Path, value: Any, default: Callable[[Any], Any] | None = No
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors of any shape as .safetensors, from whatever device they are on."""
+    """Write tensors [...] of any shape as .safetensors, from whatever device they are on."""
     from safetensors.torch import save
 
     own = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()}

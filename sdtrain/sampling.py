@@ -13,7 +13,7 @@ from sdtrain.rng import Draws
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """[-1, 1] -> uint8 as the official tools do: clamp(x * 127.5 + 128, 0, 255), truncated."""
+    """[...] in [-1, 1] -> uint8 as the official tools do: clamp(x * 127.5 + 128, 0, 255), truncated."""
     return (images.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8)
 
 
@@ -68,6 +68,7 @@ def sampler(
     """A function from sample indices to uint8 images [N, 3, R, R] on the CPU."""
 
     def sample(indices: Sequence[int]) -> Tensor:
+        """uint8 [len(indices), 3, R, R] on the CPU."""
         parts = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
         more = {"seed": seed, "class_counts": class_counts, "device": device, **style}
         return torch.cat([to_uint8(generate(module, part, **more)).cpu() for part in parts])

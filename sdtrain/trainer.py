@@ -57,8 +57,8 @@ class Trainer:
     def enter(self, stage: Stage, best: Mapping[str, Tensors] | None = None) -> None:
         """Make the stage's players, with fresh optimizers.
 
-        `best` holds the weights that validation chose in the stage before, by network; None = go on inside the stage,
-        where every network keeps what it has.
+        `best` ({net: {name: [...]}}) holds the weights that validation chose in the stage before; None = go on inside
+        the stage, where every network keeps what it has.
         """
         self.stage = stage
         if best is not None:
@@ -68,7 +68,10 @@ class Trainer:
         self.engine.begin(stage, self.starts[stage.name], self.nets, self.method.lazy())
 
     def take_starts(self, stage: Stage, best: Mapping[str, Tensors]) -> None:
-        """Weights that networks begin the stage with; all are looked up before any is replaced."""
+        """Weights that networks begin the stage with; all are looked up before any is replaced.
+
+        `best`: {net: {name: [...]}}. Raises RunError for weights of another network.
+        """
         found: dict[str, Tensors] = {}
         for name, start in stage.starts.items():
             if start.best and start.net in best:

@@ -89,7 +89,10 @@ PRESETS: dict[str, dict[str, float]] = {
 
 
 def preset(name: str, options: AdaOptions | None = None) -> AdaOptions:
-    """Options with the multipliers of a named pipeline ('bgc' is the official default of ADA, 'r3gan' of R3GAN)."""
+    """Options with the multipliers of a named pipeline ('bgc' is the official default of ADA, 'r3gan' of R3GAN).
+
+    Raises ConfigError for a name that does not exist.
+    """
     if name not in PRESETS:
         raise ConfigError(f"augmentation pipeline '{name}' is unknown; choose one of {', '.join(PRESETS)}")
     multipliers: dict[str, Any] = dict(PRESETS[name])
@@ -136,6 +139,7 @@ class Chance:
         return self._drawn().uniform(name, *shape)
 
     def normal(self, name: str, *shape: int) -> Tensor:
+        """[N, *shape], standard normal."""
         if self.normal_quantile is not None:
             return self.p.new_full((self.num, *shape), self.normal_quantile)
         return self._drawn().normal(name, *shape)
@@ -145,6 +149,7 @@ class Chance:
         return self.chosen(name, multiplier * self.p, value, neutral)
 
     def chosen(self, name: str, probability: Tensor, value: Tensor, neutral: float) -> Tensor:
+        """`value` [N, ...] for samples whose draw is below `probability`, a scalar in [0, 1]; `neutral` elsewhere."""
         if self.quantile is not None:
             return value
         hit = self._drawn().uniform(f"{name}/gate") < probability
@@ -242,6 +247,7 @@ def band_gains(o: AdaOptions, chance: Chance) -> Tensor:
 
 
 def add_noise(o: AdaOptions, images: Tensor, chance: Chance) -> Tensor:
+    """Images [N, C, H, W] plus normal noise of a sigma |N(0, noise_std)| that each sample draws; not clamped."""
     if chance.quantile is None:
         sigma = chance.gated("noise", o.noise, chance.normal("noise").abs() * o.noise_std, 0)
     else:
@@ -253,7 +259,7 @@ def add_noise(o: AdaOptions, images: Tensor, chance: Chance) -> Tensor:
 
 
 def cut_out(o: AdaOptions, images: Tensor, chance: Chance) -> Tensor:
-    """Black out a square with its centre anywhere in the image."""
+    """Set a square with its centre anywhere in the image to 0, grey in [-1, 1]: [N, C, H, W] -> the same shape."""
     height, width = images.shape[2:]
     size = chance.gated("cutout", o.cutout, chance.p.new_full((chance.num,), o.cutout_size), 0)[:, None] / 2
     centre = chance.uniform("cutout", 2)
@@ -296,6 +302,10 @@ class AdaPipe(nn.Module):
             return self.augmented(images.float(), chance)
 
     def augmented(self, x: Tensor, chance: Chance) -> Tensor:
+        """The pipeline on [N, C, H, W] float32 in [-1, 1] -> the same shape, not clamped.
+
+        Raises DataError for a number of channels or a size that a transform cannot take.
+        """
         o = self.options
         if any(getattr(o, name) for name in (*_BLIT, *_GEOM)):
             g_inv = inverse_geometry(o, chance, x.shape[3], x.shape[2])

@@ -22,14 +22,17 @@ def matrix(rows: Sequence[Sequence[Tensor | float]], like: Tensor) -> Tensor:
 
 
 def scaling(sx: Tensor, sy: Tensor) -> Tensor:
+    """Maps that multiply x by sx [N] and y by sy [N]: -> [N, 3, 3]."""
     return matrix([[sx, 0, 0], [0, sy, 0], [0, 0, 1]], sx)
 
 
 def shift(tx: Tensor, ty: Tensor) -> Tensor:
+    """Maps that add tx [N] to x and ty [N] to y: -> [N, 3, 3]."""
     return matrix([[1, 0, tx], [0, 1, ty], [0, 0, 1]], tx)
 
 
 def rotation(angle: Tensor) -> Tensor:
+    """Maps that turn x towards y by `angle` [N] in radians: -> [N, 3, 3]."""
     cos, sin = angle.cos(), angle.sin()
     return matrix([[cos, -sin, 0], [sin, cos, 0], [0, 0, 1]], angle)
 
@@ -48,7 +51,10 @@ def grey_rotation(angle: Tensor) -> Tensor:
 
 
 def apply_color(images: Tensor, c: Tensor) -> Tensor:
-    """[N, 3 or 1, H, W] under the matrices [N, 4, 4]; a grey image takes the mean over the rows."""
+    """[N, 3 or 1, H, W] under the matrices [N, 4, 4]; a grey image takes the mean over the rows.
+
+    Raises DataError for another number of channels.
+    """
     n, channels, height, width = images.shape
     flat = images.reshape(n, channels, height * width)
     if channels == 3:
@@ -66,18 +72,21 @@ class _Sample(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, images: Tensor, grid: Tensor) -> Tensor:
+        """Images [N, C, H, W], grid [N, h, w, 2] in [-1, 1] -> [N, C, h, w]."""
         ctx.save_for_backward(grid)
         ctx.size = images.shape
         return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
     @staticmethod
     def backward(ctx, slope: Tensor) -> tuple[Tensor, None]:
+        """Slope of the result [N, C, h, w] -> slope of the images [N, C, H, W]; the grid is a constant."""
         return _SampleAdjoint.apply(slope, ctx.saved_tensors[0], ctx.size), None
 
 
 class _SampleAdjoint(torch.autograd.Function):
     @staticmethod
     def forward(ctx, slope: Tensor, grid: Tensor, size: torch.Size) -> Tensor:
+        """Slope [N, C, h, w], grid [N, h, w, 2] in [-1, 1] -> slope of the images, of `size` [N, C, H, W]."""
         ctx.save_for_backward(grid)
         images = slope.new_empty(size)  # the kernel wants it for the grid's gradient, which is not asked for
         kernel = torch.ops.aten.grid_sampler_2d_backward
@@ -85,6 +94,7 @@ class _SampleAdjoint(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, slope: Tensor) -> tuple[Tensor, None, None]:
+        """Slope of the adjoint's result [N, C, H, W] -> [N, C, h, w]; the grid is a constant."""
         return _Sample.apply(slope, ctx.saved_tensors[0]), None, None
 
 
@@ -129,6 +139,7 @@ def _grid(g_inv: Tensor, source: torch.Size, target: tuple[int, int, int, int], 
     like = g_inv[:, 0, 0]
 
     def fixed(a: float, b: float, make: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """One map for all samples: [N, 3, 3]."""
         return make(torch.full_like(like, a), torch.full_like(like, b))
 
     to_source = fixed(-0.25 + dx, -0.25 + dy, shift)
@@ -140,7 +151,10 @@ def _grid(g_inv: Tensor, source: torch.Size, target: tuple[int, int, int, int], 
 
 
 def apply_filter(images: Tensor, kernels: Tensor) -> Tensor:
-    """Filter [N, C, H, W] along both axes with each sample's own zero-phase kernel [N, K]."""
+    """Filter [N, C, H, W] along both axes with each sample's own zero-phase kernel [N, K].
+
+    Raises DataError for sides that the reflection of K // 2 pixels does not fit into.
+    """
     n, channels, height, width = images.shape
     reach = kernels.shape[1] // 2
     if min(height, width) <= reach:

@@ -130,7 +130,7 @@ def diff_augment(
 def blur(x: Tensor, sigma: float) -> Tensor:
     """ProjectedGAN's fading blur: separable 2^-(i/sigma)^2 over |i| <= int(3 sigma), normalised, zero padded.
 
-    Off in the official recipe (blur_init_sigma 0); below one tap it returns x.
+    [N, C, H, W] -> the same shape. Off in the official recipe (blur_init_sigma 0); below one tap it returns x.
     """
     radius = int(3 * sigma)
     if radius < 1:

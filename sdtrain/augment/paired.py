@@ -104,7 +104,7 @@ def affine_grid(maps: Tensor, like: Tensor) -> Tensor:
 
 
 def warp(images: Tensor, grid: Tensor, padding: str) -> Tensor:
-    """Resample in fp32 and return the images' own data type."""
+    """[N, C, H, W] at grid [N, h, w, 2] (the image is [-1, 1]) -> [N, C, h, w], in fp32; the images' data type."""
     with torch.autocast(images.device.type, enabled=False):
         out = F.grid_sample(images.float(), grid.float(), mode="bilinear", padding_mode=padding, align_corners=False)
     return out.to(images.dtype)

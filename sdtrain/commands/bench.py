@@ -86,7 +86,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def configurations(args: argparse.Namespace) -> dict[str, Any]:
-    """The configuration of each variant, before torch is imported. Frozen networks are random: time is the same."""
+    """The configuration of each variant, before torch is imported. Frozen networks are random: time is the same.
+
+    Raises ConfigError for unknown variants, no steps, or a method without self-distillation.
+    """
     from sdtrain.config.load import load_config
 
     names = [name.strip() for name in args.variants.split(",") if name.strip()]

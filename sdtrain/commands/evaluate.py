@@ -144,7 +144,10 @@ def weights_needed(args: argparse.Namespace) -> dict[str, str]:
 
 
 def subject(args: argparse.Namespace, device: Any) -> tuple[Callable[[list[int]], Tensor], dict[str, Any]]:
-    """A function from indices to uint8 images, and what is known of it: `num`, maybe `real`, `latents_seed`, `row`."""
+    """A function from indices to uint8 images [N, 3, H, W], and what is known of it.
+
+    That is `num`, maybe `real`, `latents_seed`, `row`.
+    """
     path = Path(args.path)
     if is_generator(path):
         return sampler_for(path, device, args.seed, args.weights, allow_pipe=args.allow_pipe)
@@ -155,6 +158,7 @@ def subject(args: argparse.Namespace, device: Any) -> tuple[Callable[[list[int]]
     chosen = subset(images.num_samples, args.num)  # not the first ones: folders are often sorted by class
 
     def read(indices: list[int]) -> Tensor:
+        """uint8 [N, 3, H, W] of the chosen images with these indices."""
         return next(batches(images, [chosen[i] for i in indices], len(indices), 0))
 
     return read, {"num": images.num_samples}
@@ -163,7 +167,7 @@ def subject(args: argparse.Namespace, device: Any) -> tuple[Callable[[list[int]]
 def sampler_for(
     path: Path, device: Any, seed: int, weights: str, **more: Any
 ) -> tuple[Callable[[list[int]], Tensor], dict[str, Any]]:
-    """The sampler of a run or checkpoint."""
+    """The sampler of a run or checkpoint: from indices to uint8 images [N, 3, R, R]."""
     from sdtrain.commands.sample import open_sampler
 
     sample_fn, info = open_sampler(path, device, seed=seed, weights=weights, **more)

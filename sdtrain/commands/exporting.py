@@ -58,7 +58,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Returns 0; what is wrong with --out is said before the network is read."""
+    """Returns 0; what is wrong with --out is said before the network is read.
+
+    Raises ConfigError for a place that cannot be written, WeightsError for a network that cannot be exported so.
+    """
     out = target(args.out, args.format)
     if reason := why_unwritable(out.parent):
         raise ConfigError(f"--out {args.out}: {reason}; choose another place")
@@ -108,7 +111,10 @@ def export(network: Network, path: Path, form: str = "official", layout: str = "
 
 
 def export_official(network: Network, path: Path, layout: str = "current") -> Path:
-    """Flat state dict with official names, checked to load strictly, and the card FILE.json beside it."""
+    """Flat state dict with official names, checked to load strictly, and the card FILE.json beside it.
+
+    Raises WeightsError where `layout` legacy is asked of anything but a StyleNAT generator.
+    """
     from sdtrain.files import write_json
     from sdtrain.interop.pth import save_pth
 
@@ -183,7 +189,10 @@ def require_onnx() -> None:
 
 
 def export_onnx(network: Network, path: Path) -> Path:
-    """Trace the network with torch's exporter, batch size free; compare with onnxruntime where that is installed."""
+    """Trace the network with torch's exporter, batch size free; compare with onnxruntime where that is installed.
+
+    Raises WeightsError for GCFSR, whose factor the export does not offer.
+    """
     import torch
 
     if network.kind == "gcfsr":

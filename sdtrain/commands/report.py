@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Everything that can be wrong with the arguments, before torch is imported."""
+    """Raises ConfigError for everything that can be wrong with the arguments, before torch is imported."""
     if args.out.suffix not in (*tables.PAGES, ".png"):
         raise ConfigError(f"--out {args.out} ends in neither .md, .html, .tex (a page) nor .png (the curves)")
     if args.latents < 2 or args.batch < 1:
@@ -224,7 +224,10 @@ def interplay(run: Written, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def draw(runs: list[Written], extremes: list[tuple[Written, Any]], args: Any, notes: list[str]) -> list[Path]:
-    """The pictures that were written. Tables do without them where matplotlib cannot be imported."""
+    """The pictures that were written. Tables do without them where matplotlib cannot be imported.
+
+    Raises ConfigError when they cannot be written.
+    """
     try:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         from sdtrain.commands import plots
@@ -245,6 +248,7 @@ def draw(runs: list[Written], extremes: list[tuple[Written, Any]], args: Any, no
 
 
 def write(path: Path, page: str) -> None:
+    """Write the page. Raises ConfigError when that fails."""
     from sdtrain.files import write_bytes
 
     try:

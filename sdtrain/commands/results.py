@@ -117,7 +117,10 @@ def read(path: Path, file: Path, name: str, notes: list[str]) -> list[Written]:
 
 
 def objects(file: Path, left_out: Counter[str]) -> Iterator[dict[str, Any]]:
-    """The rows that are JSON objects whose words are words; the others are counted."""
+    """The rows that are JSON objects whose words are words; the others are counted.
+
+    Raises RunError when the file cannot be read.
+    """
     try:
         lines = file.read_bytes().splitlines()
     except OSError as error:

@@ -92,7 +92,10 @@ def _device(name: str) -> Any:
 
 
 def check(args: argparse.Namespace) -> list[int]:
-    """Everything that can be wrong with the arguments, before torch is imported; the indices asked for."""
+    """The indices asked for. Everything else that can be wrong is found too, before torch is imported.
+
+    Raises ConfigError for the first argument that cannot be.
+    """
     if not args.path.exists():
         raise ConfigError(f"there is nothing at {args.path}; give a run folder, a checkpoint folder or a weights file")
     if args.num is not None and args.num < 1 or args.batch < 1 or args.fps < 1:
@@ -164,7 +167,10 @@ def images(source: Source, indices: list[int], args: argparse.Namespace) -> str:
 
 
 def mixing_grid(source: Source, indices: list[int], args: argparse.Namespace) -> str:
-    """Row styles with `--mixing-layers` of the column's style; the first row and column show the styles themselves."""
+    """Row styles with `--mixing-layers` of the column's style; the first row and column show the styles themselves.
+
+    Raises ConfigError for a generator without styles, or without the layers asked for.
+    """
     import torch
 
     from sdtrain.sampling import grid

@@ -155,6 +155,7 @@ def interplay(run: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Figure 6: of many latents the largest and smallest LPIPS(G, G_ema), and of each the lowest and highest D logits.
 
     Images are those of G_ema; G belongs to the same checkpoint and has the same noise. No augmentation.
+    Raises RunError for a run without a complete checkpoint.
     """
     device = device_of(args)
     checkpoint, refused = newest(run / "checkpoints")
@@ -177,7 +178,10 @@ def interplay(run: Path, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def quadrant(D: Any, teacher: Source, indices: list[int], scores: Tensor) -> dict[str, Any]:
-    """The images with the lowest and with the highest logits among `indices`, left to right."""
+    """The images with the lowest and with the highest logits among `indices`, left to right.
+
+    `scores` [num_latents]: LPIPS distances of all latents. The images are uint8 [2 PER_QUADRANT, R, R, 3].
+    """
     logits: list[Tensor] = []
     for first in range(0, len(indices), D_BATCH):
         part = indices[first : first + D_BATCH]

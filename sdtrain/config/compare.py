@@ -75,7 +75,10 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def read_tree(path: Path) -> Tree:
-    """The plain tree of a written `config.yaml`, without checking its keys: it may come from another version."""
+    """The plain tree of a written `config.yaml`, without checking its keys: it may come from another version.
+
+    Raises ConfigError for a file that cannot be read as one.
+    """
     source = read_with_bases(path)
     if source.problems:
         raise ConfigError(report(source.problems))

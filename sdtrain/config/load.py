@@ -53,7 +53,7 @@ def _permissions(source: Source) -> Iterable[str]:
 
 
 def resolve(source: Source, world: int | None = None) -> Any:
-    """Check a source and build the frozen `Config`."""
+    """Check a source and build the frozen `Config`. Raises one ConfigError that lists everything wrong."""
     problems, schema = _choices(source)
     config, found = _validate(schema.cls, source)
     problems = {**found, **problems}

@@ -34,7 +34,10 @@ SPAN = re.compile(rf"{AMOUNT}(?:([kM])(i|img)?)?(?: (epoch|step|image)s?)?")
 
 
 def parse_span(value: Any) -> Any:
-    """A stretch of training as text: '30 epochs', '500 steps', '1.4M images'; 64ki and 64kimg are images by name."""
+    """A stretch of training as text: '30 epochs', '500 steps', '1.4M images'; 64ki and 64kimg are images by name.
+
+    Raises ValueError for anything else, and for a number without its unit.
+    """
     text = str(value).strip() if isinstance(value, (int, float, str)) and not isinstance(value, bool) else ""
     match = SPAN.fullmatch(text)
     if match is None or (match[3] == "img" and match[4] in ("epoch", "step")):

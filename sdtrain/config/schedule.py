@@ -15,7 +15,10 @@ POSITION = re.compile(r"(\d+(?:\.\d+)?)(%|(?:([kM])(?:i|img)?))?")
 
 
 def parse_position(value: Any) -> Any:
-    """A place on the clock as text: images ('0', '20Mi') or a share of the stage ('70%')."""
+    """A place on the clock as text: images ('0', '20Mi') or a share of the stage ('70%').
+
+    Raises ValueError for anything else.
+    """
     text = str(value) if isinstance(value, (int, float, str)) and not isinstance(value, bool) else ""
     if POSITION.fullmatch(text) is None:
         raise ValueError("write images, such as 0 or 20Mi, or a share of the stage, such as 70%")

@@ -42,6 +42,7 @@ class _Loader(yaml.SafeLoader):
     depth = values = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
+        """The next node. Raises MarkedYAMLError for too many, an alias, or text that is none."""
         self.depth += 1
         self.values += 1
         problem = self.excess()

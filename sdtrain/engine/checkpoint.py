@@ -53,6 +53,7 @@ class Checkpoint:
     state: dict[str, Any]
 
     def tensors(self, name: str) -> dict[str, Tensor]:
+        """Those of one file, [...] by official name, on the CPU."""
         return load_tensors(self.path / f"{name}.safetensors")
 
     def has(self, name: str) -> bool:
@@ -69,8 +70,9 @@ def save_checkpoint(
 ) -> Path:
     """Write one checkpoint with all ranks and drop the oldest beyond `keep` (0 keeps all), newest verified first.
 
-    `shared` is written by the main rank, `ghosts` by the rank that owns them. Raises `RunError` on every rank when any
-    rank could not write (disk full, folder gone); earlier checkpoints are untouched then.
+    `shared` ({file: {name: [...]}}) is written by the main rank, `ghosts` ({ghost: {name: [...]}}) by the rank that
+    owns them. Raises `RunError` on every rank when any rank could not write (disk full, folder gone); earlier
+    checkpoints are untouched then.
     """
     final = write_folder(root, seen_img, shared, state, ghosts)
     together(lambda: _tidy(root, final, keep) if is_main() else None, final)
@@ -84,7 +86,10 @@ def write_folder(
     state: Mapping[str, Any] | None = None,
     ghosts: Mapping[int, Mapping[str, Tensor]] | None = None,
 ) -> Path:
-    """Write ROOT/img_... with all ranks, marker last; one of that name is replaced. Raises as `save_checkpoint`."""
+    """Write ROOT/img_... with all ranks, marker last; one of that name is replaced. Raises as `save_checkpoint`.
+
+    `shared`: {file: {name: [...]}}, `ghosts`: {ghost: {name: [...]}}; any shapes and devices.
+    """
     final, tmp, ghosts = root / f"img_{seen_img:09d}", root / f".writing-img_{seen_img:09d}", ghosts or {}
     needed = sum(t.nbytes for tensors in [*shared.values(), *ghosts.values()] for t in tensors.values())
     together(lambda: _begin(tmp) if is_main() else None, tmp, needed)
@@ -174,7 +179,7 @@ def retain(root: Path, keep: int) -> None:
             leftover.unlink()
         shutil.rmtree(leftover, ignore_errors=True)
     everything = sorted(path for path in root.glob("img_*") if not path.is_symlink())
-    complete = [p for p in everything if (p / MARKER).exists()]
+    complete = [p for p in everything if (p / MARKER).exists()]  # never empty: one has just been written
     for unfinished in [p for p in everything if p not in complete and p < max(complete)]:
         shutil.rmtree(unfinished)  # a deletion that was interrupted
     for old in complete[:-keep] if keep else []:
@@ -204,7 +209,7 @@ def verify(path: Path) -> str | None:
 def newest(root: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint that verifies, and why each newer one was refused; the same on all ranks."""
     found: tuple[str | None, list[str]] = (None, [])
-    if is_main():
+    if is_main():  # digests are read once, and ranks that saw a shared folder differently could not go on together
         found = _search(root)
     name, refused = gather_objects(found)[0]
     if name is None:

@@ -35,7 +35,7 @@ class DdpNet(LocalNet):
 
     def wrap(self) -> None:
         """Buffers stay ours: pass state is summed over ranks by the ledger of `models/ghost.py`."""
-        if self.parameters():
+        if self.parameters():  # DDP refuses a network in which nothing is trained
             self.wrapped = DistributedDataParallel(self.module, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
@@ -49,16 +49,18 @@ class ExactPlayer(BasePlayer):
         self.sums = []
 
     def backward(self, loss: Tensor, share: float) -> None:
+        """`loss`: a scalar. Its gradient moves into the float64 sums."""
         loss.backward()
         if not self.sums:
             self.sums = [None if p.grad is None else p.grad.double() for p in self.params]
         else:
             self.sums = [_plus(held, p.grad) for held, p in zip(self.sums, self.params)]
-        super().clear()
+        super().clear()  # else autograd would add the next ghost to this one in the parameters' own precision
 
     def finish(self, phase: Phase, num_chunks: int) -> None:
         """The mean over all ghosts of all ranks, rounded to the parameters' precision once."""
         pairs = zip(self.sums, self.params)
+        # a parameter that no loss has reached takes part: all ranks must add up the same list
         sums = [torch.zeros_like(p, dtype=torch.float64) if held is None else held for held, p in pairs]
         sum_over_ranks(sums)
         torch._foreach_div_(sums, num_chunks * world())
@@ -96,13 +98,14 @@ class FastPlayer(BasePlayer):
                     net.live = False
 
     def backward(self, loss: Tensor, share: float) -> None:
+        """`loss`: a scalar, weighted so that the chunks of this rank add up to their mean."""
         (loss * share).backward()
 
     def finish(self, phase: Phase, num_chunks: int) -> None:
-        if phase.reaches_all or world() == 1:
+        if phase.reaches_all or world() == 1:  # DDP has averaged during the last backward, or there is nobody else
             return
         for p in self.params:
-            if p.grad is None:
+            if p.grad is None:  # all ranks must add up the same list
                 p.grad = torch.zeros_like(p)
         gradients = self.gradients()
         sum_over_ranks(gradients)

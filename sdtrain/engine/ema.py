@@ -17,7 +17,7 @@ def ema_beta(half_life_img: float, rampup: float | None, seen_img: int, batch_si
     """
     if rampup is not None:
         half_life_img = min(half_life_img, seen_img * rampup)
-    return float(0.5 ** (batch_size / max(half_life_img, 1e-8)))
+    return float(0.5 ** (batch_size / max(half_life_img, 1e-8)))  # the first step of a ramp-up would divide by 0
 
 
 def beta_of(options: Ema, seen_img: int, batch_size: int) -> float:

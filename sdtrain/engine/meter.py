@@ -36,6 +36,7 @@ class Meter:
             return {}
         total = torch.stack([self.sums[n].reshape(()) for n in names])
         sum_over_ranks([total])
+        # counts are not added up: every rank takes part in every phase
         return {n: t / world() / self.counts[n] for n, t in zip(names, total.tolist())}
 
     def clear(self) -> None:

@@ -34,9 +34,11 @@ class LocalNet:
             self.module.train(was_training)
 
     def state(self) -> dict[str, Tensor]:
+        """See `contracts.Net`."""
         return own_tensors(self.module)
 
     def load(self, tensors: Tensors, where: str) -> None:
+        """Tensors [...] by official name. Raises `RunError` naming the first difference."""
         load_strictly(self.module, tensors, where)
 
     def follow(self, other: Net, beta: float) -> None:
@@ -54,17 +56,20 @@ class LocalNet:
 
 
 def own_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Its state without a frozen feature network, which comes from a weights file."""
+    """Its state, [...] by official name, without a frozen feature network, which comes from a weights file."""
     frozen = tuple(getattr(module, "frozen_prefixes", ()))
     return {k: v for k, v in module.state_dict().items() if not (frozen and k.startswith(frozen))}
 
 
 def load_strictly(module: nn.Module, tensors: Tensors, where: str) -> None:
-    """Load by exact names and shapes, frozen parts excepted. Raises `RunError` naming the first difference."""
+    """Load by exact names and shapes [...], frozen parts excepted.
+
+    Raises `RunError` naming the first difference.
+    """
     wanted = own_tensors(module)
     wrong = [k for k in wanted if k not in tensors or tensors[k].shape != wanted[k].shape]
     wrong += [k for k in tensors if k not in wanted]
     if wrong:
         what = f"tensor {wrong[0]} and {len(wrong) - 1} more do not fit this network"
         raise RunError(f"{where}: {what}; is it of another configuration?")
-    module.load_state_dict(tensors, strict=False)
+    module.load_state_dict(tensors, strict=False)  # only frozen parts can be missing, everything else was compared

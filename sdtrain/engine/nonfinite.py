@@ -23,7 +23,7 @@ def clamp_nonfinite(grads: Sequence[Tensor]) -> Tensor:
         group = [g for g in grads if (g.device, g.dtype) == (device, dtype)]
         flat = torch.cat([g.reshape(-1) for g in group])
         count += flat.isfinite().logical_not_().sum().to(count.device)
-        limit = min(LIMIT, torch.finfo(dtype).max)
+        limit = min(LIMIT, torch.finfo(dtype).max)  # float16 ends at 65504
         flat.nan_to_num_(nan=0.0, posinf=limit, neginf=-limit)
         parts = flat.split([g.numel() for g in group])
         torch._foreach_copy_(group, [part.view_as(g) for part, g in zip(parts, group, strict=True)])

@@ -63,6 +63,7 @@ class PhaseEngine(ABC):
         self.layers = self.modules(nets)
 
     def run(self, phase: Phase, chunks: Sequence[Chunk]) -> Terms:
+        """See `contracts.Engine`. Raises `NonFinite` on all ranks together, before its optimizer moves."""
         player = self.players[phase.player]
         player.set_clock(chunks[0].seen_img)
         with self.fence(phase):
@@ -72,6 +73,7 @@ class PhaseEngine(ABC):
             if self.clamp:
                 terms[f"{phase.name}/clamped"] = clamp_nonfinite(player.gradients())
             finite = self.clamp or self._agree_finite(player, terms)
+            # before the raise: a phase that comes to nothing must leave no trace in running statistics either
             close_phase(*self.layers, sum_over_ranks=sum_over_ranks, apply=finite)
             if not finite:
                 raise NonFinite(self._explain(phase, terms, chunks[0].step))
@@ -114,10 +116,11 @@ class PhaseEngine(ABC):
         means, total = Meter(), sum(chunk.draws.num_samples for chunk in chunks)
         for chunk in chunks:
             open_phase(*self.layers)
+            # a penalty's prepass takes derivatives itself (path lengths), so it needs the graph while it runs
             with torch.no_grad() if not phase.fp32 else torch.enable_grad(), self.autocast(not phase.fp32):
                 terms = phase.prepass(chunk)
             means.add(terms, chunk.draws.num_samples / total)
-            close_phase(*self.layers, apply=False)
+            close_phase(*self.layers, apply=False)  # the phase itself will see the same images again
         means.count(list(means.sums))
         values = means.means()
         if phase.receive is not None:
@@ -125,6 +128,7 @@ class PhaseEngine(ABC):
 
     def _agree_finite(self, player: BasePlayer, terms: Terms) -> bool:
         numbers = [t.reshape(()).float() for t in terms.values()]
+        # a norm is not finite when one element is not; one answer for all spares a wait for each
         numbers += [n.float() for n in torch._foreach_norm(player.gradients())]
         bad = not bool(torch.stack(numbers).isfinite().all())
         return agree_max(int(bad), self.device) == 0

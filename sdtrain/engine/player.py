@@ -24,7 +24,7 @@ class BasePlayer(ABC):
         """`lazy`: steps between two penalties of this player, None where it has none."""
         self.name, self.nets, self.options, self.span, self.lazy = name, list(nets), options, span, lazy
         self.named = {
-            f"{i}.{key}" if len(self.nets) > 1 else key: p
+            f"{i}.{key}" if len(self.nets) > 1 else key: p  # names of two networks may be equal
             for i, net in enumerate(self.nets)
             for key, p in net.parameters().items()
         }
@@ -44,7 +44,7 @@ class BasePlayer(ABC):
         lr, betas = self.settings(seen_img)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-            if "betas" in group:
+            if "betas" in group:  # SGD has none
                 group["betas"] = betas
 
     @contextmanager
@@ -54,7 +54,7 @@ class BasePlayer(ABC):
 
     @abstractmethod
     def backward(self, loss: Tensor, share: float) -> None:
-        """Backward of a chunk's mean loss, `share` being its part of this rank's samples."""
+        """Backward of a chunk's mean loss, a scalar, `share` being its part of this rank's samples."""
 
     @abstractmethod
     def finish(self, phase: Phase, num_chunks: int) -> None:
@@ -66,6 +66,7 @@ class BasePlayer(ABC):
             p.grad = None
 
     def gradients(self) -> list[Tensor]:
+        """Those that are there, shapes [...] as the parameters'."""
         return [p.grad for p in self.params if p.grad is not None]
 
     def clip_gradients(self) -> None:
@@ -77,6 +78,7 @@ class BasePlayer(ABC):
         self.optimizer.step()
 
     def state(self) -> dict[str, Tensor]:
+        """PARAMETER/SLOT -> [...], what Adam holds of each parameter."""
         return {
             f"{key}/{slot}": value
             for key, p in self.named.items()
@@ -85,6 +87,7 @@ class BasePlayer(ABC):
         }
 
     def load_state(self, tensors: Tensors) -> None:
+        """Take over PARAMETER/SLOT -> [...] from `state`; a parameter that has nothing there starts afresh."""
         self.optimizer.state.clear()
         slots: dict[str, dict[str, Tensor]] = {}
         for name, value in tensors.items():

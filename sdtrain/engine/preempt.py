@@ -40,7 +40,7 @@ class StopRequest:
         handlers = {**dict.fromkeys(STOP_SIGNALS, self._note), signal.SIGINT: self._interrupted}
         self._before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         heard, self._wakeup = os.pipe()
-        os.set_blocking(self._wakeup, False)
+        os.set_blocking(self._wakeup, False)  # set_wakeup_fd wants it so
         self._wakeup_before = signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
         threading.Thread(target=self._watch, args=(heard,), name="ctrl-c", daemon=True).start()
         return self
@@ -92,4 +92,4 @@ def say(sentence: str) -> None:
 
 def leave(sentence: str) -> None:
     say(sentence)
-    os._exit(EXIT_INTERRUPTED)
+    os._exit(EXIT_INTERRUPTED)  # sys.exit would end this thread alone, and the main one may sit in a collective

@@ -24,6 +24,7 @@ def start_ranks(device: str = "auto") -> torch.device:
 
     on_gpu = torch.cuda.is_available() and not wants_cpu() and device != "cpu"
     alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    # alone, accelerate has no backend and refuses to be given one
     together: dict[str, Any] = {} if alone else {"timeout": RANK_TIMEOUT, "backend": "nccl" if on_gpu else "gloo"}
     state = PartialState(cpu=not on_gpu, **together)
     chosen: torch.device = state.device
@@ -58,10 +59,10 @@ def barrier() -> None:
 
 
 def sum_over_ranks(tensors: list[Tensor]) -> None:
-    """Add tensors of one device up over all ranks, in place, in one collective a data type."""
+    """Add tensors [...] of one device up over all ranks, in place, in one collective a data type."""
     if not _grouped() or not tensors:
         return
-    for dtype in sorted({t.dtype for t in tensors}, key=str):
+    for dtype in sorted({t.dtype for t in tensors}, key=str):  # collectives must meet in one order on all ranks
         same = [t for t in tensors if t.dtype == dtype]
         flat = torch.cat([t.reshape(-1) for t in same])
         dist.all_reduce(flat)

@@ -81,7 +81,7 @@ class RunFolder:
         if not is_main():
             return
         self._rows.write(json.dumps({k: _plain(v) for k, v in values.items()}) + "\n")
-        self._rows.flush()
+        self._rows.flush()  # a run that is killed keeps the row
         if self._board is not None:
             skip = {"kind", "seen_img", "stage", "split", "weights", "step", "protocol"}
             prefix = {"train": "", "perf": "perf/"}.get(values["kind"], f"{values['kind']}/{values.get('split', '')}/")

@@ -26,9 +26,12 @@ def snapshot_positions(shares: Iterable[float], total_img: int, batch_size: int)
 
 
 def save_snapshot(root: Path, seen_img: int, nets: Mapping[str, Mapping[str, Tensor]]) -> Path:
-    """Write the weights of one position with all ranks. Raises `RunError` on every rank when it cannot be written."""
+    """Write the weights of one position, {net: {name: [...]}}, with all ranks.
+
+    Raises `RunError` on every rank when it cannot be written.
+    """
     final = write_folder(root, seen_img, nets)
-    together(lambda: retain(root, 0) if is_main() else None, final)
+    together(lambda: retain(root, 0) if is_main() else None, final)  # keeps all, removes what was interrupted
     return final
 
 

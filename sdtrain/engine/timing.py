@@ -38,7 +38,7 @@ class Timer:
     def read(self) -> tuple[float, dict[str, float]]:
         """(seconds since `restart`, seconds by section)."""
         if self._events:
-            torch.cuda.synchronize()
+            torch.cuda.synchronize()  # an event that has not happened yet has no time
         for name, start, end in self._events:
             self.seconds[name] = self.seconds.get(name, 0.0) + start.elapsed_time(end) / 1000
         self._events = []
@@ -51,4 +51,4 @@ def peak_memory_gb(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 1e9
     import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9  # Linux counts in KiB

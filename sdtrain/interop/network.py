@@ -140,7 +140,10 @@ def require_fit(found: Sequence[str], source: str) -> None:
 
 
 def load_into(net: nn.Module, state: Mapping[str, Tensor], source: str | Path = "the file") -> None:
-    """Load strictly; WeightsError that names the first tensors that are missing, left over, or of another shape."""
+    """Load strictly, tensors [...] by official name.
+
+    WeightsError that names the first tensors that are missing, left over, or of another shape.
+    """
     require_fit(misfits(net.state_dict(), state), str(source))
     net.load_state_dict(dict(state))
 
@@ -168,7 +171,10 @@ def read_card(path: Path) -> dict[str, Any]:
 
 
 def with_card(state: dict[str, Tensor], card: Path) -> Network:
-    """The network of tensors of any shape and the card beside their file. Raises WeightsError when it is none."""
+    """The network of tensors [...] by official name and the card beside their file.
+
+    Raises WeightsError when it is none.
+    """
     said = read_card(card)
     try:
         names = {f.name for f in dataclasses.fields(Network)} - {"state"}

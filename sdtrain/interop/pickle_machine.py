@@ -138,6 +138,7 @@ class Machine:
         self.stack.append(tuple(reversed(items)))
 
     def fill_dict(self, target: dict, items: list[Any]) -> None:
+        """Keys and values in turn into `target`. Raises ValueError for a key of a type that names nothing."""
         for key, value in zip(items[::2], items[1::2], strict=True):
             if not isinstance(key, KEY_TYPES):
                 raise ValueError(f"a {type(key).__name__} as dictionary key")
@@ -173,6 +174,7 @@ class Machine:
         self.stack.append(self.memo[index])
 
     def push_global(self, name: str) -> None:
+        """Push the token of 'module.name'. Raises WeightsError for one that is not known."""
         self.globals.add(name)
         token = self.find(name)
         if token is None:
@@ -180,6 +182,7 @@ class Machine:
         self.stack.append(token)
 
     def stack_global(self, _: Any) -> None:
+        """Push the token of the two names on the stack. Raises ValueError where they are no text."""
         name, module = self._pop(), self._pop()
         if not (isinstance(name, str) and isinstance(module, str)):
             raise ValueError("a global without a name")
@@ -198,13 +201,17 @@ class Machine:
         self._call(target, args)
 
     def new_with_keywords(self, _: Any) -> None:
+        """Call a constructor. Raises ValueError for keyword arguments, which no known file has."""
         keywords, args, target = self._pop(), self._pop(), self._pop()
         if keywords:
             raise ValueError("keyword arguments for a constructor")
         self._call(target, args)
 
     def build(self, _: Any) -> None:
-        """Attach a state to a record. A dictionary's own attributes (a state dict's version numbers) are dropped."""
+        """Attach a state to a record. A dictionary's own attributes (a state dict's version numbers) are dropped.
+
+        Raises ValueError for a state of anything else.
+        """
         state = self._pop()
         target = self.stack[-1]
         if isinstance(target, Record):
@@ -213,6 +220,7 @@ class Machine:
             raise ValueError(f"a state for a {type(target).__name__}")
 
     def persistent_id(self, _: Any) -> None:
+        """Push what a storage id stands for. Raises WeightsError where the file may hold none."""
         if self.persistent is None:
             raise refuse(self.source, "refers to data outside the file")
         self.stack.append(self.persistent(self._pop()))

@@ -19,7 +19,7 @@ from sdtrain.interop.super_resolution import SPANDREL_GROWTH, pad_growth_to_32
 
 
 def save_pth(state: Mapping[str, Tensor], path: str | Path, key: str | None = "params_ema") -> None:
-    """Write tensors of any shape, under `key` or flat, as a .pth that `torch.load(weights_only=True)` opens."""
+    """Write tensors [...] by name, under `key` or flat, as a .pth that `torch.load(weights_only=True)` opens."""
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     data = io.BytesIO()
     torch.save({key: tensors} if key else tensors, data)

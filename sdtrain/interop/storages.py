@@ -50,6 +50,7 @@ class Budget:
     left: int
 
     def spend(self, num_bytes: int) -> None:
+        """Raises WeightsError when less than `num_bytes` are left."""
         self.left -= num_bytes
         if self.left < 0:
             raise refuse(self.source, "describes far more tensor data than it holds")
@@ -88,7 +89,7 @@ def storage_id(source: str, pid: Any) -> tuple[torch.dtype, str, int]:
 
 
 def from_bytes(data: bytes, dtype: torch.dtype) -> Tensor:
-    """A flat tensor with its own memory."""
+    """A flat tensor [len(data) / itemsize] with its own memory."""
     return torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype)
 
 

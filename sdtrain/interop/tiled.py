@@ -32,7 +32,7 @@ class Span:
     overlap: int
 
     def weights(self, scale: int) -> Tensor:
-        """How much each output pixel of the tile counts; over all tiles of an axis they add up to one."""
+        """How much each pixel of the output counts, [scale (stop - start)]; the tiles of an axis add up to one."""
         at = torch.arange(self.start * scale, self.stop * scale, dtype=torch.float32) + 0.5
         width = max(self.overlap * scale, 1)
         weight = torch.ones_like(at)

@@ -14,42 +14,45 @@ from torch.nn import functional as F
 
 
 def hinge_d(real_logits: Tensor, fake_logits: Tensor) -> tuple[Tensor, Tensor]:
-    """(mean relu(1 - D(real)), mean relu(1 + D(fake))); Lim & Ye 2017, ProjectedGAN."""
+    """(mean relu(1 - D(real)), mean relu(1 + D(fake))), two scalars; Lim & Ye 2017, ProjectedGAN."""
     return F.relu(1 - real_logits).mean(), F.relu(1 + fake_logits).mean()
 
 
 def hinge_g(fake_logits: Tensor, real_logits: Tensor | None = None) -> Tensor:
-    """-mean D(fake)."""
+    """-mean D(fake), a scalar."""
     return -fake_logits.mean()
 
 
 def logistic_d(real_logits: Tensor, fake_logits: Tensor) -> tuple[Tensor, Tensor]:
-    """(mean -log sigmoid(D(real)), mean -log(1 - sigmoid(D(fake)))); Goodfellow et al. 2014."""
+    """(mean -log sigmoid(D(real)), mean -log(1 - sigmoid(D(fake)))), two scalars; Goodfellow et al. 2014."""
     return F.softplus(-real_logits).mean(), F.softplus(fake_logits).mean()
 
 
 def logistic_g(fake_logits: Tensor, real_logits: Tensor | None = None) -> Tensor:
-    """Non-saturating: mean -log sigmoid(D(fake)); Goodfellow et al. 2014, StyleGAN2."""
+    """Non-saturating: mean -log sigmoid(D(fake)), a scalar; Goodfellow et al. 2014, StyleGAN2."""
     return F.softplus(-fake_logits).mean()
 
 
 def least_squares_d(real_logits: Tensor, fake_logits: Tensor) -> tuple[Tensor, Tensor]:
-    """(mean (D(real) - 1)^2, mean D(fake)^2) without the factor 1/2; Mao et al. 2017, Eq. 9."""
+    """(mean (D(real) - 1)^2, mean D(fake)^2), two scalars without the factor 1/2; Mao et al. 2017, Eq. 9."""
     return (real_logits - 1).square().mean(), fake_logits.square().mean()
 
 
 def least_squares_g(fake_logits: Tensor, real_logits: Tensor | None = None) -> Tensor:
-    """mean (D(fake) - 1)^2."""
+    """mean (D(fake) - 1)^2, a scalar."""
     return (fake_logits - 1).square().mean()
 
 
 def wasserstein_d(real_logits: Tensor, fake_logits: Tensor) -> tuple[Tensor, Tensor]:
-    """(-mean D(real), mean D(fake)); Arjovsky et al. 2017, Eq. 2. Needs a Lipschitz constraint elsewhere."""
+    """(-mean D(real), mean D(fake)), two scalars; Arjovsky et al. 2017, Eq. 2.
+
+    Needs a Lipschitz constraint elsewhere.
+    """
     return -real_logits.mean(), fake_logits.mean()
 
 
 def wasserstein_g(fake_logits: Tensor, real_logits: Tensor | None = None) -> Tensor:
-    """-mean D(fake)."""
+    """-mean D(fake), a scalar."""
     return -fake_logits.mean()
 
 
@@ -59,12 +62,16 @@ def relativistic_d(real_logits: Tensor, fake_logits: Tensor) -> tuple[Tensor]:
         for i in range(N): total += log(1 + exp(fake_logits[i] - real_logits[i]))
 
     Real i meets fake i alone, so they must share their label and the order of both batches matters.
+    Logits of one shape -> a scalar, in a tuple of one.
     """
     return (F.softplus(fake_logits - real_logits).mean(),)
 
 
 def relativistic_g(fake_logits: Tensor, real_logits: Tensor | None) -> Tensor:
-    """mean over samples of softplus(-(D(fake_i) - D(real_i))): the mirror of `relativistic_d`."""
+    """mean over samples of softplus(-(D(fake_i) - D(real_i))): the mirror of `relativistic_d`.
+
+    Logits of one shape -> a scalar.
+    """
     assert real_logits is not None
     return F.softplus(real_logits - fake_logits).mean()
 
@@ -92,7 +99,7 @@ ADVERSARIAL: dict[str, Adversarial] = {
 
 
 def d_terms(game: Adversarial, real_logits: Tensor, fake_logits: Tensor) -> dict[str, Tensor]:
-    """The terms of D's side by their names in the log: D/real, D/fake."""
+    """The terms of D's side, scalars, by their names in the log: D/real, D/fake, or D/pair."""
     return {f"D/{part}": term for part, term in zip(game.parts, game.d(real_logits, fake_logits), strict=True)}
 
 

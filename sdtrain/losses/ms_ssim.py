@@ -74,19 +74,22 @@ def gaussian(window: int, device: torch.device | str = "cpu") -> Tensor:
 
 
 def blur(x: Tensor, taps: Tensor) -> Tensor:
-    """Separable filter of every channel, valid region only."""
+    """Separable filter of every channel, valid region only: [N, C, H, W], taps [K] -> [N, C, H - K + 1, W - K + 1]."""
     channels = x.shape[1]
     kernel = taps.expand(channels, 1, -1)
     return F.conv2d(F.conv2d(x, kernel.unsqueeze(3), groups=channels), kernel.unsqueeze(2), groups=channels)
 
 
 def halve(x: Tensor) -> Tensor:
-    """Average pool by 2; odd sides get a line of zeros on both ends, as pytorch-msssim pads them."""
+    """Average pool by 2: [N, C, H, W] -> [N, C, ceil(H / 2), ceil(W / 2)].
+
+    Odd sides get a line of zeros on both ends, as pytorch-msssim pads them.
+    """
     return F.avg_pool2d(x, 2, padding=(x.shape[2] % 2, x.shape[3] % 2))
 
 
 def positive_power(base: Tensor, exponent: float) -> Tensor:
-    """max(base, 0) ** exponent with a zero gradient where base <= 0."""
+    """max(base, 0) ** exponent, element by element [...], with a zero gradient where base <= 0."""
     alive = base > 0
     return torch.where(alive, torch.where(alive, base, 1.0) ** exponent, 0.0)
 

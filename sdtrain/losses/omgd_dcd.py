@@ -21,12 +21,18 @@ DCD_WEIGHTS = {"style": 1e4, "feature": 10.0}
 
 
 def response_network(state: Mapping[str, Tensor] | None = None, seed: int = 0) -> VGGFeatures:
-    """The VGG16 both methods compare images in; it sees (image + 1) / 2 without ImageNet normalisation."""
+    """The VGG16 both methods compare images in; it sees (image + 1) / 2 without ImageNet normalisation.
+
+    `state`: tensors [...] by torchvision's names; None = random from `seed`.
+    """
     return VGGFeatures(STYLE_LAYERS, state, net="vgg16", imagenet_norm=False, seed=seed)
 
 
 def style_and_feature(vgg: VGGFeatures, student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
-    """style = sum_l mean |Gram difference|; feature = mean |difference| at relu2_2."""
+    """style = sum_l mean |Gram difference|; feature = mean |difference| at relu2_2.
+
+    [N, 3, H, W] in [-1, 1] twice -> two scalars; the gradient reaches the student alone.
+    """
     with torch.no_grad():
         aims = vgg((teacher + 1) / 2)
     maps = vgg((student + 1) / 2)
@@ -42,10 +48,14 @@ def _window(channels: int, like: Tensor) -> Tensor:
 
 
 def ssim_zero_padded(x: Tensor, y: Tensor) -> Tensor:
-    """OMGD's SSIM: 11x11 Gaussian (sigma 1.5), zero padding, C1 = 1e-4, C2 = 9e-4; mean over all."""
+    """OMGD's SSIM: 11x11 Gaussian (sigma 1.5), zero padding, C1 = 1e-4, C2 = 9e-4; mean over all.
+
+    [N, C, H, W] in [-1, 1] twice -> scalar.
+    """
     window = _window(x.shape[1], x)
 
     def blur(t: Tensor) -> Tensor:
+        """[N, C, H, W] -> the same shape."""
         return F.conv2d(t, window, padding=5, groups=t.shape[1])
 
     mx, my = blur(x), blur(y)
@@ -55,17 +65,26 @@ def ssim_zero_padded(x: Tensor, y: Tensor) -> Tensor:
 
 
 def total_variation(x: Tensor) -> Tensor:
-    """OMGD's TV: the SUM of absolute neighbour differences, so it grows with batch and resolution."""
+    """OMGD's TV: the SUM of absolute neighbour differences, so it grows with batch and resolution.
+
+    [..., H, W] -> scalar.
+    """
     return (x[..., 1:, :] - x[..., :-1, :]).abs().sum() + (x[..., :, 1:] - x[..., :, :-1]).abs().sum()
 
 
 def mean_total_variation(x: Tensor) -> Tensor:
-    """BasicSR's TV: mean absolute difference of vertical neighbours plus that of horizontal ones."""
+    """BasicSR's TV: mean absolute difference of vertical neighbours plus that of horizontal ones.
+
+    [..., H, W] -> scalar.
+    """
     return (x[..., 1:, :] - x[..., :-1, :]).abs().mean() + (x[..., :, 1:] - x[..., :, :-1]).abs().mean()
 
 
 def omgd_terms(vgg: VGGFeatures, student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
-    """The student's terms against ONE teacher, unweighted; the paper adds both teachers up with OMGD_WEIGHTS."""
+    """The student's terms against ONE teacher, unweighted; the paper adds both teachers up with OMGD_WEIGHTS.
+
+    [N, 3, H, W] in [-1, 1] twice -> scalars by name; the gradient reaches the student alone.
+    """
     teacher = teacher.detach()
     return {
         "ssim": 1 - ssim_zero_padded(student, teacher),
@@ -75,7 +94,7 @@ def omgd_terms(vgg: VGGFeatures, student: Tensor, teacher: Tensor) -> dict[str, 
 
 
 def weighted(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
-    """sum_k weights_k terms_k."""
+    """sum_k weights_k terms_k, of scalars -> scalar."""
     return torch.stack([weights[name] * term for name, term in terms.items()]).sum()
 
 
@@ -94,6 +113,7 @@ def channel_distillation(connected: Tensor, f_t: Tensor) -> Tensor:
 def discriminator_distance(hidden: Callable[[Tensor], Tensor], connected_s: Tensor, connected_t: Tensor) -> Tensor:
     """DCD's feature loss of one layer: mean |D_h(conn_S(F_S)) - D_h(conn_T(F_T))|; `hidden` is D's last hidden map.
 
-    The student's map has a gradient, and so have both connectors: F_T itself must come without one.
+    What the connectors made of the maps, [N, C, H, W] twice -> scalar. The student's map has a gradient, and so have
+    both connectors: F_T itself must come without one.
     """
     return F.l1_loss(hidden(connected_s), hidden(connected_t))

@@ -51,7 +51,7 @@ def unit_length(features: Tensor, eps: float = EPS) -> Tensor:
 
 
 def package_heads(net: Net = "vgg") -> dict[str, Tensor]:
-    """The five 1x1 weights `lin0.model.1.weight`, ... that the lpips package ships (v0.1), without its import.
+    """The five weights `lin0.model.1.weight` [1, C, 1, 1], ... that the lpips package ships (v0.1), without its import.
 
     Raises WeightsError when the package is not installed.
     """
@@ -113,7 +113,10 @@ class LPIPS(Frozen):
         return self.per_layer(x, target).sum(0)
 
     def per_layer(self, x: Tensor, target: Tensor) -> Tensor:
-        """The five summands, [5, N]."""
+        """The five summands, [5, N], of [N, 3, H, W] in [-1, 1] twice.
+
+        Raises ConfigError for images below 16 px (vgg) or 32 px (alex).
+        """
         self._check(x, target)
         with torch.no_grad():
             aims = [unit_length(features) for features in self._features(target)]
@@ -146,8 +149,10 @@ class LPIPS(Frozen):
 
 
 def lpips_names(state: dict[str, Tensor], net: Net) -> dict[str, Tensor]:
-    """Translate torchvision's `features.N.x` into lpips' `net.sliceK.N.x`; other names and all shapes
-    pass through."""
+    """Translate torchvision's `features.N.x` into lpips' `net.sliceK.N.x`: tensors [...] by name, shapes unchanged.
+
+    Other names pass through.
+    """
     renamed = {}
     for key, tensor in state.items():
         if key.startswith("features."):

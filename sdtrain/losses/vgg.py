@@ -60,7 +60,10 @@ def imagenet_statistics(scale: float = 1.0) -> tuple[Tensor, Tensor]:
 
 
 def load_fitting(net: nn.Module, state: Mapping[str, Tensor], what: str, advice: str) -> None:
-    """Load the tensors that `net` has, of any shape. Raises WeightsError when one is missing or has another shape."""
+    """Load the tensors [...] by official name that `net` has.
+
+    Raises WeightsError when one is missing or has another shape.
+    """
     wanted = net.state_dict()
     missing = [key for key in wanted if key not in state or state[key].shape != wanted[key].shape]
     if missing:

@@ -121,6 +121,7 @@ class ConvNormRelu(nn.Module):
         self.bn = nn.BatchNorm2d(c_out, eps=BN_EPS)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[N, c_in, H, W] -> [N, c_out, h, w], 0 or more."""
         return F.relu(self.bn(self.conv(x)), inplace=True)
 
 
@@ -152,6 +153,7 @@ class Mixed(nn.Module):
         return c_in
 
     def forward(self, x: Tensor) -> Tensor:
+        """[N, c_in, H, W] -> [N, width, h, w]."""
         return torch.cat([self._walk(x, branch) for branch in self.branches], 1)
 
     def _walk(self, x: Tensor, branch: list[Any]) -> Tensor:
@@ -203,7 +205,7 @@ class Inception(nn.Module):
             return x.mean((2, 3))
 
     def load(self, state: dict[str, Tensor]) -> Inception:
-        """Take this network's tensors out of a whole file. Raises WeightsError when one does not fit."""
+        """Take this network's tensors [...] out of a whole file. Raises WeightsError when one does not fit."""
         wanted = self.state_dict()
         optional = ("num_batches_tracked",)
         for key, tensor in wanted.items():

@@ -18,7 +18,7 @@ PEAK = 255.0
 
 
 def to_uint8(images: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:
-    """Clamp float images in [low, high] and round them to 8 bits, as they are when saved."""
+    """Clamp float images [...] in [low, high] and round them to 8 bits, as they are when saved."""
     return ((images.float().clamp(low, high) - low) * (PEAK / (high - low))).round().to(torch.uint8)
 
 
@@ -44,14 +44,17 @@ def _prepare(x: Tensor, y: Tensor, crop_border: int, luma: bool) -> tuple[Tensor
 
 
 def psnr(x: Tensor, y: Tensor, *, crop_border: int = 0, luma: bool = False) -> Tensor:
-    """10 log10(255^2 / mse) of each pair, [N], float64; infinite where equal."""
+    """10 log10(255^2 / mse) of each pair: [N, C, H, W] in 0..255 twice -> [N], float64; infinite where equal.
+
+    Raises DataError for pairs of different sizes, or a border that leaves nothing.
+    """
     x, y = _prepare(x, y, crop_border, luma)
     mse = (x - y).square().flatten(1).mean(1)
     return 10 * torch.log10(PEAK**2 / mse)
 
 
 def psnr_y(x: Tensor, y: Tensor, *, crop_border: int = 0) -> Tensor:
-    """PSNR of the luminance, [N]; crop_border is the scale by custom."""
+    """PSNR of the luminance, [N, 3, H, W] in 0..255 twice -> [N]; crop_border is the scale by custom."""
     return psnr(x, y, crop_border=crop_border, luma=True)
 
 
@@ -65,6 +68,7 @@ def _ssim(x: Tensor, y: Tensor) -> Tensor:
     taps = taps / taps.sum()
 
     def blur(t: Tensor) -> Tensor:
+        """[N, C, H, W] -> [N C, 1, H - 10, W - 10]."""
         flat = t.reshape(-1, 1, *t.shape[-2:])
         return F.conv2d(F.conv2d(flat, taps.view(1, 1, 11, 1)), taps.view(1, 1, 1, 11))
 
@@ -75,10 +79,10 @@ def _ssim(x: Tensor, y: Tensor) -> Tensor:
 
 
 def ssim(x: Tensor, y: Tensor, *, crop_border: int = 0, luma: bool = False) -> Tensor:
-    """Structural similarity of each pair, [N], float64. Raises DataError below 11 px."""
+    """Structural similarity of pairs: [N, C, H, W] in 0..255 twice -> [N], float64. Raises DataError below 11 px."""
     return _ssim(*_prepare(x, y, crop_border, luma))
 
 
 def ssim_y(x: Tensor, y: Tensor, *, crop_border: int = 0) -> Tensor:
-    """SSIM of the luminance, [N]."""
+    """SSIM of the luminance: [N, 3, H, W] in 0..255 twice -> [N]."""
     return ssim(x, y, crop_border=crop_border, luma=True)

@@ -39,7 +39,10 @@ def perceptual_variation(
     ddof: int = 0,
     batch_size: int = 32,
 ) -> tuple[float, float]:
-    """Mean and standard deviation of `variation_per_latent` over latents."""
+    """Mean and standard deviation of `variation_per_latent` over latents.
+
+    `images_by_checkpoint[t]`: [K, 3, H, W] in [-1, 1], the same K latents each.
+    """
     per_latent = variation_per_latent(images_by_checkpoint, lpips, mode=mode, batch_size=batch_size)
     return per_latent.mean().item(), per_latent.std(correction=ddof).item()
 

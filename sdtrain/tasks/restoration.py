@@ -126,7 +126,7 @@ class RestorationTask(Task):
         barrier()
 
     def write_network(self, file: str, name: str, tensors: Tensors) -> None:
-        """best/FILE.safetensors and its card. All ranks together."""
+        """best/FILE.safetensors, tensors [...] by official name, and its card. All ranks together."""
         folder = self.run.folder.path / "best"
         with self.run.nets[name].whole() as net:
             card = self.card(name, net)
@@ -156,6 +156,7 @@ class RestorationTask(Task):
         return {f"{net}/{name}": value for net, part in self.best.items() for name, value in part.items()}
 
     def load_tensors(self, tensors: Tensors) -> None:
+        """Take over NET/TENSOR -> [...] from `tensors`, and write best/ anew."""
         found: dict[str, dict[str, Tensor]] = {}
         for name, value in tensors.items():
             net, _, tensor = name.partition("/")

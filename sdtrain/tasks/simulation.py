@@ -62,7 +62,7 @@ def state(trainer: Trainer) -> list[float]:
 
 
 def analysis(config: Loaded, alpha: float, path: Tensor) -> dict[str, Any]:
-    """What the theory says and what came out."""
+    """What the theory says and what came out. `path`: float64 [steps + 1, 3], as of `trajectory`."""
     rates, updates = dirac.rates_of(config, alpha), config.simulation.updates
     values = torch.linalg.eigvals(dirac.jacobian(rates))
     distance = path[:, :2].norm(dim=1)
@@ -129,7 +129,10 @@ def write(config: Loaded, out: Path, found: list[dict[str, Any]]) -> None:
 
 
 def draw(config: Loaded, paths: list[Tensor], file: Path) -> None:
-    """Figure 2: theta across, psi up; (b) with the gradient vector field at the final theta_EMA."""
+    """Figure 2: theta across, psi up; (b) with the gradient vector field at the final theta_EMA.
+
+    `paths`: one of `trajectory` [steps + 1, 3] for each panel.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -155,7 +158,7 @@ def draw(config: Loaded, paths: list[Tensor], file: Path) -> None:
 
 
 def curves(ax: Any, path: Tensor, panel: int) -> None:
-    """The paths of (theta, psi) and (theta_EMA, psi), their start, and the equilibrium."""
+    """The paths [steps + 1, 3] of (theta, psi) and (theta_EMA, psi), their start, and the equilibrium."""
     names = {"G": r"$\theta$", "G_ema": r"$\theta_{\mathrm{EMA}}$"}
     for net, column in (("G", 0), ("G_ema", 2)):
         ax.plot(path[:, column], path[:, 1], color=COLOURS[net][panel], linewidth=1.4, label=names[net], zorder=3)
@@ -164,7 +167,10 @@ def curves(ax: Any, path: Tensor, panel: int) -> None:
 
 
 def field(config: Loaded, ax: Any, phi: Tensor, reach: float) -> None:
-    """Eq. (3) in the plane (theta, psi) where theta_EMA = phi: arrows of equal length, darker where it is stronger."""
+    """Eq. (3) in the plane (theta, psi) where theta_EMA = phi, a scalar.
+
+    Arrows of equal length, darker where it is stronger.
+    """
     line = torch.linspace(-reach, reach, 17, dtype=torch.float64)
     theta, psi = torch.meshgrid(line, line, indexing="xy")
     rates = dirac.rates_of(config, config.simulation.alpha)

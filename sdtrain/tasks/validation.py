@@ -69,16 +69,20 @@ class ValidationList:
         return self.data.num_samples
 
     def hq(self, i: int) -> Tensor:
-        """Image i [3, H, W], cut to whole multiples of the scale."""
+        """Image i, uint8 [3, H, W], cut to whole multiples of the scale."""
         image, step = read_image(self.data, i), self.inputs.scale
         return image[:, : image.shape[1] // step * step, : image.shape[2] // step * step]
 
     def lq(self, i: int, setting: Setting) -> Tensor:
+        """The input made of image i, uint8 [3, h, w]."""
         return self.stored[f"{i:05d}/{setting.name}"]
 
     @cached_property
     def stored(self) -> dict[str, Tensor]:
-        """The low-quality inputs; the main rank makes them when the run folder has none. Collective."""
+        """The low-quality inputs, uint8 [3, h, w]; the main rank makes them when the run folder has none.
+
+        Collective.
+        """
         from safetensors.torch import load, save
 
         from sdtrain.files import write_bytes
@@ -117,7 +121,7 @@ class ValidationList:
             module.train(was_training)
 
     def bicubic(self, i: int, setting: Setting) -> Tensor:
-        """The input enlarged by MATLAB's bicubic: what a student must beat."""
+        """The input enlarged by MATLAB's bicubic, uint8 [1, 3, H, W]: what a student must beat."""
         return to_uint8(imresize(self.lq(i, setting).to(self.device)[None].float() / 255, setting.factor))
 
     def measure(self, upscale: Upscale) -> dict[str, float]:
@@ -160,6 +164,7 @@ class ValidationList:
 
     @cached_property
     def real_features(self) -> Tensor:
+        """Features of all images, float32 [num_samples, width]. Collective."""
         assert self.extractor is not None
         rows = torch.zeros(len(self), self.extractor.width, device=self.device)
         for i in range(rank(), len(self), world()):

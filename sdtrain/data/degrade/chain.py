@@ -56,7 +56,7 @@ class Decisions:
 
 
 def between(u: Tensor, limits: Sequence[float]) -> Tensor:
-    """Map uniform numbers in [0, 1) to a range."""
+    """Map uniform numbers of any shape in [0, 1) to a range [low, high)."""
     low, high = limits
     return low + (high - low) * u
 
@@ -74,7 +74,7 @@ def draw_sizes(draws: Draws, limits: tuple[int, int]) -> Tensor:
 
 
 def draw_beta(draws: Draws, limits: Sequence[float]) -> Tensor:
-    """Half of the exponents lie in [low, 1], half in [1, high]."""
+    """Exponents [B]: half of them lie in [low, 1], half in [1, high]."""
     u, below = draws.uniform("value"), draws.uniform("half") < 0.5
     return torch.where(below, between(u, (limits[0], 1.0)), between(u, (1.0, limits[1])))
 
@@ -110,12 +110,13 @@ def draw_final_sinc(o: DegradationOptions, draws: Draws) -> Tensor:
 
 
 def draw_scale(shared: Tensor, weights: Sequence[float], limits: tuple[float, float]) -> float:
-    """Up U(1, high), down U(low, 1) or keep 1, from two uniform numbers."""
+    """Up U(1, high), down U(low, 1) or keep 1, from the first two of the numbers `shared` [2 or more] in [0, 1)."""
     kind, u = choose(shared[0].item(), weights), shared[1].item()
     return (1 + (limits[1] - 1) * u, limits[0] + (1 - limits[0]) * u, 1.0)[kind]
 
 
 def draw_mode(u: Tensor) -> str:
+    """One of MODES, from a scalar in [0, 1)."""
     return MODES[int(u.item() * len(MODES))]
 
 
@@ -178,7 +179,10 @@ def first_order(x: Tensor, order: Order) -> Tensor:
 
 
 def second_order(x: Tensor, d: Decisions, lq_size: tuple[int, int]) -> Tensor:
-    """Blur, resize relative to the final size, noise; then resize + sinc and JPEG in the decided sequence."""
+    """Blur, resize relative to the final size, noise; then resize + sinc and JPEG in the decided sequence.
+
+    [B, 3, h, w] in [0, 1] -> [B, 3, *lq_size], a little outside [0, 1] where the sinc comes last.
+    """
     order = d.second
     if order.kernel is not None:
         x = filter2d(x, order.kernel)
@@ -190,6 +194,7 @@ def second_order(x: Tensor, d: Decisions, lq_size: tuple[int, int]) -> Tensor:
 
 
 def to_final_size(x: Tensor, d: Decisions, lq_size: tuple[int, int]) -> Tensor:
+    """Resize and filter: [B, 3, h, w] -> [B, 3, *lq_size], not clamped."""
     return filter2d(F.interpolate(x, size=lq_size, mode=d.final_mode), d.sinc)
 
 
@@ -303,7 +308,8 @@ def fixed_lq(
     """The one low-quality version of a validation image [3, H, W] in [0, 1] -> [3, H // scale, W // scale].
 
     On 8-bit levels. A function of image, name and seed alone; computed on the CPU, on every machine.
-    `kind`: "second_order", or "bicubic" for MATLAB's. H and W must be multiples of `scale`.
+    `kind`: "second_order", or "bicubic" for MATLAB's. Raises ConfigError for another kind, or where `scale` does not
+    divide H and W.
     """
     if hq.shape[-2] % scale or hq.shape[-1] % scale:
         sides = " x ".join(str(side) for side in hq.shape[-2:])

@@ -13,7 +13,10 @@ from torch import Tensor
 
 
 def matmul_exact(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in full float32. On CUDA it goes through float64, which no TF32 switch of the process can lower."""
+    """[..., M, K] @ [..., K, N] -> [..., M, N] in full float32.
+
+    On CUDA it goes through float64, which no TF32 switch of the process can lower.
+    """
     if a.is_cuda:
         return (a.double() @ b.double()).float()
     return a @ b

@@ -54,12 +54,15 @@ def dct_matrix() -> Tensor:
 
 
 def quality_factor(quality: Tensor) -> Tensor:
-    """Multiplier of the tables for quality in (0, 100): 50/q below 50, else 2 - q/50. Leaves its argument alone."""
+    """Multiplier of the tables for quality [B] in (0, 100) -> [B]: 50/q below 50, else 2 - q/50."""
     return torch.where(quality < 50, 50 / quality, 2 - quality / 50)
 
 
 def soft_round(x: Tensor) -> Tensor:
-    """The differentiable stand-in for rounding (Shin and Song 2017): round(x) + (x - round(x))^3."""
+    """The differentiable stand-in for rounding (Shin and Song 2017): round(x) + (x - round(x))^3.
+
+    Element by element: [...] -> the same shape.
+    """
     whole = x.round()
     return whole + (x - whole) ** 3
 
@@ -71,7 +74,7 @@ def to_blocks(plane: Tensor) -> Tensor:
 
 
 def from_blocks(blocks: Tensor) -> Tensor:
-    """Inverse of `to_blocks`."""
+    """Inverse of `to_blocks`: [B, C, H/8, W/8, 64] -> [B, C, H, W]."""
     b, c, rows, cols, _ = blocks.shape
     return blocks.view(b, c, rows, cols, 8, 8).transpose(3, 4).reshape(b, c, rows * 8, cols * 8)
 
@@ -85,6 +88,7 @@ def quantised(plane: Tensor, table: Tensor, rounding: Callable[[Tensor], Tensor]
 
 
 def recolour(x: Tensor, name: str) -> Tensor:
+    """[B, 3, H, W] under a `matrix`: `ycbcr` takes RGB in [0, 1] to Y in 0..255 and Cb, Cr about 0; `rgb` to 0..255."""
     return matmul_exact(matrix(name, x.device), x.flatten(2)).view(x.shape)
 
 

@@ -56,7 +56,7 @@ def gaussian_kernels(
 def bessel_j1(z: Tensor) -> Tensor:
     """J1(z) for |z| < 90 to 1e-14: the mean of cos(t - z sin t) over t in [0, pi], by the trapezoidal rule.
 
-    `torch.special.bessel_j1` is only right to 5e-7, also in float64.
+    Element by element, float64 [...]. `torch.special.bessel_j1` is only right to 5e-7, also in float64.
     """
     t = torch.linspace(0, math.pi, 65, dtype=torch.float64)
     values = torch.cos(t - z.unsqueeze(-1) * torch.sin(t))
@@ -113,7 +113,10 @@ def filter2d(x: Tensor, kernel: Tensor) -> Tensor:
 
 
 def correlate(x: Tensor, response: Tensor, size: tuple[int, int], radius: int) -> Tensor:
-    """Multiply the spectrum of the reflected images by the conjugate spectrum of the kernels; keep the valid part."""
+    """Multiply the spectrum of the reflected images by the conjugate spectrum of the kernels; keep the valid part.
+
+    x [B, C, H, W], response [B or 1, 1, h, w // 2 + 1] for transforms of `size` (h, w) -> [B, C, H, W].
+    """
     height, width = x.shape[-2:]
     padded = F.pad(x, (radius,) * 4, mode="reflect")
     spectrum = torch.fft.fft(torch.fft.rfft(padded, n=size[1]), n=size[0], dim=-2).mul_(response)
@@ -130,6 +133,7 @@ def gaussian_row(size: int) -> Tensor:
 
 @functools.lru_cache(maxsize=8)
 def usm_kernel(device: torch.device) -> Tensor:
+    """The Gaussian of the unsharp mask, [1, USM_RADIUS, USM_RADIUS] float32."""
     row = gaussian_row(USM_RADIUS)
     return torch.outer(row, row).float().unsqueeze(0).to(device)
 

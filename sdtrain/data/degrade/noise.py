@@ -19,9 +19,11 @@ LUMA = (0.2989, 0.587, 0.114)
 class Source(Protocol):
     """Random maps by name; asking twice for one name gives the same map."""
 
-    def normal(self, name: str, shape: tuple[int, ...], device: torch.device) -> Tensor: ...
+    def normal(self, name: str, shape: tuple[int, ...], device: torch.device) -> Tensor:
+        """Standard normal numbers of `shape`."""
 
-    def poisson(self, name: str, rate: Tensor) -> Tensor: ...
+    def poisson(self, name: str, rate: Tensor) -> Tensor:
+        """Counts of the shape of `rate` [...], its mean, 0 or more."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +33,11 @@ class DrawnSource:
     draws: Draws
 
     def normal(self, name: str, shape: tuple[int, ...], device: torch.device) -> Tensor:
+        """See `Source.normal`."""
         return torch.randn(shape, generator=self._generator(name, device), device=device)
 
     def poisson(self, name: str, rate: Tensor) -> Tensor:
+        """Counts of the shape of `rate` [...]."""
         return torch.poisson(rate, generator=self._generator(name, rate.device))
 
     def _generator(self, name: str, device: torch.device) -> torch.Generator:
@@ -48,9 +52,11 @@ class FixedSource:
     maps: dict[str, Tensor] = field(default_factory=dict)
 
     def normal(self, name: str, shape: tuple[int, ...], device: torch.device) -> Tensor:
+        """The given map, viewed as `shape`."""
         return self.maps[name].to(device).view(shape)
 
     def poisson(self, name: str, rate: Tensor) -> Tensor:
+        """The given counts, viewed in the shape of `rate` [...]."""
         return self.maps[name].to(rate).view(rate.shape)
 
 
@@ -72,7 +78,7 @@ def luminance(x: Tensor) -> Tensor:
 
 
 def eight_bit(x: Tensor) -> Tensor:
-    """The nearest of the 256 levels of an 8-bit file: clamp(round(255 x), 0, 255) / 255."""
+    """The nearest of the 256 levels of an 8-bit file, [...] -> the same shape: clamp(round(255 x), 0, 255) / 255."""
     return (x * 255).round_().clamp_(0, 255).div_(255)
 
 
@@ -85,14 +91,17 @@ def photon_count(x: Tensor) -> Tensor:
 
 
 def shot_noise(x: Tensor, source: Source, name: str) -> Tensor:
-    """Poisson(x v) / v - x for the 8-bit version of images [N, C, H, W]."""
+    """Poisson(x v) / v - x for the 8-bit version of images [N, C, H, W] in [0, 1] -> the same shape."""
     x = eight_bit(x)
     count = photon_count(x)
     return source.poisson(name, x * count).div_(count).sub_(x)
 
 
 def gaussian_maps(x: Tensor, noise: Noise, gray: bool) -> Tensor:
-    """Standard normal maps; a gray one is drawn once and shared by all samples, as published."""
+    """Standard normal maps for [N, C, H, W]: the same shape, or gray [1, 1, H, W].
+
+    A gray one is drawn once and shared by all samples, as published.
+    """
     height, width = x.shape[-2:]
     if gray:
         return noise.source.normal("gray", (1, 1, height, width), x.device)
@@ -100,7 +109,10 @@ def gaussian_maps(x: Tensor, noise: Noise, gray: bool) -> Tensor:
 
 
 def noise_of(x: Tensor, noise: Noise, gray: bool) -> Tensor:
-    """Unscaled noise for images that are all gray-noised or all colour-noised."""
+    """Unscaled noise for images [N, 3, H, W] in [0, 1] that are all gray-noised or all colour-noised.
+
+    Colour has the images' shape; gray [N, 1, H, W] (poisson) or [1, 1, H, W] (gaussian).
+    """
     if noise.kind == "gaussian":
         return gaussian_maps(x, noise, gray) / 255
     return shot_noise(luminance(x) if gray else x, noise.source, "gray" if gray else "colour")

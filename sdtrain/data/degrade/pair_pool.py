@@ -24,7 +24,10 @@ RESERVED = {ORDER, FILLED}
 
 
 def encode(x: Tensor) -> Tensor:
-    """Levels k / 255 to bytes k; refuses tensors that would not come back bit for bit."""
+    """Levels k / 255 to bytes k, [...] float -> the same shape uint8.
+
+    Raises ValueError for a tensor that would not come back bit for bit.
+    """
     coded = (x * 255).round().to(torch.uint8)
     if not torch.equal(decode(coded), x):
         raise ValueError("an eight_bit field of the pair pool holds values that are not k / 255: store it as float")
@@ -32,6 +35,7 @@ def encode(x: Tensor) -> Tensor:
 
 
 def decode(x: Tensor) -> Tensor:
+    """Bytes [...] uint8 to levels in [0, 1], float32."""
     return x.float() / 255
 
 
@@ -116,7 +120,7 @@ class PairPool:
     ) -> None:
         """Take the pools of `ghosts` (None = all) from a state that any layout of ranks has written.
 
-        A ghost the state lacks starts empty. Raises RunError if the pools have another size.
+        `state`: {ghost: {name: [size, ...]}}; a ghost it lacks starts empty. Raises RunError for pools of another size.
         """
         wanted = [ghost for ghost in state if ghosts is None or ghost in ghosts]
         for ghost in wanted:

@@ -25,7 +25,7 @@ GCFSR_RANGE = (4, 64)
 
 
 def cubic(x: Tensor) -> Tensor:
-    """Keys' cubic convolution kernel with a = -0.5, support 4."""
+    """Keys' cubic convolution kernel with a = -0.5, support 4, element by element at x [...] pixels from the centre."""
     x = x.abs()
     near = 1.5 * x**3 - 2.5 * x**2 + 1
     far = -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
@@ -66,13 +66,17 @@ def down_up(x: Tensor, factor: int) -> Tensor:
 
 
 def check_factor(factor: int) -> None:
+    """Raises ConfigError for a factor outside GCFSR_RANGE."""
     low, high = GCFSR_RANGE
     if not low <= factor <= high:
         raise ConfigError(f"down-scaling factor {factor} is outside [{low}, {high}]: choose one of 4, 8, 16, 32, 64")
 
 
 def draw_factors(draws: Draws, factors: Sequence[int]) -> list[int]:
-    """One down-scaling factor an image, uniformly from the list (repeat entries to weight them)."""
+    """One down-scaling factor an image, uniformly from the list (repeat entries to weight them).
+
+    Raises ConfigError for an empty list or a factor outside GCFSR_RANGE.
+    """
     for factor in factors:
         check_factor(factor)
     if not factors:
@@ -100,6 +104,9 @@ def gcfsr_test_small(hq: Tensor, factor: int) -> Tensor:
 
 
 def gcfsr_test_input(small: Tensor, factor: int) -> Tensor:
-    """What GCFSR sees at test time: the stored 8-bit image enlarged and rounded AGAIN (training rounds only once)."""
+    """What GCFSR sees at test time: the stored 8-bit image enlarged and rounded AGAIN (training rounds only once).
+
+    [N, 3, h, w] in [0, 1] -> [N, 3, factor h, factor w]. Raises ConfigError for a factor outside GCFSR_RANGE.
+    """
     check_factor(factor)
     return eight_bit(imresize(small, factor))

@@ -256,7 +256,10 @@ def manifest_of(shards: list[dict[str, Any]], resolution: int | None, label_name
 
 
 def reindex(folder: Path) -> tuple[dict[str, Any], list[tuple[str, str, str]]]:
-    """Rebuild index and manifest from the tars alone; keeps what an existing manifest says about their making."""
+    """Rebuild index and manifest from the tars alone; keeps what an existing manifest says about their making.
+
+    Returns the manifest and what is damaged. Raises DataError for a folder without tars, or with strange names.
+    """
     from sdtrain.data.read.dataset import open_dataset
 
     names = sorted(path.name for path in folder.glob("[!.]*.tar") if path.is_file())

@@ -21,7 +21,7 @@ class TooManyRejected(DataError):
 
 
 def share(text: str) -> float:
-    """'10%' or '0.1' as 0.1, for argparse."""
+    """'10%' or '0.1' as 0.1, for argparse. Raises ArgumentTypeError for anything else."""
     try:
         value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     except ValueError:

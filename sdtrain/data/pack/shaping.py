@@ -65,7 +65,10 @@ def to_resolution(image: Image.Image, shape: Shape) -> Image.Image:
 
 
 def tiles(image: Image.Image, size: int, stride: int) -> Iterator[Image.Image]:
-    """Squares in rows; the last of a row or column is moved inwards so that every pixel is covered."""
+    """Squares in rows; the last of a row or column is moved inwards so that every pixel is covered.
+
+    Raises ImageRejected for an image smaller than one.
+    """
     if min(image.size) < size:
         raise ImageRejected(f"too small: {image.width}x{image.height} for --tile {size}")
     for top in _starts(image.height, size, stride):

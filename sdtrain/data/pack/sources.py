@@ -68,7 +68,10 @@ class SourceReader:
 
 
 def select(files: Sequence[SourceFile], listed: str | None, excluded: str | None) -> list[SourceFile]:
-    """Keep the files a list names and drop those another names. Lists hold paths or base names, one a line."""
+    """Keep the files a list names and drop those another names. Lists hold paths or base names, one a line.
+
+    Raises DataError when a name is not found, or nothing is left.
+    """
     chosen = list(files)
     if listed:
         wanted = _names_in(listed)

@@ -87,6 +87,7 @@ class Dataset:
 
 
 def read_at(path: str | Path, offset: int, size: int) -> bytes:
+    """`size` bytes of a file from `offset` on. Raises OSError, or EOFError when it is too short."""
     fd = open_regular(path)
     try:
         data = os.pread(fd, size, offset)

@@ -41,7 +41,7 @@ def rates_of(config: Loaded, alpha: float) -> Rates:
 
 
 def vector_field(r: Rates, theta: Tensor, psi: Tensor, phi: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Eq. (3): (d theta/dt, d psi/dt, d phi/dt)."""
+    """Eq. (3): (d theta/dt, d psi/dt, d phi/dt) for scalars, or for shapes [...] that broadcast."""
     d_theta = -r.eta_G * (r.c * psi + r.alpha * (theta - phi))
     return d_theta, r.eta_D * r.c * theta, r.eta_phi * (theta - phi)
 
@@ -106,7 +106,7 @@ class Dirac(SDGAN):
         return torch.zeros(len(images), 1, 1, 1)
 
     def generate(self, G: Net, x: Chunk, draws: Draws, teacher: bool = False) -> Tensor:
-        """With simultaneous updates D sees G where it was before its step."""
+        """With simultaneous updates D sees G where it was before its step: [num_samples, 1, 1, 1]."""
         ghosts = tuple(x.draws.ghosts)
         if ghosts in self.made and not teacher:
             return self.made.pop(ghosts)

@@ -36,12 +36,12 @@ class Photos:
 
     @staticmethod
     def to_range(images: Tensor) -> Tensor:
-        """uint8 -> float32 in [0, 1]."""
+        """uint8 [N, 3, H, W] -> float32 in [0, 1]."""
         return images.float().div_(255)
 
     @staticmethod
     def signed(images: Tensor) -> Tensor:
-        """The images in [-1, 1], which distances and T expect."""
+        """Images [N, 3, H, W] in [0, 1] -> [-1, 1], which distances and T expect."""
         return images * 2 - 1
 
     def prepare(self, x: Chunk, stage: str = "") -> Chunk:
@@ -62,6 +62,7 @@ class Photos:
         return replace(x, real=pair["hq"], inputs={"lq": pair["lq"]})
 
     def pair(self, x: Chunk, sharpened: bool = False) -> dict[str, Tensor]:
+        """The chunk's pair before the pool: `lq` [N, 3, crop / scale, ...], `hq` or `sharp` [N, 3, crop, crop]."""
         hq = flip_images(x.real, replace(x.draws, device="cpu").sub("degrade"), self.options.flip_prob)
         return self.degradation.pair(hq, x.draws, self.scale, sharpened)
 
@@ -79,7 +80,10 @@ class Photos:
         return replace(x, real=real, inputs={"lq": lq})
 
     def target(self, x: Chunk) -> Tensor:
-        """What the original training compares with: the ground truth, unsharp-masked in Real-ESRGAN's recipe."""
+        """What the original training compares with, [N, 3, H, W] in [0, 1].
+
+        The ground truth, unsharp-masked in Real-ESRGAN's recipe.
+        """
         if "target" in x.inputs:
             return x.inputs["target"]
         return usm(x.real) if self.sharp_target else x.real
@@ -91,6 +95,10 @@ class Photos:
         return self.pool.state() if self.pool is not None else {}
 
     def load_state(self, state: Mapping[int, Mapping[str, Tensor]], device: torch.device | str) -> None:
+        """Take over {ghost: {name: [pool_size, ...]}} from `state`.
+
+        Raises RunError for pools of another size.
+        """
         if self.pool is not None:
             self.pool.load_state(state, device=device)
 
@@ -106,11 +114,12 @@ class Faces:
 
     @staticmethod
     def to_range(images: Tensor) -> Tensor:
-        """uint8 -> float32 in [-1, 1]."""
+        """uint8 [N, 3, H, W] -> float32 in [-1, 1]."""
         return images.float().div_(127.5).sub_(1)
 
     @staticmethod
     def signed(images: Tensor) -> Tensor:
+        """Images [N, 3, H, W] in [-1, 1], as they are."""
         return images
 
     def prepare(self, x: Chunk, stage: str = "") -> Chunk:
@@ -126,6 +135,7 @@ class Faces:
 
     @staticmethod
     def target(x: Chunk) -> Tensor:
+        """The ground truth [N, 3, H, W] in [-1, 1]."""
         return x.real
 
     def __call__(self, G: Any, x: Chunk, draws: Draws, layers: Sequence[str] = ()) -> Any:
@@ -135,6 +145,7 @@ class Faces:
         return {}
 
     def load_state(self, state: Mapping[int, Mapping[str, Tensor]], device: torch.device | str) -> None:
+        """{ghost: {name: [...]}} is empty: nothing is kept from step to step."""
         pass
 
 

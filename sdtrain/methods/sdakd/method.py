@@ -59,6 +59,7 @@ class SDAKD(Restoration):
         self.made: dict[tuple[str, Sequence[int]], Tensor] = {}  # images of this step that several phases use
 
     def to_range(self, images: Tensor) -> Tensor:
+        """uint8 [N, 3, H, W] -> float32 in the inputs' range."""
         return self.inputs.to_range(images)
 
     def prepare(self, x: Chunk, stage: Stage) -> Chunk:
@@ -122,7 +123,7 @@ class SDAKD(Restoration):
         return torch.stack(list(terms.values())).sum(), {**terms, **logits}
 
     def L_G_adv(self, D: Net, fake: Tensor, x: Chunk) -> Tensor:
-        """L_adv of G; a relativistic one compares with the ground truth."""
+        """L_adv of G for its images [N, 3, H, W] -> scalar; a relativistic one compares with the ground truth."""
         return self.L_adv.g(D(fake), D(x.real) if self.L_adv.relativistic else None)
 
     def with_R1(self, D: Net, loss: Callable[[Chunk], Loss], x: Chunk) -> Loss:
@@ -137,7 +138,7 @@ class SDAKD(Restoration):
         return terms["G/sup"] + self.o.lambda_1 * terms["G/mlp"] if self.o.lambda_1 else terms["G/sup"]
 
     def supervised_terms(self, x: Chunk) -> tuple[Tensor, Terms]:
-        """The student's images and L_sup and, unless lambda_1 is 0, L_MLP."""
+        """The student's images [N, 3, H, W], and L_sup and, unless lambda_1 is 0, L_MLP, scalars."""
         draws = x.draws.sub("G")
         fake, maps = self.with_maps(self.nets["G"], x, draws)
         taught = draws if self.o.noise == "shared" else draws.sub("teacher")
@@ -151,18 +152,25 @@ class SDAKD(Restoration):
         return fake, terms
 
     def terms_of_eq_3(self, x: Chunk) -> tuple[Tensor, Terms]:
+        """The student's images [N, 3, H, W], and the terms of Eq. (3), scalars."""
         fake, terms = self.supervised_terms(x)
         terms["G/adv"] = self.L_G_adv(self.nets["D"], fake, x)
         return fake, terms
 
     def L_sup(self, fake: Tensor, teacher: Tensor) -> Tensor:
-        """L_1 + perceptual distance to the teacher's image, with the original work's weights."""
+        """L_1 + perceptual distance to the teacher's image, with the original work's weights.
+
+        [N, 3, H, W] in the inputs' range twice -> scalar.
+        """
         w = self.o.supervision
         loss = w.pixel * F.l1_loss(fake, teacher)
         return loss + w.perceptual * self.perceptual(fake, teacher) if w.perceptual and self.perceptual else loss
 
     def L_SD(self, x: Chunk, fake: Tensor) -> Tensor:
-        """SD-GAN's distance between the student and its own average on the same input and noise."""
+        """SD-GAN's distance between the student and its own average on the same input and noise.
+
+        `fake` [N, 3, H, W] in the inputs' range -> scalar.
+        """
         fake_ema = self.no_grad(self.nets["G_ema"], x, "G")
         assert self.distance is not None
         both = self.inputs.signed(fake), self.inputs.signed(fake_ema)
@@ -219,6 +227,7 @@ class SDAKD(Restoration):
         return self.nets["G"], self.nets["D"]
 
     def no_grad(self, G: Net, x: Chunk, purpose: str) -> Tensor:
+        """Images [N, 3, H, W] of G in the inputs' range, without a graph."""
         with torch.no_grad():
             return self.inputs(G, x, x.draws.sub(purpose))
 
@@ -232,7 +241,10 @@ class SDAKD(Restoration):
             return forward()
 
     def judged_in_stage2(self, x: Chunk) -> Tensor:
-        """Images for Eq. (2): every second sample of a ghost is real, and which half changes from step to step."""
+        """Images [N, 3, H, W] for Eq. (2).
+
+        Mixed, every second sample of a ghost is real, and which half changes from step to step.
+        """
         if self.o.p_images == "real":
             return x.real
         teacher = self.made["teacher", x.draws.ghosts]
@@ -251,4 +263,5 @@ class SDAKD(Restoration):
         return self.inputs.state()
 
     def load_ghost_state(self, state: Mapping[int, Tensors], device: torch.device) -> None:
+        """Take over {ghost: {name: [pool_size, ...]}}. Raises RunError for pools of another size."""
         self.inputs.load_state(state, device)

@@ -116,7 +116,7 @@ class SDGAN(Method):
         return L_adv, {"G/adv": L_adv}
 
     def loss_G_adv(self, fake: Tensor, x: Chunk, draws: Draws) -> Tensor:
-        """L_adv of G; a relativistic one compares with the real images of this step."""
+        """L_adv of G for [N, C, H, W] in [-1, 1] -> scalar; a relativistic one compares with the step's real images."""
         fake_logits = self.D(self.augment(fake, draws, x), self.fake_labels(x, draws))
         if not self.L_adv.relativistic:
             return self.L_adv.g(fake_logits, None)
@@ -124,7 +124,10 @@ class SDGAN(Method):
         return self.L_adv.g(fake_logits, self.D(real, x.labels))
 
     def L_SD(self, fake: Tensor, x: Chunk, draws: Draws) -> Tensor:
-        """Mean distance of student and teacher on the same latents, under the same T; the teacher has no gradient."""
+        """Mean distance of student and teacher on the same latents, under the same T; the teacher has no gradient.
+
+        `fake`: the student's images [N, C, H, W] in [-1, 1] -> scalar.
+        """
         assert self.distance is not None
         with torch.no_grad():
             fake_ema = self.generate(self.G_ema, x, draws, teacher=True)
@@ -138,7 +141,10 @@ class SDGAN(Method):
         return self.loss_D_of(x, x.real, fake)[:2]
 
     def loss_D_of(self, x: Chunk, real: Tensor, fake: Tensor) -> tuple[Tensor, Terms, Tensor, Tensor]:
-        """The adversarial loss of D on given images, its terms, real and fake logits."""
+        """The adversarial loss of D on given images [N, C, H, W], its terms, real and fake logits [N, ...].
+
+        Loss and terms are scalars; images in [-1, 1], not yet augmented.
+        """
         draws = x.draws.sub("D")
         real_seen, fake_seen = self.augment(real, draws.sub("real"), x), self.augment(fake, draws.sub("fake"), x)
         labels = self.fake_labels(x, draws)
@@ -155,7 +161,10 @@ class SDGAN(Method):
     def judge(
         self, fake: Tensor, real: Tensor, fake_labels: Tensor | None, real_labels: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """D on fake and real: two passes (official; batch statistics never mix) or one over both."""
+        """D on fake and real: two passes (official; batch statistics never mix) or one over both.
+
+        [N, C, H, W] and one-hot labels [N, num_classes] or None, of each -> logits [N, ...] of fake and real.
+        """
         if self.o.d_passes == "separate":
             return self.D(fake, fake_labels), self.D(real, real_labels)
         both = None if fake_labels is None or real_labels is None else torch.cat([fake_labels, real_labels])
@@ -190,7 +199,10 @@ class SDGAN(Method):
         return loss + penalty, {**terms, **more}
 
     def penalty(self, x: Chunk, images: Mapping[str, Tensor], logits: Mapping[str, Tensor]) -> Loss:
-        """gamma/2 * E ||grad_x D(aug(x))||^2 for each kind of images, times the interval."""
+        """gamma/2 * E ||grad_x D(aug(x))||^2 for each kind of images, times the interval.
+
+        `images` [N, C, H, W] require grad, `logits` [N, K] or [N] come from them -> the sum, and a scalar by kind.
+        """
         terms = {name: gradient_penalty(images[name], logits[name]) for name in images}
         gamma = value_at(self.o.r1.gamma, x.seen_img)
         return torch.stack(list(terms.values())).sum() * (gamma / 2 * self.o.r1.every), terms
@@ -204,14 +216,20 @@ class SDGAN(Method):
     def consistency(
         self, x: Chunk, fake: Tensor, labels: Tensor | None, real_logits: Tensor, fake_logits: Tensor, draws: Draws
     ) -> Tensor:
-        """Balanced consistency: D should say the same of an image and of its augmentation, real and fake alike."""
+        """Balanced consistency: D should say the same of an image and of its augmentation, real and fake alike.
+
+        `fake` [N, C, H, W] as D saw it, its `labels` [N, num_classes] or None, logits [N, ...] of both -> scalar.
+        """
         assert self.consistent is not None
         real_aug, fake_aug = self.consistent(x.real, draws.sub("real")), self.consistent(fake, draws.sub("fake"))
         fake_aug_logits, real_aug_logits = self.judge(fake_aug, real_aug, labels, x.labels)
         return balanced_consistency(real_logits, real_aug_logits, fake_logits, fake_aug_logits, 1.0, 1.0)
 
     def generate(self, G: Net, x: Chunk, draws: Draws, teacher: bool = False) -> Tensor:
-        """Images of the latents in `draws`; a teacher sees the same latents and, unless told otherwise, noise."""
+        """Images [num_samples, C, H, W] in [-1, 1] of the latents in `draws`.
+
+        A teacher sees the same latents and, unless told otherwise, noise.
+        """
         z, c, noise = draws.normal("z", self.z_dim), self.fake_labels(x, draws), draws.sub("noise")
         independent = draws.sub("noise/teacher") if teacher and self.o.sd.noise == "independent" else None
         if not self.o.style_mixing:
@@ -220,11 +238,14 @@ class SDGAN(Method):
         return G(z, c, noise, mixing=mixing, layer_draws=independent)
 
     def fake_labels(self, x: Chunk, draws: Draws) -> Tensor | None:
-        """Classes of fakes: drawn as often as they are in the training set (official), or those of the real images."""
+        """Classes of fakes, one-hot [num_samples, num_classes] or None.
+
+        Drawn as often as they are in the training set (official), or those of the real images.
+        """
         return labels_for(draws, self.class_counts) if self.class_counts else x.labels
 
     def augment(self, images: Tensor, draws: Draws, x: Chunk) -> Tensor:
-        """What D sees instead of `images`."""
+        """What D sees instead of `images` [N, C, H, W] in [-1, 1]: the same shape, not clamped."""
         if self._augment is None:
             return images
         given = self.o.augment.p
