@@ -7,11 +7,12 @@ unit in brackets, `[pixels] Side of ...`, unless the type says it (Images, Span)
 
 import re
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
 from sdtrain.config.schedule import Schedule
+from sdtrain.metrics.table import METRICS
 
 AMOUNT = r"(\d+(?:\.\d+)?)"
 POWERS = {"k": 1_000, "M": 1_000_000}
@@ -64,7 +65,10 @@ Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 AdversarialLoss = Literal["hinge", "logistic", "least-squares", "wasserstein", "relativistic"]
 DistanceLoss = Literal["lpips-vgg", "l1", "l2", "ms-ssim"]
-MetricName = Literal["fid", "rfid", "kid", "pr"]
+if TYPE_CHECKING:
+    MetricName = str
+else:
+    MetricName = Literal[tuple(METRICS)]
 
 
 @dataclass(frozen=True, kw_only=True)
