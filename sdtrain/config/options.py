@@ -7,12 +7,11 @@ unit in brackets, `[pixels] Side of ...`, unless the type says it (Images, Span)
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
 from sdtrain.config.schedule import Schedule
-from sdtrain.metrics.table import METRICS
 
 AMOUNT = r"(\d+(?:\.\d+)?)"
 POWERS = {"k": 1_000, "M": 1_000_000}
@@ -65,10 +64,6 @@ Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 AdversarialLoss = Literal["hinge", "logistic", "least-squares", "wasserstein", "relativistic"]
 DistanceLoss = Literal["lpips-vgg", "l1", "l2", "ms-ssim"]
-if TYPE_CHECKING:
-    MetricName = str
-else:
-    MetricName = Literal[tuple(METRICS)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,8 +214,8 @@ class PathLength:
 class Metrics:
     """What an evaluation measures, and on how much."""
 
-    names: tuple[MetricName, ...] = ("fid",)
-    """Which: Frechet distance, the same in random features, kernel distance, precision and recall."""
+    names: tuple[str, ...] = ("fid",)
+    """Some of fid (Frechet distance), rfid (in random features), kid (kernel distance), pr (precision and recall)."""
     num_fake: Count = 50_000
     """[images] Generated images."""
     num_real: Count | None = None
