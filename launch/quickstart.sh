@@ -2,11 +2,11 @@
 # From nothing to a trained generator on the CPU: set up, pack real photographs, train on 2 ranks, evaluate, say where to
 # look. Needs Python, pip and git only. Run again, it goes on from the last checkpoint instead of starting over.
 #
-#   bash launch/quickstart.sh          SD-GAN with ProjectedGAN's networks, configs/quickstart.yaml
+#   bash launch/quickstart.sh          SD-GAN with StyleGAN2's networks, configs/quickstart.yaml; five minutes on two cores
 #   bash launch/quickstart.sh sdakd    the same for configs/quickstart_sdakd.yaml
 #
-#   data/NAME/photos/    the photographs that scikit-image ships
-#   data/NAME/shards/    crops of them as tar shards
+#   data/NAME/crops/     a face, a cat, a cup and a rocket, from the photographs that scikit-image ships (sdakd: photos/)
+#   data/NAME/shards/    the same as tar shards
 #   runs/NAME/           the run (README.md explains its files)
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
@@ -21,7 +21,7 @@ export SDTRAIN_CPU="${SDTRAIN_CPU-1}"           # set it empty to use GPUs
 # Super-resolution: 64 px pieces to train on, and 192 px pieces of two photographs that no stage of training sees.
 pack_for_sdakd() {
     local data="data/$name" part
-    python -c 'import sys; from sdtrain.data.pack.photos import *; export_photos(sys.argv[1], None, PICTURES)' "$data/photos"
+    python -c 'import sys; from sdtrain.data.pack.photos import *; export_photos(sys.argv[1], PICTURES)' "$data/photos"
     echo rocket.png > "$data/val.txt"
     echo coffee.png > "$data/test.txt"
     cat "$data/val.txt" "$data/test.txt" > "$data/held_back.txt"
@@ -37,9 +37,9 @@ elif [ "$name" = quickstart_sdakd ]; then
     say "cutting photographs into pieces and packing them"
     pack_for_sdakd
 else
-    say "cutting photographs into 32 px pieces and packing them"
-    python -c 'import sys; from sdtrain.data.pack.photos import *; export_photos(sys.argv[1], 256, PICTURES)' "data/$name/photos"
-    sdtrain pack "data/$name/photos" "data/$name/shards" --tile 32 --stride 8 --shard-count 4
+    say "cutting 1000 crops of 32 px from each of four photographs and packing them, one class a photograph"
+    python -c 'import sys; from sdtrain.data.pack.photos import *; export_crops(sys.argv[1])' "data/$name/crops"
+    sdtrain pack "data/$name/crops" "data/$name/shards" --resolution 32 --labels folder --shard-count 4
 fi
 
 say "training on 2 ranks (again from the last checkpoint, if there is one)"

@@ -70,12 +70,13 @@ def _snapshots_gb(config: Config, networks: dict[str, dict[str, Any]]) -> float:
 
 
 def _needed_by_metrics(config: Config) -> dict[str, str | None]:
-    m, found = config.metrics, dict[str, str | None]()
-    own_pr = "pr" in m.names and m.pr_features == "vgg16"
-    shared = {"fid", "kid"} | (set() if own_pr else {"pr"})
-    if m.extractor == "inception" and shared & set(m.names):
-        found["inception"] = config.weights.inception
-    return found | ({"vgg16": config.weights.vgg16} if own_pr else {})
+    """Feature networks of the evaluations of generated images, as the table of metrics says."""
+    from sdtrain.metrics.table import Settings
+
+    m = config.metrics
+    settings = Settings(metrics=m.names, extractor=m.extractor, pr_features=m.pr_features)
+    kinds = {kind for kind, _ in settings.nets().values()}
+    return {kind: getattr(config.weights, kind) for kind in ("inception", "vgg16") if kind in kinds}
 
 
 def check_weights_needed(config: Config) -> dict[str, Any]:

@@ -273,7 +273,7 @@ MISTAKES = [
     ),
     (
         "metrics: {names: [fid, kidd]}",
-        ":10: key 'metrics.names.1' must be one of fid, rfid, kid, pr, not the text 'kidd' (did you mean 'kid'?)",
+        ":10: metrics.names has 'kidd', which is no metric: choose from fid, rfid, kid, pr (did you mean 'kid'?)",
     ),
     ("sd: 3", None),
     ("engine: fsdp2", ":10: engine 'fsdp2' is not available in this version: use ddp"),

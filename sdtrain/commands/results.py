@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sdtrain.errors import RunError
+from sdtrain.metrics import table
 from sdtrain.metrics.protocol import conflicts
 
 T = TypeVar("T")
-METRICS = {
-    **{"fid": "FID", "rfid": "rFID", "kid": "KID", "precision": "Precision", "recall": "Recall"},
-    **{"psnr_y": "PSNR-Y [dB]", "ssim_y": "SSIM-Y", "lpips": "LPIPS"},
-}
-RISING = ("precision", "recall", "psnr_y", "ssim_y")  # the others are better when lower
+METRICS: dict[str, str] = table.merged(dict(metric.labels) for metric in table.METRICS.values())
+METRICS |= {"psnr_y": "PSNR-Y [dB]", "ssim_y": "SSIM-Y", "lpips": "LPIPS"}
+RISING = (*(key for metric in table.METRICS.values() for key in metric.rising), "psnr_y", "ssim_y")  # higher is better
 MEASURED = re.compile(rf"(?:{'|'.join(METRICS)})(?:_std|_\d+)?")
 SEED_OF_NAME = re.compile(r"[-_.]?seed[-_=]?\d+", re.IGNORECASE)
 WORDS = ("kind", "stage", "split", "weights", "method", "measured")

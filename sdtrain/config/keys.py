@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from sdtrain.config.options import Count, CountOrZero, Data, Ema, Images, Metrics, Optimizer, Weights
 from sdtrain.config.schedule import Schedule, out_of_order
-from sdtrain.config.words import clip
+from sdtrain.config.words import clip, nearest
+from sdtrain.metrics.table import METRICS
 
 INTERVALS = ("log_img", "sample_img", "eval_img", "save_img")
 MAX_NAME = 100  # characters; file systems take 255 bytes, and files of a run add to it
@@ -116,6 +117,7 @@ def common_problems(config: Config, world: int | None) -> Iterator[tuple[str, st
     yield from _sum_problems(config)
     yield from _time_problems(config)
     yield from _schedule_problems(config)
+    yield from _metric_problems(config)
     name = config.name
     if not name or len(name) > MAX_NAME or "/" in name or name.startswith(".") or not name.isprintable():
         yield "name", f"name '{clip(name)}' cannot be a folder name: use letters, digits, - and _"
@@ -123,6 +125,13 @@ def common_problems(config: Config, world: int | None) -> Iterator[tuple[str, st
         yield "engine", f"engine '{config.engine}' is not available in this version: use ddp"
     if config.data is not None and config.data.train in ("", []):
         yield "data.train", "data.train is empty: give it a folder of shards or a pattern"
+
+
+def _metric_problems(config: Config) -> Iterator[tuple[str, str]]:
+    for name in config.metrics.names:
+        if name not in METRICS:
+            known = f"choose from {', '.join(METRICS)}{nearest(name, METRICS)}"
+            yield "metrics.names", f"metrics.names has '{clip(name)}', which is no metric: {known}"
 
 
 def schedules(section: object, path: str = "") -> Iterator[tuple[str, Schedule]]:

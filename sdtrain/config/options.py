@@ -67,7 +67,6 @@ Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 AdversarialLoss = Literal["hinge", "logistic", "least-squares", "wasserstein", "relativistic"]
 DistanceLoss = Literal["lpips-vgg", "l1", "l2", "ms-ssim"]
-MetricName = Literal["fid", "rfid", "kid", "pr"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,8 +217,8 @@ class PathLength:
 class Metrics:
     """What an evaluation measures, and on how much."""
 
-    names: tuple[MetricName, ...] = ("fid",)
-    """Which: Frechet distance, the same in random features, kernel distance, precision and recall."""
+    names: tuple[str, ...] = ("fid",)
+    """Some of fid (Frechet distance), rfid (in random features), kid (kernel distance), pr (precision and recall)."""
     num_fake: Count = 50_000
     """[images] Generated images."""
     num_real: Count | None = None

@@ -72,12 +72,15 @@ class Settings:
 class Metric:
     """`shown` are the numbers it gives and the decimals they are printed with; `keeps_rows`: sums do not suffice.
 
+    `labels` are the numbers that tables and curves show, and their names there; `rising` those better when higher.
     `network` names in words what a protocol says of the features.
     """
 
     shown: Mapping[str, int]
     nets: Callable[[Settings], Nets]
     values: Callable[[Settings, Statistics, Statistics], dict[str, Any]]  # of real and fake
+    labels: Mapping[str, str]
+    rising: tuple[str, ...] = ()
     keeps_rows: bool = False
     protocol: Callable[[Settings], dict[str, Any]] = lambda settings: {}
     network: Callable[[dict[str, Any]], str] = lambda protocol: words(protocol["features"])
@@ -154,19 +157,27 @@ def pr_network(protocol: dict[str, Any]) -> str:
 
 
 METRICS: dict[str, Metric] = {
-    "fid": Metric(shown={"fid": 4, "fid_biased": 4}, nets=shared, values=fid_values),
+    "fid": Metric(shown={"fid": 4, "fid_biased": 4}, labels={"fid": "FID"}, nets=shared, values=fid_values),
     "rfid": Metric(
         shown={"rfid": 4, "rfid_std": 4},
+        labels={"rfid": "rFID"},
         nets=of_rfid,
         values=rfid_values,
         protocol=rfid_protocol,
         network=lambda protocol: f"random-inception {protocol['rfid']['tap']}",
     ),
     "kid": Metric(
-        shown={"kid": 6, "kid_std": 6}, nets=shared, values=kid_values, keeps_rows=True, protocol=kid_protocol
+        shown={"kid": 6, "kid_std": 6},
+        labels={"kid": "KID"},
+        nets=shared,
+        values=kid_values,
+        keeps_rows=True,
+        protocol=kid_protocol,
     ),
     "pr": Metric(
         shown={"precision": 4, "recall": 4},
+        labels={"precision": "Precision", "recall": "Recall"},
+        rising=("precision", "recall"),
         nets=of_pr,
         values=pr_values,
         keeps_rows=True,

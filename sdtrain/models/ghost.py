@@ -117,7 +117,7 @@ class GhostBatchNorm2d(Advancing, nn.BatchNorm2d):
     momentum: float
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise [N, C, H, W]; in training N must be a multiple of `ghost_batch`."""
+        """Normalise [N, C, H, W]; raises ValueError in training unless N is a multiple of `ghost_batch`."""
         if not self.training:
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
         out, seen = normalise_ghosts(x, self.ghost_batch, self.weight, self.bias, self.eps)
@@ -225,6 +225,7 @@ class SpectralConv2d(SpectralNorm):
         self._init_spectral(plain.weight.detach())
 
     def forward(self, x: Tensor) -> Tensor:
+        """[N, c_in, H, W] -> [N, c_out, H', W'], sides as nn.Conv2d gives them."""
         return F.conv2d(x, self.weight, self.bias, self.stride, self.padding, groups=self.groups)
 
 
@@ -241,6 +242,7 @@ class SpectralConvTranspose2d(SpectralNorm):
         self._init_spectral(plain.weight.detach())
 
     def forward(self, x: Tensor) -> Tensor:
+        """[N, c_in, H, W] -> [N, c_out, H', W'], sides as nn.ConvTranspose2d gives them."""
         return F.conv_transpose2d(x, self.weight, self.bias, self.stride, self.padding)
 
 
@@ -254,4 +256,5 @@ class SpectralLinear(SpectralNorm):
         self._init_spectral(plain.weight.detach())
 
     def forward(self, x: Tensor) -> Tensor:
+        """[N, c_in] -> [N, c_out]."""
         return F.linear(x, self.weight, self.bias)

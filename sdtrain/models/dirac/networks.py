@@ -21,7 +21,7 @@ class Generator(nn.Module):
         self.theta = nn.Parameter(torch.tensor(float(options.start)))
 
     def forward(self, z: Tensor, c: Tensor | None = None, draws: Any = None) -> Tensor:
-        """z [N, 1] -> theta [N, 1, 1, 1]."""
+        """z [N, 1] -> theta [N, 1, 1, 1]; c and draws are ignored."""
         return self.theta.expand(len(z), 1, 1, 1)
 
 
@@ -33,5 +33,5 @@ class Discriminator(nn.Module):
         self.psi = nn.Parameter(torch.tensor(float(options.start)))
 
     def forward(self, x: Tensor, c: Tensor | None = None) -> Tensor:
-        """x [N, 1, 1, 1] -> psi * x [N, 1]."""
+        """x [N, 1, 1, 1] -> psi * x [N, 1]; c is ignored."""
         return self.psi * x.flatten(1)

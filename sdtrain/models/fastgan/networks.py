@@ -49,6 +49,7 @@ class GLU(nn.Module):
     """Gated linear unit: the first half of the channels times the sigmoid of the second."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """[N, 2C, ...] -> [N, C, ...]."""
         return F.glu(x, dim=1)
 
 
@@ -61,6 +62,7 @@ class NoiseInjection(nn.Module):
 
     def forward(self, x: Tensor, noise: Tensor | None) -> Tensor:
         # the parameter stays in the graph without noise: a data-parallel reducer waits for every gradient
+        """x [N, C, H, W], noise [N, 1, H, W] or None -> [N, C, H, W]."""
         return x + self.weight * (0.0 if noise is None else noise)
 
 
@@ -80,7 +82,10 @@ class ConditionalBatchNorm2d(Advancing):
         self.register_buffer("stored_var", torch.ones(num_channels))
 
     def forward(self, x: Tensor, e: Tensor) -> Tensor:
-        """x [N, C, H, W], e [N, embedding_dim]."""
+        """x [N, C, H, W], e [N, embedding_dim] -> [N, C, H, W].
+
+        Raises ValueError in training unless N is a multiple of `ghost_batch`.
+        """
         gain, bias = 1 + self.gain(e)[:, :, None, None], self.bias(e)[:, :, None, None]
         return self._normalised(x) * gain + bias
 
@@ -106,6 +111,7 @@ class InitLayer(nn.Module):
         self.init = nn.Sequential(conv, GhostBatchNorm2d(2 * num_channels), GLU())
 
     def forward(self, z: Tensor) -> Tensor:
+        """z [N, z_dim] -> [N, num_channels, 4, 4]."""
         return self.init(unit_second_moment(z)[:, :, None, None])
 
 
@@ -125,7 +131,7 @@ class UpBlock(nn.Sequential):
         self.num_noises = 0 if lite else 2
 
     def forward(self, x: Tensor, e: Tensor | None = None, noises: Sequence[Tensor | None] = (None, None)) -> Tensor:
-        """x [N, C, H, W] -> [N, c_out, 2H, 2W]; noises [N, 1, 2H, 2W] each."""
+        """x [N, c_in, H, W] -> [N, c_out, 2H, 2W]; noises [N, 1, 2H, 2W] or None each; e is ignored."""
         remaining = iter(noises)
         for layer in self:
             x = layer(x, next(remaining)) if isinstance(layer, NoiseInjection) else layer(x)
@@ -146,6 +152,7 @@ class ConditionalUpBlock(nn.Module):
         self.noise = NoiseInjection()
 
     def forward(self, x: Tensor, e: Tensor, noises: Sequence[Tensor | None] = (None, None)) -> Tensor:
+        """x [N, c_in, H, W], e [N, embedding_dim] -> [N, c_out, 2H, 2W]; noises [N, 1, 2H, 2W] or None each."""
         x = F.interpolate(x, scale_factor=2, mode="nearest")
         x = F.glu(self.bn1(self.noise(self.conv1(x), noises[0]), e), dim=1)
         return F.glu(self.bn2(self.noise(self.conv2(x), noises[1]), e), dim=1)
@@ -162,6 +169,7 @@ class ConditionalUpBlockLite(nn.Module):
         self.bn = ConditionalBatchNorm2d(2 * c_out, embedding_dim)
 
     def forward(self, x: Tensor, e: Tensor, noises: Sequence[Tensor | None] = ()) -> Tensor:
+        """x [N, c_in, H, W], e [N, embedding_dim] -> [N, c_out, 2H, 2W]; noises are ignored."""
         x = F.interpolate(x, scale_factor=2, mode="nearest")
         return F.glu(self.bn(self.conv(x), e), dim=1)
 
@@ -175,6 +183,7 @@ class SkipExcitation(nn.Module):
         self.main = nn.Sequential(nn.AdaptiveAvgPool2d(4), squeeze, nn.SiLU(), excite, nn.Sigmoid())
 
     def forward(self, small: Tensor, big: Tensor) -> Tensor:
+        """small [N, c_small, h, w], big [N, c_big, H, W] -> [N, c_big, H, W]."""
         return big * self.main(small)
 
 
@@ -201,6 +210,7 @@ class Synthesis(nn.Module):
             self.get_submodule(f"se_{r}").requires_grad_(False)
 
     def forward(self, z: Tensor, c: Tensor | None, draws: Draws | None) -> Tensor:
+        """z [N, z_dim], c one-hot [N, num_classes] if conditional -> images [N, 3, R, R], nominally in [-1, 1]."""
         e = None if c is None else self.embed(c.argmax(1))
         feat = {4: self.init(z)}
         for r in self.levels:
@@ -240,7 +250,10 @@ class Generator(nn.Module):
         self.synthesis = Synthesis(options, resolution, num_classes)
 
     def forward(self, z: Tensor, c: Tensor | None = None, draws: Draws | None = None) -> Tensor:
-        """z [N, z_dim], c one-hot [N, num_classes] if conditional -> images [N, 3, R, R], nominally in [-1, 1]."""
+        """z [N, z_dim], c one-hot [N, num_classes] if conditional -> images [N, 3, R, R], nominally in [-1, 1].
+
+        Raises ValueError without c if conditional, and in training unless N is a multiple of the ghost batch.
+        """
         if self.num_classes and c is None:
             raise ValueError("a conditional generator needs labels c [N, num_classes]")
         return self.synthesis(z, c if self.num_classes else None, draws)

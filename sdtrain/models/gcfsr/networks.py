@@ -41,7 +41,10 @@ def channels(options: GeneratorOptions | DiscriminatorOptions, resolution: int) 
 
 
 def fir(x: Tensor, pad: tuple[int, int], up: bool = False) -> Tensor:
-    """Smooth [N, C, H, W] by the normalised outer product of [1, 3, 3, 1]; `up` inserts zeros first (2 x size)."""
+    """Smooth by the normalised outer product of [1, 3, 3, 1]: [N, C, H, W] -> [N, C, H + p - 3, W + p - 3].
+
+    p = sum(pad). `up` inserts zeros first and gives [N, C, 2H, 2W], whatever `pad`.
+    """
     taps = torch.tensor([1.0, 3.0, 3.0, 1.0], dtype=x.dtype, device=x.device)
     kernel = torch.outer(taps, taps) / (16 if up else 64)
     n, c, h, w = x.shape
@@ -62,6 +65,7 @@ class Smooth(nn.Module):
         self.pad = (1, 1) if kernel == 1 else (2, 2)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] -> [N, C, H - 1, W - 1] for kernel 1, else [N, C, H + 1, W + 1]."""
         return fir(x, self.pad)
 
 
@@ -75,6 +79,7 @@ class EqualConv2d(nn.Module):
         self.stride, self.padding, self.gain = stride, padding, 1 / math.sqrt(c_in * kernel**2)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[N, c_in, H, W] -> [N, c_out, H', W'], sides as nn.Conv2d gives them."""
         return F.conv2d(x, self.weight * self.gain, self.bias, self.stride, self.padding)
 
 
@@ -88,6 +93,7 @@ class EqualLinear(nn.Module):
         self.gain, self.lr_mul, self.activate = lr_mul / math.sqrt(c_in), lr_mul, activate
 
     def forward(self, x: Tensor) -> Tensor:
+        """[N, c_in] -> [N, c_out]."""
         out = F.linear(x, self.weight * self.gain, self.bias * self.lr_mul)
         return F.leaky_relu(out, 0.2) * SQRT2 if self.activate else out
 
@@ -100,6 +106,7 @@ class FusedLeakyReLU(nn.Module):
         self.bias = nn.Parameter(torch.zeros(num_channels))
 
     def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] -> the same shape."""
         return F.leaky_relu(x + self.bias.view(1, -1, 1, 1), 0.2).mul(SQRT2)
 
 
@@ -135,6 +142,7 @@ class ModulatedConv2d(nn.Module):
         self.padding, self.gain = kernel // 2, 1 / math.sqrt(c_in * kernel**2)
 
     def forward(self, x: Tensor, style: Tensor) -> Tensor:
+        """x [N, c_in, H, W], style [N, S] -> [N, c_out, H, W], twice the size for `up`, half for `down` (kernel 3)."""
         s = self.modulation(style)
         weight = self.weight[0] * self.gain
         out = self._convolve(x * s[:, :, None, None], weight)
@@ -152,7 +160,7 @@ class ModulatedConv2d(nn.Module):
 
 
 def unit_scales(s1: Tensor, s2: Tensor) -> tuple[Tensor, Tensor]:
-    """Normalise a pair of scales to a^2 + b^2 = 1, element by element."""
+    """Normalise a pair of scales [N, C] to a^2 + b^2 = 1, element by element."""
     norm = torch.rsqrt(s1.square() + s2.square() + 1e-8)
     return s1 * norm, s2 * norm
 
@@ -166,6 +174,7 @@ class Condition:
     shift: Tensor
 
     def __call__(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] -> the same shape."""
         a, b = unit_scales(self.s1, self.s2)
         return a[:, :, None, None] * x + b[:, :, None, None] * self.shift
 
@@ -180,6 +189,7 @@ class StyleConv(nn.Module):
         self.activate = FusedLeakyReLU(c_out)
 
     def forward(self, x: Tensor, style: Tensor, noise: Tensor | None, condition: Condition | None = None) -> Tensor:
+        """x [N, c_in, h, w], style [N, S], noise [N, 1, H, W] or None -> [N, c_out, H, W], where H = 2h for `up`."""
         out = self.modulated_conv(x, style)
         if noise is not None:
             out = out + self.weight * noise
@@ -197,6 +207,7 @@ class ToRGB(nn.Module):
         self.bias = nn.Parameter(torch.zeros(1, 3, 1, 1))
 
     def forward(self, x: Tensor, style: Tensor, rgb: Tensor | None = None) -> Tensor:
+        """x [N, c_in, H, W], style [N, S], rgb [N, 3, H/2, W/2] or None -> [N, 3, H, W]."""
         out = self.modulated_conv(x, style) + self.bias
         return out if rgb is None else out + fir(rgb, (2, 1), up=True)
 
@@ -272,11 +283,17 @@ class Generator(nn.Module):
         noise: Sequence[Tensor | None] | None = None,
         layers: Sequence[str] = (),
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        """The image, or (image, {layer: map}). `factor`: a number or one a sample; `noise`: the maps themselves."""
+        """x [N, 3, R, R] in [-1, 1] -> the image [N, 3, R, R], not clamped, or (image, {layer: map}).
+
+        `factor`: a number or one a sample [N]; `noise`: the maps [N, 1, r, r], one at 16 px and two a level above.
+        A layer `enc.R` or `style_conv.R` is [N, C, R, R]. Raises ConfigError for a layer that does not exist and
+        ValueError for x of another size.
+        """
         check_layers(layers, self.layer_names)
         maps: dict[str, Tensor] = {}
 
         def keep(name: str, value: Tensor) -> Tensor:
+            """value [N, C, h, w], or the codes [N, num_latent, S], as it is, noted if it was asked for."""
             if name in layers:
                 maps[name] = value
             return value
@@ -339,13 +356,15 @@ class ResBlock(nn.Module):
         self.skip = conv_layer(c_in, c_out, 1, down=True, bias=False, activate=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[N, c_in, H, W] -> [N, c_out, H/2, W/2]."""
         return (self.conv2(self.conv1(x)) + self.skip(x)) / SQRT2
 
 
 def minibatch_stddev(x: Tensor, group: int) -> Tensor:
-    """Append one channel: the standard deviation over groups of samples, averaged over channels and pixels.
+    """Append the standard deviation over groups of samples as a channel: [N, C, H, W] -> [N, C + 1, H, W].
 
-    Sample i belongs to group i mod (N / group), as in StyleGAN2; N must be a multiple of `group` or smaller than it.
+    It is averaged over channels and pixels. Sample i belongs to group i mod (N / group), as in StyleGAN2. Raises
+    ConfigError unless N is a multiple of `group` or smaller than it.
     """
     n, _, h, w = x.shape
     group = min(n, group)
@@ -372,7 +391,10 @@ class Discriminator(nn.Module):
         self.final_linear = nn.Sequential(EqualLinear(16 * ch[4], ch[4], activate=True), EqualLinear(ch[4], 1))
 
     def features(self, x: Tensor) -> Tensor:
-        """The last convolutional map [N, ch(4), 4, 4]."""
+        """[N, 3, R, R] in [-1, 1] -> the last convolutional map [N, ch(4), 4, 4].
+
+        Raises ConfigError where `stddev_group` does not divide a ghost.
+        """
         out = self.conv_body(x)
         group = self.options.stddev_group
         if group:
@@ -381,4 +403,5 @@ class Discriminator(nn.Module):
         return self.final_conv(out)
 
     def forward(self, x: Tensor, c: Tensor | None = None) -> Tensor:
+        """[N, 3, R, R] in [-1, 1] -> logits [N, 1]; c is ignored. Raises ConfigError as `features` does."""
         return self.final_linear(self.features(x).flatten(1))

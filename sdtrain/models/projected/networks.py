@@ -65,6 +65,7 @@ class SameConv2d(nn.Conv2d):
         super().__init__(c_in, c_out, kernel, stride, groups=groups, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[N, c_in, H, W] -> [N, c_out, ceil(H / stride), ceil(W / stride)]."""
         (k, _), (s, _) = self.kernel_size, self.stride
         rows, cols = (max((math.ceil(n / s) - 1) * s + k - n, 0) for n in x.shape[-2:])
         if rows or cols:
@@ -85,6 +86,7 @@ class SeparableBlock(nn.Module):
         self.conv_pw, self.bn2 = SameConv2d(c_in, c_out, 1), _norm(c_out)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[N, c_in, H, W] -> [N, c_out, ceil(H / stride), ceil(W / stride)]."""
         return self.bn2(self.conv_pw(F.relu6(self.bn1(self.conv_dw(x)))))
 
 
@@ -100,6 +102,7 @@ class InvertedBlock(nn.Module):
         self.has_skip = stride == 1 and c_in == c_out
 
     def forward(self, x: Tensor) -> Tensor:
+        """[N, c_in, H, W] -> [N, c_out, ceil(H / stride), ceil(W / stride)]."""
         h = F.relu6(self.bn2(self.conv_dw(F.relu6(self.bn1(self.conv_pw(x))))))
         h = self.bn3(self.conv_pwl(h))
         return x + h if self.has_skip else h
@@ -136,7 +139,10 @@ class EfficientNetLite0(nn.Module):
 
 
 def stage_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename tensors of a tf_efficientnet_lite0 file (conv_stem, bn1, blocks.N) to layerN.M; other names are kept."""
+    """Rename tensors of a tf_efficientnet_lite0 file (conv_stem, bn1, blocks.N) to layerN.M; other names are kept.
+
+    The tensors [...] are handed on as they are; those of the classifier and of other official parts are left out.
+    """
     places = {"conv_stem": "layer0.0", "bn1": "layer0.1"}
     for stage, blocks in STAGES.items():
         first = STEM_MODULES if stage == "layer0" else 0
@@ -152,7 +158,10 @@ def stage_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_features(net: EfficientNetLite0, weights: Mapping[str, Tensor]) -> None:
-    """Load a tf_efficientnet_lite0 state dict under its own or official ProjectedGAN names; WeightsError if unfit."""
+    """Load a tf_efficientnet_lite0 state dict, tensors [...] under its own or official ProjectedGAN names.
+
+    Raises WeightsError if a name or a shape does not fit.
+    """
     own, given = net.state_dict(), stage_names(weights)
     counters = {name: value for name, value in own.items() if name.endswith("num_batches_tracked")}
     given = {**counters, **given}
@@ -197,6 +206,7 @@ class FeatureFusion(nn.Module):
         self.out_conv = nn.Conv2d(c_in, c_out, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[N, c_in, H, W] -> [N, c_out, 2H, 2W]."""
         return self.out_conv(F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True))
 
 
@@ -212,6 +222,7 @@ class Projections(nn.Module):
             self.add_module(f"layer{i}_csm", FeatureFusion(mixed[i], self.channels[i]))
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:
+        """features [N, STAGE_CHANNELS[i], h_i, w_i], each half the one before -> [N, channels[i], 2 h_i, 2 w_i]."""
         out: list[Tensor] = []
         for i in reversed(range(len(features))):
             mixed = self.get_submodule(f"layer{i}_ccm")(features[i])
@@ -255,7 +266,7 @@ class FeatureNetwork(nn.Module):
         return super().train(False)
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """x [N, 3, S, S] in [-1, 1] -> projections of S/2, S/4, S/8 and S/16 pixels."""
+        """x [N, 3, S, S] in [-1, 1] -> projections [N, channels[i], s, s] of s = S/2, S/4, S/8 and S/16 pixels."""
         return self.scratch(self.pretrained(x))
 
 
@@ -268,6 +279,7 @@ class SeparableConv2d(nn.Module):
         self.pointwise = SpectralConv2d(c_in, c_out, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[N, c_in, H, W] -> [N, c_out, H, W]."""
         return self.pointwise(self.depthwise(x))
 
 
@@ -281,6 +293,7 @@ class DownBlock(nn.Module):
         self.main = nn.Sequential(conv, GhostBatchNorm2d(c_out), nn.LeakyReLU(0.2), *pool)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[N, c_in, H, W] -> [N, c_out, H // 2, W // 2]."""
         return self.main(x)
 
 
@@ -295,6 +308,7 @@ class DownBlockPatch(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        """[N, c_in, H, W] -> [N, c_out, H // 2, W // 2]."""
         return self.main(x)
 
 
@@ -325,6 +339,7 @@ class SingleDisc(nn.Module):
         self.main = nn.Sequential(*_down_blocks(widths, separable, patch), last)
 
     def forward(self, x: Tensor, c: Tensor | None = None) -> Tensor:
+        """x [N, widths[0], h, w] -> logits [N, 1, h // 2^b - 3, w // 2^b - 3] after b down blocks; c is ignored."""
         return self.main(x)
 
 
@@ -349,6 +364,7 @@ class SingleDiscCond(nn.Module):
         self.embed_proj = nn.Sequential(nn.Linear(embedding_dim, cmap_dim), nn.LeakyReLU(0.2))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """x [N, widths[0], h, w], c one-hot [N, num_classes] -> logits [N, 1, h', w'] as in SingleDisc."""
         cmap = self.embed_proj(self.embed(c.argmax(1)))[:, :, None, None]
         return (self.cls(self.main(x)) * cmap).sum(1, keepdim=True) / math.sqrt(self.cmap_dim)
 
@@ -361,6 +377,7 @@ class MultiScaleD(nn.Module):
         self.mini_discs = nn.ModuleDict({str(i): head for i, head in enumerate(heads)})
 
     def forward(self, projections: list[Tensor], c: Tensor | None = None) -> Tensor:
+        """projections [N, C_i, h_i, w_i], c one-hot [N, num_classes] if conditional -> logits [N, K], head by head."""
         logits = [head(x, c).flatten(1) for head, x in zip(self.mini_discs.values(), projections, strict=False)]
         return torch.cat(logits, dim=1)
 
@@ -396,7 +413,10 @@ class Discriminator(nn.Module):
         self.discriminator = MultiScaleD(heads(options, self.feature_network.channels, self.input_size, num_classes))
 
     def forward(self, x: Tensor, c: Tensor | None = None) -> Tensor:
-        """x [N, 3, R, R] in [-1, 1], c one-hot [N, num_classes] if conditional -> logits [N, K]."""
+        """x [N, 3, R, R] in [-1, 1], c one-hot [N, num_classes] if conditional -> logits [N, K].
+
+        Raises ValueError without c if conditional, and in training unless N is a multiple of the ghost batch.
+        """
         if self.num_classes and c is None:
             raise ValueError("a conditional discriminator needs labels c [N, num_classes]")
         if self.input_size != x.shape[-1]:

@@ -80,6 +80,7 @@ class Linear(nn.Module):
         self.weight = _normal(outputs, inputs, gain=gain)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[N, inputs] -> [N, outputs], in the format of x."""
         return F.linear(x, self.weight.to(x.dtype))
 
 
@@ -92,6 +93,7 @@ class Conv(nn.Module):
         self.weight = _normal(c_out, c_in // groups, size, size, gain=gain)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[N, C_in, H, W] -> [N, C_out, H, W] (odd size k), or [N, C_out, H - k + 1, W - k + 1] without padding."""
         w = self.weight.to(x.dtype)
         if self.groups == 1:
             return F.conv2d(x, w, padding=self.padding)
@@ -111,6 +113,7 @@ class BiasedActivation(nn.Module):
         self.Bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor) -> Tensor:
+        """[N, C, ...] -> the same shape."""
         bias = self.Bias.to(x.dtype).view(-1, *[1] * (x.ndim - 2))
         return F.leaky_relu_(x + bias, SLOPE)
 
@@ -132,6 +135,7 @@ class ResidualBlock(nn.Module):
         self.NonLinearity2 = BiasedActivation(inner)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] -> [N, C, H, W]."""
         y = self.NonLinearity1(self.LinearLayer1(x))
         return x + self.LinearLayer3(self.NonLinearity2(self.LinearLayer2(y)))
 
@@ -147,6 +151,7 @@ class Resampler(nn.Module):
         self.register_buffer("Kernel", fir_filter(FIR_TAPS))
 
     def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] -> [N, C, 2H, 2W] if `up`, else [N, C, H/2, W/2]."""
         channels = x.shape[1]
         kernel = self.Kernel.to(x.dtype).expand(channels, 1, -1, -1).contiguous()
         resample, gain = (grouped_spread2d, 4.0) if self.up else (grouped_conv2d, 1.0)
@@ -162,6 +167,7 @@ class UpTransition(nn.Module):
         self.LinearLayer = convolution(c_in, c_out) if c_in != c_out else None
 
     def forward(self, x: Tensor) -> Tensor:
+        """[N, C_in, H, W] -> [N, C_out, 2H, 2W]."""
         return self.Resampler(x if self.LinearLayer is None else self.LinearLayer(x))
 
 
@@ -174,6 +180,7 @@ class DownTransition(nn.Module):
         self.LinearLayer = convolution(c_in, c_out) if c_in != c_out else None
 
     def forward(self, x: Tensor) -> Tensor:
+        """[N, C_in, H, W] -> [N, C_out, H/2, W/2]."""
         x = self.Resampler(x)
         return x if self.LinearLayer is None else self.LinearLayer(x)
 
@@ -187,6 +194,7 @@ class GenerativeBasis(nn.Module):
         self.LinearLayer = Linear(inputs, channels)
 
     def forward(self, z: Tensor) -> Tensor:
+        """z [N, inputs] -> [N, C, 4, 4]."""
         return self.Basis.to(z.dtype) * self.LinearLayer(z)[:, :, None, None]
 
 
@@ -199,11 +207,12 @@ class DiscriminativeBasis(nn.Module):
         self.LinearLayer = Linear(channels, outputs)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[N, C, 4, 4] -> [N, outputs]."""
         return self.LinearLayer(self.Basis(x).flatten(1))
 
 
 def cast(x: Tensor, low: bool) -> Tensor:
-    """bfloat16 or full precision."""
+    """[...] -> the same shape in bfloat16 or full precision."""
     return x.to(torch.bfloat16) if low else full_precision(x)
 
 
@@ -216,6 +225,10 @@ class StageLayers(nn.Module):
         self.Layers = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[N, C_in, H, W] -> [N, C_out, H', W'], twice or half the size where the stage holds a transition.
+
+        The first stage of G takes [N, inputs], the last of D gives [N, outputs].
+        """
         return self.Layers(cast(x, self.low))
 
 

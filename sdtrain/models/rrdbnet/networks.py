@@ -37,6 +37,7 @@ class ResidualDenseBlock(nn.Module):
             nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
+        """[N, num_feat, H, W] -> [N, num_feat, H, W]."""
         seen = [x]
         *dense, last = self.children()
         for conv in dense:
@@ -54,6 +55,7 @@ class RRDB(nn.Module):
         self.rdb3 = ResidualDenseBlock(num_feat, num_grow_ch)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[N, num_feat, H, W] -> [N, num_feat, H, W]."""
         return torch.add(x, self.rdb3(self.rdb2(self.rdb1(x))), alpha=RESIDUAL)
 
 
@@ -67,6 +69,7 @@ class Generator(nn.Module):
     fm_layer = "trunk"
 
     def __init__(self, options: GeneratorOptions, *, resolution: int | None = None, num_classes: int = 0):
+        """Raises ConfigError for a scale other than 4, 2 and 1."""
         super().__init__()
         self.options, self.scale = options, options.scale
         if options.scale not in (1, 2, 4):
@@ -90,11 +93,16 @@ class Generator(nn.Module):
         return self.options.num_feat
 
     def forward(self, x: Tensor, layers: Sequence[str] = ()) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        """The image, or (image, {layer: map}) when `layers` are asked for. H and W must be multiples of 4 / scale."""
+        """[N, 3, H, W] in [0, 1] -> the image [N, 3, scale H, scale W], or (image, {layer: map}) for `layers`.
+
+        Maps are [N, num_feat, scale H / 4, scale W / 4]; `conv_hr` has the size of the image. Raises ConfigError for a
+        layer that does not exist and ValueError unless H and W are multiples of 4 / scale.
+        """
         check_layers(layers, self.layer_names)
         maps: dict[str, Tensor] = {}
 
         def keep(name: str, x: Tensor) -> Tensor:
+            """x [N, num_feat, h, w] as it is, noted if it was asked for."""
             if name in layers:
                 maps[name] = x
             return x
@@ -119,7 +127,7 @@ class Generator(nn.Module):
 
 
 def check_layers(layers: Sequence[str], known: Sequence[str]) -> None:
-    """ConfigError when a feature layer is asked for that the network does not have."""
+    """Raises ConfigError when a feature layer is asked for that the network does not have."""
     for layer in layers:
         if layer not in known:
             raise ConfigError(f"there is no feature layer {layer!r}; this network has {', '.join(known)}")

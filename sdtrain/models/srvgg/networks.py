@@ -42,7 +42,10 @@ class Generator(nn.Module):
         return self.options.num_feat
 
     def forward(self, x: Tensor, layers: Sequence[str] = ()) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        """The image, or (image, {layer: map}) when `layers` are asked for."""
+        """[N, 3, H, W] in [0, 1] -> the image [N, 3, sH, sW], or (image, {layer: map}) when `layers` are asked for.
+
+        The map is [N, num_feat, H, W]. Raises ConfigError for a layer that does not exist.
+        """
         check_layers(layers, self.layer_names)
         trunk = x
         for layer in self.body[:-1]:

@@ -44,6 +44,7 @@ class FullyConnected(nn.Module):
         self.gain = SQRT2 if lrelu else 1.0
 
     def forward(self, x: Tensor) -> Tensor:
+        """[N, in] -> [N, out], in the format of x."""
         scale = self.gain * self.lr_mul
         weight = self.weight * (scale / sqrt(self.weight.shape[1]))
         x = F.linear(x, weight.to(x.dtype), (self.bias * scale).to(x.dtype))
@@ -88,7 +89,7 @@ class Conv2d(nn.Module):
             self.register_buffer(name, value)
 
     def forward(self, x: Tensor, gain: float = 1.0) -> Tensor:
-        """[N, I, H, W] -> gain * act(conv(x) + bias), half the size if `down`."""
+        """[N, I, H, W] -> gain * act(conv(x) + bias) [N, O, H, W], half the size if `down`, within +-gain * clamp."""
         weight = (self.weight * (self.scale * gain)).to(x.dtype)
         bias = None if self.bias is None else (self.bias * (self.bias_scale * gain)).to(x.dtype)
         x = conv_down(x, weight, self.resample_filter, bias) if self.down else conv_same(x, weight, bias)
@@ -139,7 +140,10 @@ class MappingNetwork(Advancing):
         truncation_cutoff: int | None = None,
         update_w_avg: bool = True,
     ) -> Tensor:
-        """z [N, z_dim], one-hot c [N, c_dim] -> ws [N, num_ws, w_dim] (or [N, w_dim] without num_ws), float32."""
+        """z [N, z_dim], one-hot c [N, c_dim] -> ws [N, num_ws, w_dim] (or [N, w_dim] without num_ws), float32.
+
+        Raises DataError when a conditional network gets no labels or labels of another width.
+        """
         inputs = next(t for t in (z, c, *self.parameters()) if t is not None)
         with torch.autocast(inputs.device.type, enabled=False):
             w = self._layers(self._inputs(z, c))
@@ -231,6 +235,7 @@ class ToRGB(nn.Module):
         self.scale, self.clamp = 1 / sqrt(c_in), clamp
 
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
+        """x [N, I, H, W], w [N, w_dim] -> [N, O, H, W], in [-clamp, clamp] if `clamp`."""
         n, c, height, width = x.shape
         weight = self.weight.flatten(1)[None] * (self.affine(w) * self.scale)[:, None]
         image = torch.matmul(weight.to(x.dtype), x.reshape(n, c, height * width)).reshape(n, -1, height, width)
@@ -248,6 +253,7 @@ class MinibatchStd(nn.Module):
         self.group, self.channels = group, channels
 
     def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] -> [N, C + channels, H, W]. Raises ConfigError where `group` does not divide a ghost."""
         ghosts = x.split(self.ghost_batch or len(x))
         done = [minibatch_stddev(ghost, self.group, self.channels) for ghost in ghosts]
         return done[0] if len(done) == 1 else torch.cat(done)

@@ -31,7 +31,7 @@ Noise = Literal["random", "const", "none"]
 
 
 def block_resolutions(resolution: int, smallest: int) -> list[int]:
-    """[smallest, ..., resolution], doubling."""
+    """[smallest, ..., resolution], doubling. Raises ConfigError unless it is a power of two from `smallest` up."""
     if resolution < smallest or resolution & (resolution - 1):
         raise ConfigError(
             f"resolution {resolution}: StyleGAN2 needs a power of two from {smallest} upwards; choose 64, 128, 256, ..."
@@ -40,6 +40,7 @@ def block_resolutions(resolution: int, smallest: int) -> list[int]:
 
 
 def channels_at(r: int, options: GeneratorOptions | DiscriminatorOptions) -> int:
+    """channel_base / r, at most channel_max. Raises ConfigError where no channel is left."""
     channels = min(options.channel_base // r, options.channel_max)
     if channels < 1:
         raise ConfigError(f"channel_base {options.channel_base} leaves no channels at resolution {r}; use at least {r}")
@@ -75,7 +76,10 @@ class SynthesisBlock(nn.Module):
     def forward(
         self, x: Tensor | None, image: Tensor | None, ws: Tensor, draws: Draws | None, noise: Noise
     ) -> tuple[Tensor, Tensor]:
-        """ws [N, num_conv + 1, w_dim] -> features [N, C, r, r] and accumulated float32 image [N, 3, r, r]."""
+        """x [N, C_in, r/2, r/2], image [N, 3, r/2, r/2], both None in the first block, ws [N, num_conv + 1, w_dim].
+
+        Gives features [N, C, r, r] and the accumulated float32 image [N, 3, r, r].
+        """
         if x is None:
             x = self.const[None].expand(ws.shape[0], -1, -1, -1)
         dtype = format_on(self.dtype, x.device.type)
@@ -156,7 +160,8 @@ class Generator(nn.Module):
         """z [N, z_dim], one-hot c [N, num_classes] -> images [N, 3, R, R] in about [-1, 1], or (images, ws).
 
         Random noise comes from `draws`; without draws there is none. `mixing`: probability that a ghost mixes styles.
-        `layer_draws` give the layers other noise than `draws`, by which styles are mixed.
+        `layer_draws` give the layers other noise than `draws`, by which styles are mixed. ws are [N, num_ws, w_dim].
+        Raises DataError when a conditional network gets no labels or labels of another width.
         """
         truncation = {"truncation_psi": truncation_psi, "truncation_cutoff": truncation_cutoff}
         ws = self.styles(z, c, draws, mixing, update_w_avg=update_w_avg, **truncation)
@@ -166,10 +171,11 @@ class Generator(nn.Module):
     def styles(
         self, z: Tensor, c: Tensor | None = None, draws: Draws | None = None, mixing: float = 0.0, **mapping: Any
     ) -> Tensor:
-        """ws [N, num_ws, w_dim]; with probability `mixing` a ghost takes the w of a second z from a crossover layer on.
+        """z [N, z_dim], one-hot c [N, num_classes] -> ws [N, num_ws, w_dim]. Raises DataError as `forward` does.
 
-        Crossover, second z and the decision come from `draws.sub("mix")`, so another network called with the same draws
-        mixes in the same way. The second mapping does not move w_avg.
+        With probability `mixing` a ghost takes the w of a second z from a crossover layer on. Crossover, second z and
+        the decision come from `draws.sub("mix")`, so another network called with the same draws mixes in the same way.
+        The second mapping does not move w_avg.
         """
         ws = self.mapping(z, c, **mapping)
         if not mixing or draws is None:
@@ -212,6 +218,10 @@ class DiscriminatorBlock(nn.Module):
             self.skip = conv(c_in, c_out, 1, lrelu=False, bias=False, down=True)
 
     def forward(self, x: Tensor | None, image: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """x [N, C_in, r, r] (None in the first block), image [N, 3, r, r] where it is read -> (features, image).
+
+        Features are [N, C_out, r/2, r/2]; the image is [N, 3, r/2, r/2] in a `skip` network, else None.
+        """
         dtype = format_on(self.dtype, self.conv0.weight.device.type)
         if image is not None:
             y = self.fromrgb(image if dtype is None else image.to(dtype))
@@ -240,6 +250,10 @@ class DiscriminatorEpilogue(nn.Module):
         self.out = FullyConnected(c, cmap_dim or 1)
 
     def forward(self, x: Tensor, image: Tensor | None, cmap: Tensor | None) -> Tensor:
+        """x [N, C, 4, 4], image [N, 3, 4, 4] if `skip`, cmap [N, cmap_dim] if conditional -> logits [N, 1], float32.
+
+        Raises ConfigError where the minibatch stddev's group does not divide a ghost.
+        """
         with torch.autocast(x.device.type, enabled=False):
             x = full_precision(x)
             if image is not None:
@@ -272,7 +286,8 @@ class Discriminator(nn.Module):
     def forward(self, x: Tensor, c: Tensor | None = None) -> Tensor:
         """Images [N, 3, R, R] in [-1, 1], one-hot c [N, num_classes] -> logits [N, 1], float32.
 
-        With ghosts set, N must be a multiple of the ghost batch; statistics never cross a ghost.
+        With ghosts set, N must be a multiple of the ghost batch; statistics never cross a ghost. Raises ConfigError
+        where `mbstd_group` does not divide a ghost and DataError when a conditional network gets no or other labels.
         """
         features: Tensor | None = None
         image: Tensor | None = x
@@ -333,7 +348,8 @@ def _translated(kwargs: Mapping[str, Any], names: Mapping[str, str], what: str) 
 def generator_from_official(kwargs: Mapping[str, Any], **override: Any) -> Generator:
     """An untrained Generator of the architecture that official constructor arguments describe (`_init_kwargs`).
 
-    `override` replaces fields of GeneratorOptions, for instance num_low_precision_res=0 to stay in float32.
+    `override` replaces fields of GeneratorOptions, for instance num_low_precision_res=0 to stay in float32. Raises
+    ConfigError for an argument that has no counterpart here.
     """
     flat = {**kwargs.get("mapping_kwargs", {}), **kwargs.get("synthesis_kwargs", {})}
     own = _translated(flat, _GENERATOR_NAMES, "generator")
@@ -343,7 +359,10 @@ def generator_from_official(kwargs: Mapping[str, Any], **override: Any) -> Gener
 
 
 def discriminator_from_official(kwargs: Mapping[str, Any], **override: Any) -> Discriminator:
-    """An untrained Discriminator of the architecture that official constructor arguments describe (`_init_kwargs`)."""
+    """An untrained Discriminator of the architecture that official constructor arguments describe (`_init_kwargs`).
+
+    Raises ConfigError for an argument that has no counterpart here.
+    """
     nested = ("block_kwargs", "mapping_kwargs", "epilogue_kwargs")
     flat = {k: v for k, v in kwargs.items() if k not in (*nested, "c_dim", "img_resolution", "img_channels")}
     for name in nested:

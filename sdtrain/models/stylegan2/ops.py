@@ -41,7 +41,7 @@ ACTIVATIONS: dict[str, tuple[Callable[[Tensor, float], Tensor], float]] = {
 
 
 def full_precision(x: Tensor) -> Tensor:
-    """float32, or float64 where somebody wants it."""
+    """[...] -> the same shape in float32, or float64 where somebody wants it."""
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -66,7 +66,10 @@ def bias_act(
     gain: float | None = None,
     clamp: float | None = None,
 ) -> Tensor:
-    """clamp(gain * act(x + bias)); `gain=None` takes the activation's own gain. `bias` belongs to dimension 1."""
+    """clamp(gain * act(x + bias)) for x [N, C, ...], bias [C]; `gain=None` takes the activation's own gain.
+
+    Raises ConfigError for an activation that is not in ACTIVATIONS.
+    """
     if act not in ACTIVATIONS:
         raise ConfigError(f"activation '{act}' is unknown; choose one of {', '.join(ACTIVATIONS)}")
     function, default_gain = ACTIVATIONS[act]
@@ -77,7 +80,10 @@ def bias_act(
 
 
 def lrelu_(x: Tensor, clamp: float | None = None) -> Tensor:
-    """Leaky ReLU in place, for tensors whose gain was folded in before (lrelu(g x) = g lrelu(x) for g > 0)."""
+    """Leaky ReLU of [...] in place, for tensors whose gain was folded in before (lrelu(g x) = g lrelu(x) for g > 0).
+
+    The result lies in [-clamp, clamp] if `clamp` is given.
+    """
     x = F.leaky_relu_(x, LRELU_SLOPE)
     return x if clamp is None else x.clamp(-clamp, clamp)
 
@@ -129,7 +135,8 @@ def upfirdn2d(
     """Zero-insert by `up`, pad, convolve with `f` (correlate if `flip_filter`), keep every `down`-th pixel.
 
     x [N, C, H, W]; f [h, w], or [n] for a separable filter; up, down as number or (x, y); padding as number, (x, y) or
-    (left, right, top, bottom), counted after the zero insertion; negative padding crops.
+    (left, right, top, bottom), counted after the zero insertion; negative padding crops. The result is [N, C, H', W'],
+    H' = (H * up_y + top + bottom - h) // down_y + 1 and W' likewise.
     """
     up_x, up_y = _pair(up)
     down_x, down_y = _pair(down)
@@ -158,7 +165,7 @@ def downsample2d(x: Tensor, f: Tensor, down: int = 2) -> Tensor:
 
 
 def filter2d(x: Tensor, f: Tensor) -> Tensor:
-    """Same-size convolution of every channel with f."""
+    """Same-size convolution of every channel with f: [N, C, H, W], f [h, w] or [n] -> [N, C, H, W]."""
     return downsample2d(x, f, down=1)
 
 
@@ -204,7 +211,7 @@ def conv_down(x: Tensor, weight: Tensor, f: Tensor, bias: Tensor | None = None) 
 
 
 def conv_same(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Correlation at unchanged resolution, weight [O, I, k, k] with odd k."""
+    """Correlation at unchanged resolution: [N, I, H, W], [O, I, k, k] (k odd) -> [N, O, H, W]."""
     return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2)
 
 
@@ -219,7 +226,10 @@ def demodulation(weight: Tensor, styles: Tensor) -> Tensor:
 
 
 def half_range(weight: Tensor, styles: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale weights per output channel and styles per sample against overflow; demodulation undoes both."""
+    """Scale weights [O, I, k, k] per output and styles [N, I] per sample against overflow; demodulation undoes both.
+
+    Gives weights of at most 1 / sqrt(I k^2) and styles of at most 1 in size, in their shapes.
+    """
     fan = weight[0].numel()
     weight = weight / (sqrt(fan) * weight.abs().amax((1, 2, 3), keepdim=True))
     return weight, styles / styles.abs().amax(1, keepdim=True)
@@ -238,8 +248,8 @@ def modulated_conv2d(
 ) -> Tensor:
     """gain * (conv(x, w s_n) demodulated + noise + bias); with `f` the result has twice the resolution.
 
-    x [N, I, H, W], weight [O, I, k, k], styles [N, I], noise broadcastable to the result, bias [O]. The result may be
-    changed in place by the caller.
+    x [N, I, H, W], weight [O, I, k, k], styles [N, I], noise broadcastable to the result, bias [O] -> [N, O, H, W] or
+    [N, O, 2H, 2W]. The result may be changed in place by the caller.
     """
     if x.dtype == torch.float16 and demodulate:
         weight, styles = half_range(weight, styles)
@@ -264,7 +274,7 @@ def _finish(x: Tensor, scale: Tensor | None, noise: Tensor | None, bias: Tensor 
 def minibatch_stddev(x: Tensor, group: int | None, channels: int) -> Tensor:
     """Append `channels` maps of the mean standard deviation over groups: [N, C, H, W] -> [N, C + channels, H, W].
 
-    Sample n belongs to group n mod (N / G) where G = min(group, N); N must be a multiple of G.
+    Sample n belongs to group n mod (N / G) where G = min(group, N). Raises ConfigError unless N is a multiple of G.
     """
     n, c, h, w = x.shape
     g = n if group is None else min(group, n)

@@ -151,6 +151,7 @@ class _Recomputed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, rpb, dilation, tile):
+        """q, k, v [N, H, W, heads * D], rpb [heads, 2 kernel - 1, 2 kernel - 1] -> [N, H, W, heads * D]."""
         ctx.save_for_backward(q, k, v, rpb)
         ctx.cut = dilation, tile
         return _tiled_attention(q, k, v, rpb, dilation, tile)
@@ -158,6 +159,7 @@ class _Recomputed(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, slope):
+        """slope [N, H, W, heads * D] -> slopes to q, k, v and rpb, in their shapes."""
         inputs = [tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
         with torch.enable_grad():
             out = _tiled_attention(*inputs, *ctx.cut)
@@ -196,7 +198,11 @@ def _axis_pairs(length: int, kernel: int, dilation: int) -> Tensor:
 
 
 def full_mask_attention(q: Tensor, k: Tensor, v: Tensor, rpb: Tensor, dilation: int) -> Tensor:
-    """`neighborhood_attention` as one attention of all pixels to all pixels with a mask: L x L memory."""
+    """`neighborhood_attention` as one attention of all pixels to all pixels with a mask: L x L memory.
+
+    q, k, v and the result [N, H, W, heads * D], q already scaled; rpb [heads, 2 kernel - 1, 2 kernel - 1].
+    Raises ConfigError when kernel * dilation exceeds H or W.
+    """
     n, height, width, channels = q.shape
     heads, kernel = len(rpb), (rpb.shape[-1] + 1) // 2
     bias = pair_bias(rpb, _axis_pairs(height, kernel, dilation), _axis_pairs(width, kernel, dilation)).to(q.dtype)
@@ -208,6 +214,7 @@ def full_mask_attention(q: Tensor, k: Tensor, v: Tensor, rpb: Tensor, dilation: 
 def natten_attention(q: Tensor, k: Tensor, v: Tensor, rpb: Tensor, dilation: int) -> Tensor:
     """The same through natten's kernels (0.15 to 0.17, the last with a relative position bias), made for CUDA.
 
+    q, k, v and the result [N, H, W, heads * D], q already scaled; rpb [heads, 2 kernel - 1, 2 kernel - 1].
     Raises ConfigError when natten is missing or too new.
     """
     try:

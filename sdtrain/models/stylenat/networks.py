@@ -27,13 +27,13 @@ LEGACY_NAMES = ("rpb0", "rpb1")
 
 
 def to_official(x: Tensor) -> Tensor:
-    """[-1, 1] images to the ImageNet-normalised space of the official code."""
+    """Images [N, 3, H, W] in [-1, 1] to the ImageNet-normalised space of the official code."""
     mean, std = x.new_tensor(IMAGENET_MEAN).view(3, 1, 1), x.new_tensor(IMAGENET_STD).view(3, 1, 1)
     return ((x + 1) / 2 - mean) / std
 
 
 def from_official(y: Tensor) -> Tensor:
-    """ImageNet-normalised images to [-1, 1]; not clamped."""
+    """ImageNet-normalised images [N, 3, H, W] to [-1, 1]; not clamped."""
     mean, std = y.new_tensor(IMAGENET_MEAN).view(3, 1, 1), y.new_tensor(IMAGENET_STD).view(3, 1, 1)
     return (y * std + mean) * 2 - 1
 
@@ -52,12 +52,14 @@ def num_levels(resolution: int, smallest: int) -> int:
 
 
 def refuse_classes(num_classes: int) -> None:
+    """Raises ConfigError unless num_classes is 0."""
     if num_classes:
         raise ConfigError(f"StyleNAT is unconditional, but num_classes is {num_classes}: train without labels")
 
 
 class PixelNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
+        """[N, C] -> [N, C], every row with a mean square of one."""
         return x * torch.rsqrt(x.square().mean(1, keepdim=True) + 1e-8)
 
 
@@ -71,6 +73,7 @@ class EqualLinear(nn.Module):
         self.scale, self.lr_mul, self.activate = lr_mul / math.sqrt(c_in), lr_mul, activate
 
     def forward(self, x: Tensor) -> Tensor:
+        """[N, c_in] -> [N, c_out]."""
         out = F.linear(x, self.weight * self.scale, self.bias * self.lr_mul)
         return F.leaky_relu(out, 0.2) * math.sqrt(2) if self.activate else out
 
@@ -93,7 +96,7 @@ class AdaIN(nn.Module):
         self.style = EqualLinear(style_dim, 2 * channels)
 
     def forward(self, x: Tensor, style: Tensor) -> Tensor:
-        """x [N, L, C], style [N, style_dim]."""
+        """x [N, L, C], style [N, style_dim] -> [N, L, C]."""
         gamma, beta = self.style(style).unsqueeze(1).chunk(2, 2)
         var, mean = torch.var_mean(x, 1, correction=0, keepdim=True)
         return (x - mean) * torch.rsqrt(var + 1e-5) * gamma + beta
@@ -103,6 +106,7 @@ class Attention(nn.Module):
     """What both attentions share: qkv with layout (3, heads, head_dim), q scaled before the product, projection."""
 
     def __init__(self, dim: int, num_heads: int):
+        """Raises ConfigError unless the heads divide `dim`."""
         super().__init__()
         if dim % num_heads:
             raise ConfigError(
@@ -136,7 +140,7 @@ class FullAttention(Attention):
         self.register_buffer("relative_position_index", relative_position_index(window))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [N, H, W, C]."""
+        """x [N, H, W, C] with H = W = window -> the same shape."""
         n, height, width, channels = x.shape
         q, k, v = (t.reshape(n, height * width, self.num_heads, -1).transpose(1, 2) for t in self._qkv(x))
         bias = self.rpb.flatten(1)[:, self.relative_position_index].to(q.dtype)
@@ -145,7 +149,10 @@ class FullAttention(Attention):
 
 
 def split_heads(num_heads: int, groups: int) -> list[int]:
-    """Heads of each group; a remainder goes one each to the last groups (16 over 3: 5, 5, 6)."""
+    """Heads of each group; a remainder goes one each to the last groups (16 over 3: 5, 5, 6).
+
+    Raises ConfigError when there are more groups than heads.
+    """
     if groups > num_heads:
         raise ConfigError(
             f"StyleNAT level has {num_heads} heads for {groups} dilations: use fewer dilations or raise min_heads"
@@ -154,7 +161,10 @@ def split_heads(num_heads: int, groups: int) -> list[int]:
 
 
 def head_groups(kernels: tuple[int, ...], dilations: tuple[int, ...]) -> list[tuple[int, int]]:
-    """(kernel, dilation) of each head group; a single kernel or dilation serves all groups."""
+    """(kernel, dilation) of each head group; a single kernel or dilation serves all groups.
+
+    Raises ConfigError when both are lists, of different lengths.
+    """
     groups = max(len(kernels), len(dilations))
     if {len(kernels), len(dilations)} - {1, groups}:
         raise ConfigError(
@@ -182,7 +192,7 @@ class HydraAttention(Attention):
         self.attend = BACKENDS[attention]
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [N, H, W, C]."""
+        """x [N, H, W, C] -> the same shape."""
         widths = [h * self.head_dim for h in self.heads]
         q, k, v = (t.split(widths, -1) for t in self._qkv(x))
         dilations = [dilation for _, dilation in self.groups]
@@ -197,6 +207,7 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[N, L, dim] -> [N, L, dim]."""
         return self.fc2(F.gelu(self.fc1(x)))
 
 
@@ -212,7 +223,7 @@ class Block(nn.Module):
         self.mlp = MLP(dim, int(dim * mlp_ratio))
 
     def forward(self, x: Tensor, style: Tensor) -> Tensor:
-        """x [N, resolution^2, C], style [N, style_dim]."""
+        """x [N, resolution^2, C], style [N, style_dim] -> [N, resolution^2, C]."""
         grid = self.norm1(x, style).unflatten(1, (self.resolution, self.resolution))
         x = x + self.attn(grid).flatten(1, 2)
         return x + self.mlp(self.norm2(x, style))
@@ -258,6 +269,7 @@ class Upsample(nn.Module):
     """Bilinear doubling of a token grid, LayerNorm, linear to the next width, plus alpha times the position grid."""
 
     def __init__(self, resolution: int, c_in: int, c_out: int):
+        """Raises ConfigError unless c_out is a multiple of 4 from 8 up."""
         super().__init__()
         if c_out % 4 or c_out < 8:
             raise ConfigError(f"StyleNAT level has width {c_out}: position grids need a multiple of 4 from 8 up")
@@ -284,6 +296,7 @@ class Level(nn.Module):
         self.upsample = upsample
 
     def forward(self, x: Tensor, style: Tensor) -> Tensor:
+        """x [N, R^2, C], style [N, style_dim] -> [N, 4 R^2, C_next], on the last level [N, R^2, C]."""
         for block in self.blocks:
             x = block(x, style)
         return x if self.upsample is None else self.upsample(x)
@@ -296,13 +309,19 @@ def fir_kernel(gain: float = 1.0) -> Tensor:
 
 
 def filter_depthwise(x: Tensor, kernel: Tensor, stride: int = 1) -> Tensor:
-    """Convolve every channel of padded x with the flipped kernel."""
+    """Convolve every channel of padded x with the flipped kernel.
+
+    x [N, C, H, W], kernel [k, k] -> [N, C, (H - k) // stride + 1, (W - k) // stride + 1].
+    """
     weight = kernel.flip(0, 1).to(x.dtype).expand(x.shape[1], 1, -1, -1)
     return F.conv2d(x, weight, stride=stride, groups=x.shape[1])
 
 
 def upsample_depthwise(x: Tensor, kernel: Tensor, crop: int) -> Tensor:
-    """Insert zeros between the pixels and convolve, keeping the [2H, 2W] values from `crop` on."""
+    """Insert zeros between the pixels and convolve, keeping the [2H, 2W] values from `crop` on.
+
+    x [N, C, H, W], kernel [k, k] -> [N, C, 2H, 2W].
+    """
     weight = kernel.to(x.dtype).expand(x.shape[1], 1, -1, -1)
     out = F.conv_transpose2d(x, weight, stride=2, groups=x.shape[1])
     return out[:, :, crop : crop + 2 * x.shape[2], crop : crop + 2 * x.shape[3]]
@@ -319,6 +338,7 @@ class Fir(nn.Module):
         self.register_buffer("kernel", fir_kernel(4.0 if mode == "up" else 1.0))
 
     def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] -> [N, C, H + 1, W + 1] (blur), [N, C, H/2, W/2] (down) or [N, C, 2H, 2W] (up)."""
         if self.mode == "up":
             return upsample_depthwise(x, self.kernel, 1)
         if self.mode == "down":
@@ -336,6 +356,7 @@ class ToRGB(nn.Module):
         self.conv = nn.Conv2d(channels, 3, 1)
 
     def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+        """x [N, C, H, W], skip [N, 3, H, W], or half that size when `upsample` -> [N, 3, H, W]."""
         out = self.conv(x) + self.bias
         if skip is None:
             return out
@@ -356,6 +377,7 @@ class Generator(nn.Module):
     """z [N, style_dim] -> images [N, 3, R, R], nominally in [-1, 1]; deterministic in z."""
 
     def __init__(self, options: GeneratorOptions, *, resolution: int, num_classes: int = 0):
+        """Raises ConfigError for classes, or where resolution, widths, heads, kernels and dilations do not fit."""
         super().__init__()
         refuse_classes(num_classes)
         self.options, self.resolution = options, resolution
@@ -397,11 +419,11 @@ class Generator(nn.Module):
         return Level(blocks, None if is_last else Upsample(resolution, width, self._width(level + 1)))
 
     def mapping(self, z: Tensor) -> Tensor:
-        """w [N, style_dim]: every block gets the same."""
+        """z [N, style_dim] -> w [N, style_dim]: every block gets the same."""
         return self.style(z)
 
     def render(self, w: Tensor) -> Tensor:
-        """Images [N, 3, R, R] of styles w in ImageNet-normalised space, as official code has them."""
+        """Styles w [N, style_dim] -> images [N, 3, R, R] in ImageNet-normalised space, as official code has them."""
         x = self.input(w.shape[0])
         rgb: Tensor | None = None
         for level, to_rgb in zip(self.layers, self.to_rgbs):
@@ -412,6 +434,7 @@ class Generator(nn.Module):
         return rgb
 
     def forward(self, z: Tensor, c: Tensor | None = None, draws: object = None) -> Tensor:
+        """z [N, style_dim] -> images [N, 3, R, R], nominally in [-1, 1]; c and draws are ignored."""
         return from_official(self.render(self.mapping(z)))
 
 
@@ -420,12 +443,16 @@ def _legacy_level(name: str) -> int:
 
 
 def is_legacy(state: Mapping[str, Tensor]) -> bool:
-    """True for the key layout of the released FFHQ checkpoints, which have tables rpb0 and rpb1."""
+    """True for the key layout of the released FFHQ checkpoints: tables rpb0 and rpb1 [heads, 2k - 1, 2k - 1]."""
     return any(name.endswith(LEGACY_NAMES) for name in state)
 
 
 def from_legacy(state: Mapping[str, Tensor], options: GeneratorOptions) -> dict[str, Tensor]:
-    """Rename rpb0 and rpb1 to head groups rpb.0 and rpb.1, or join them where a level has one group."""
+    """Rename rpb0 and rpb1 to head groups rpb.0 and rpb.1, or join them where a level has one group.
+
+    Tables [heads, 2k - 1, 2k - 1] are joined along the heads. Raises ConfigError where the options give a level more
+    than two head groups.
+    """
     out = {}
     for name, tensor in state.items():
         if not name.endswith(LEGACY_NAMES):
@@ -443,7 +470,10 @@ def from_legacy(state: Mapping[str, Tensor], options: GeneratorOptions) -> dict[
 
 
 def to_legacy(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of `from_legacy`; raises ConfigError where a level has more than two head groups."""
+    """The inverse of `from_legacy`: a level's single table [heads, 2k - 1, 2k - 1] is halved along the heads.
+
+    Raises ConfigError where a level has more than two head groups.
+    """
     out = {}
     for name, tensor in state.items():
         stem, _, index = name.rpartition(".")
@@ -466,6 +496,7 @@ class FusedLeakyReLU(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor) -> Tensor:
+        """[N, C, ...] -> the same shape."""
         bias = self.bias.view(-1, *[1] * (x.ndim - 2))
         return F.leaky_relu(x + bias, 0.2) * math.sqrt(2)
 
@@ -495,6 +526,7 @@ class Haar(nn.Module):
             self.register_buffer(name, -kernel if name in self.negated else kernel)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] -> [N, 4C, H/2, W/2]: all of LL, then LH, HL, HH."""
         return torch.cat([filter_depthwise(x, kernel, stride=2) for kernel in (self.ll, self.lh, self.hl, self.hh)], 1)
 
 
@@ -504,6 +536,7 @@ class InverseHaar(Haar):
     negated = ("lh", "hl")
 
     def forward(self, x: Tensor) -> Tensor:
+        """[N, 4C, H, W] -> [N, C, 2H, 2W]."""
         bands = zip(x.chunk(4, 1), (self.ll, self.lh, self.hl, self.hh))
         return torch.stack([upsample_depthwise(band, kernel, 0) for band, kernel in bands]).sum(0)
 
@@ -521,7 +554,10 @@ class FromRGB(nn.Module):
         self.conv = nn.Sequential(SpectralConv2d(12, channels, 1, bias=False), FusedLeakyReLU(channels))
 
     def forward(self, x: Tensor, features: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(wavelets at this level, features plus those of the level above)."""
+        """(wavelets at this level, features plus those of the level above).
+
+        x [N, 12, H, W], features [N, C, h, w] -> [N, 12, h, w], [N, C, h, w]; h, w are half of H, W when `downsample`.
+        """
         if self.halves:
             x = self.dwt(self.downsample(self.iwt(x)))
         out = self.conv(x)
@@ -539,13 +575,14 @@ class ConvBlock(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        """[N, c_in, H, W] -> [N, c_out, H/2, W/2]."""
         return self.conv2(self.conv1(x))
 
 
 def minibatch_std(x: Tensor, group: int) -> Tensor:
-    """Append the mean standard deviation over each group of samples as one channel; N must be a multiple of the group.
+    """Append the mean standard deviation over each group of samples as a channel: [N, C, H, W] -> [N, C + 1, H, W].
 
-    Sample n belongs to group n mod (N / group).
+    Sample n belongs to group n mod (N / G) where G = min(group, N). Raises ConfigError unless N is a multiple of G.
     """
     n, channels, height, width = x.shape
     group = min(group, n)
@@ -564,6 +601,7 @@ class Discriminator(nn.Module):
     ghost_batch: int | None = None
 
     def __init__(self, options: DiscriminatorOptions, *, resolution: int, num_classes: int = 0):
+        """Raises ConfigError for classes and for a resolution that is no power of two from 16 up."""
         super().__init__()
         refuse_classes(num_classes)
         self.options, self.resolution = options, resolution
@@ -580,7 +618,10 @@ class Discriminator(nn.Module):
         )
 
     def score(self, y: Tensor) -> Tensor:
-        """Logits of images in ImageNet-normalised space, as official code has them."""
+        """Images [N, 3, R, R] in ImageNet-normalised space, as official code has them -> logits [N, 1].
+
+        Raises ConfigError where `mbstd_group` does not divide a ghost.
+        """
         x, features = self.dwt(y), None
         for from_rgb, conv in zip(self.from_rgbs, self.convs):
             x, features = from_rgb(x, features)
@@ -591,4 +632,5 @@ class Discriminator(nn.Module):
         return self.final_linear(out.flatten(1))
 
     def forward(self, x: Tensor, c: Tensor | None = None) -> Tensor:
+        """Images [N, 3, R, R] in [-1, 1] -> logits [N, 1]; c is ignored. Raises ConfigError as `score` does."""
         return self.score(to_official(x))

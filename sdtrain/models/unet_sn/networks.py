@@ -39,7 +39,10 @@ class Discriminator(nn.Module):
         self.conv9 = nn.Conv2d(nf, 1, 3, 1, 1)
 
     def features(self, x: Tensor) -> Tensor:
-        """The last hidden map [N, num_feat, H, W], after its leaky ReLU."""
+        """[N, 3, H, W] in [0, 1] -> the last hidden map [N, num_feat, H, W], after its leaky ReLU.
+
+        Raises ValueError unless H and W are multiples of 8.
+        """
         if x.shape[-2] % 8 or x.shape[-1] % 8:
             raise ValueError(f"UNetDiscriminatorSN needs sides that are multiples of 8, got {tuple(x.shape[-2:])}")
         x0 = _lrelu(self.conv0(x))
@@ -55,8 +58,9 @@ class Discriminator(nn.Module):
         return x + skip if self.options.skip_connection else x
 
     def logit_map(self, x: Tensor) -> Tensor:
-        """Logits [N, 1, H, W]."""
+        """[N, 3, H, W] in [0, 1] -> logits [N, 1, H, W]. Raises ValueError as `features` does."""
         return self.conv9(self.features(x))
 
     def forward(self, x: Tensor, c: Tensor | None = None) -> Tensor:
+        """[N, 3, H, W] in [0, 1] -> logits [N, H * W]; c is ignored. Raises ValueError as `features` does."""
         return self.logit_map(x).flatten(1)
