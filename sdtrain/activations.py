@@ -79,7 +79,7 @@ def saved_storages() -> Iterator[dict[int, UntypedStorage]]:
     kept: dict[int, UntypedStorage] = {}
 
     def keep(tensor: Tensor) -> Tensor:
-        """A tensor of any shape, handed on as it is; its storage is noted."""
+        """A tensor [...], handed on as it is; its storage is noted."""
         storage = tensor.untyped_storage()
         kept[storage._cdata] = storage
         return tensor

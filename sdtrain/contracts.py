@@ -145,10 +145,10 @@ class Player(Protocol):
     """Networks that one optimizer moves."""
 
     def state(self) -> dict[str, Tensor]:
-        """Optimizer state as whole tensors `PARAMETER/SLOT`. All ranks together."""
+        """Optimizer state as whole tensors, `PARAMETER/SLOT` -> [...]. All ranks together."""
 
     def load_state(self, tensors: Tensors) -> None:
-        """Take over what `state` gave, each slot [...] as its parameter; one that has nothing there starts afresh."""
+        """Take over what `state` gave, [...] by PARAMETER/SLOT; a parameter that has nothing there starts afresh."""
 
     def gradients(self) -> list[Tensor]:
         """What this rank holds of a phase's gradients, [...] as the parameters, between backward and step."""
@@ -243,7 +243,7 @@ class Method:
         """Take over what `state` gave."""
 
     def ghost_state(self) -> Mapping[int, Tensors]:
-        """Tensors that belong to a ghost and outlive a step, by ghost."""
+        """Tensors that belong to a ghost and outlive a step, {ghost: {name: [...]}}."""
         return {}
 
     def load_ghost_state(self, state: Mapping[int, Tensors], device: torch.device) -> None:
@@ -304,11 +304,11 @@ class Task:
         """Measure the present weights, remember them when they are the best."""
 
     def hand_over(self) -> Mapping[str, Tensors]:
-        """The best weights of the stage that is over, by network; the next begins to collect its own."""
+        """The best weights of the stage that is over, {net: {name: [...]}}; the next begins to collect its own."""
         return {}
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint must hold so that the next stage starts the same after a kill."""
+        """What a checkpoint must hold so that the next stage starts the same after a kill, {name: [...]}."""
         return {}
 
     def load_tensors(self, tensors: Tensors) -> None:

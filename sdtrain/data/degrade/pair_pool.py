@@ -120,7 +120,7 @@ class PairPool:
     ) -> None:
         """Take the pools of `ghosts` (None = all) from a state that any layout of ranks has written.
 
-        `state`: {ghost: {name: [size, ...]}}; a ghost it lacks starts empty. Raises RunError for pools of another size.
+        `state`: {ghost: {name: [size, ...], FILLED: []}}; absent ghosts start empty. Raises RunError for another size.
         """
         wanted = [ghost for ghost in state if ghosts is None or ghost in ghosts]
         for ghost in wanted:

@@ -92,10 +92,11 @@ class Photos:
         return G(x.inputs["lq"], layers=layers)
 
     def state(self) -> dict[int, dict[str, Tensor]]:
+        """The pool, {ghost: {name: [...]}}, {} without one."""
         return self.pool.state() if self.pool is not None else {}
 
     def load_state(self, state: Mapping[int, Mapping[str, Tensor]], device: torch.device | str) -> None:
-        """Take over {ghost: {name: [pool_size, ...]}} from `state`.
+        """Take over {ghost: {name: [...]}} from `state`.
 
         Raises RunError for pools of another size.
         """

@@ -135,6 +135,7 @@ class SDAKD(Restoration):
         return total + R1 * (gamma / 2 * self.o.r1.every), {**terms, "D/r1": R1}
 
     def eq_1(self, terms: Terms) -> Tensor:
+        """L_sup + lambda_1 L_MLP, of scalars -> scalar."""
         return terms["G/sup"] + self.o.lambda_1 * terms["G/mlp"] if self.o.lambda_1 else terms["G/sup"]
 
     def supervised_terms(self, x: Chunk) -> tuple[Tensor, Terms]:
@@ -232,6 +233,7 @@ class SDAKD(Restoration):
             return self.inputs(G, x, x.draws.sub(purpose))
 
     def with_maps(self, G: Net, x: Chunk, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
+        """Images [N, 3, H, W] of G, and the maps [N, C, h, w] that MLP distils by layer."""
         return self.inputs(G, x, draws, layers=self.layers) if self.layers else (self.inputs(G, x, draws), {})
 
     def as_teacher(self, x: Chunk, forward: Callable[[], Any]) -> Any:
@@ -260,8 +262,9 @@ class SDAKD(Restoration):
         self.lambda_2 = state["lambda_2"]
 
     def ghost_state(self) -> Mapping[int, Tensors]:
+        """{ghost: {name: [...]}}, the pair pools."""
         return self.inputs.state()
 
     def load_ghost_state(self, state: Mapping[int, Tensors], device: torch.device) -> None:
-        """Take over {ghost: {name: [pool_size, ...]}}. Raises RunError for pools of another size."""
+        """Take over {ghost: {name: [...]}}. Raises RunError for pools of another size."""
         self.inputs.load_state(state, device)
