@@ -7,7 +7,6 @@ import json
 import logging
 import shutil
 import tarfile
-from typing import get_args
 
 import numpy as np
 import pytest
@@ -17,7 +16,6 @@ from ranks_evaluate import evaluator, sample
 from safetensors.torch import load_file
 
 from sdtrain.commands import evaluate as command
-from sdtrain.config.options import MetricName
 from sdtrain.errors import ConfigError, DataError, WeightsError
 from sdtrain.metrics import rfid
 from sdtrain.metrics.evaluate import Evaluator, subset
@@ -29,7 +27,6 @@ from sdtrain.metrics.kid import kid
 from sdtrain.metrics.prc import precision_recall
 from sdtrain.metrics.protocol import differences, fingerprint, require_same
 from sdtrain.metrics.sums import FeatureSums
-from sdtrain.metrics.table import METRICS
 from sdtrain.metrics.variation import perceptual_variation
 
 MANIFEST = json.loads((GOLDEN / "sdgan" / "manifest.json").read_text())
@@ -250,10 +247,6 @@ def test_precision_and_recall_can_be_the_reference_codes_vgg16_features_and_half
         assert protocol["pr_features"]["extractor"] == "vgg16" and "features" not in protocol
         assert protocol["pr_precision"] == ("fp16" if half else "fp32")
     assert len({fingerprint(judge.protocol()) for judge in judges}) == 2
-
-
-def test_a_configuration_knows_every_metric_there_is():
-    assert set(get_args(MetricName)) == set(METRICS)
 
 
 def test_real_statistics_are_read_once_and_then_come_from_the_cache(tmp_path, real_folder, one_rank, monkeypatch):
