@@ -90,9 +90,9 @@ def tick(run: Run) -> None:
         "skipped_steps": run.skipped,
     }
     perf |= {f"sec/{name}": s / images * 1000 for name, s in sections.items()}
-    where = {"seen_img": run.seen_img, "stage": run.stage.name}
-    run.folder.row(kind="train", **where, **losses)
-    run.folder.row(kind="perf", **where, **perf)
+    where = {"stage": run.stage.name}
+    run.folder.row("train", run.seen_img, {**where, **losses})
+    run.folder.row("perf", run.seen_img, {**where, **perf})
     progress(run, losses, perf)
 
 

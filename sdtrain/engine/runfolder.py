@@ -21,13 +21,21 @@ import json
 import math
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from sdtrain.engine.precision import described
 from sdtrain.engine.ranks import gather_objects, is_main, world
 from sdtrain.errors import RunError
 from sdtrain.files import sweep, write_bytes, write_json
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor
+    from torch.utils.tensorboard import SummaryWriter
+
 
 
 class RunFolder:
@@ -39,8 +47,8 @@ class RunFolder:
         self.snapshots = path / "snapshots"
         self.metrics = path / "metrics.jsonl"
         self._tensorboard = tensorboard
-        self._board: Any = None
-        self._rows: Any = None
+        self._board: SummaryWriter | None = None
+        self._rows: TextIO | None = None
         self._measured: set[tuple[int, str]] = set()  # positions and splits that already have an eval row
 
     def create(self) -> None:
@@ -76,24 +84,24 @@ class RunFolder:
 
             self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=resumed_img + 1)
 
-    def row(self, **values: Any) -> None:
+    def row(self, kind: str, seen_img: int, values: Mapping[str, object], split: str = "") -> None:
         """Append one row; TensorBoard gets its numbers under the same names."""
-        if not is_main():
+        if self._rows is None:  # only the main rank has opened them
             return
-        self._rows.write(json.dumps({k: _plain(v) for k, v in values.items()}) + "\n")
+        where = {"kind": kind, "seen_img": seen_img, **({"split": split} if split else {})}
+        self._rows.write(json.dumps(where | {k: _plain(v) for k, v in values.items()}) + "\n")
         self._rows.flush()  # a run that is killed keeps the row
         if self._board is not None:
-            skip = {"kind", "seen_img", "stage", "split", "weights", "step", "protocol"}
-            prefix = {"train": "", "perf": "perf/"}.get(values["kind"], f"{values['kind']}/{values.get('split', '')}/")
+            prefix = {"train": "", "perf": "perf/"}.get(kind, f"{kind}/{split}/")
             for name, value in values.items():
-                if name not in skip and isinstance(value, (int, float)):
-                    self._board.add_scalar(f"{prefix}{name}".replace("//", "/"), value, values["seen_img"])
+                if isinstance(value, (int, float)):
+                    self._board.add_scalar(f"{prefix}{name}".replace("//", "/"), value, seen_img)
 
     def measured(self, seen_img: int, split: str) -> bool:
         """Whether this position had been evaluated before the run was started again; the same answer on all ranks."""
         return bool(gather_objects((seen_img, split) in self._measured)[0])
 
-    def image(self, tag: str, picture: Any, seen_img: int) -> None:
+    def image(self, tag: str, picture: NDArray[np.uint8], seen_img: int) -> None:
         """Store a uint8 HWC picture as PNG under samples/ and in TensorBoard."""
         if not is_main():
             return
@@ -106,11 +114,11 @@ class RunFolder:
         if self._board is not None:
             self._board.add_image(tag, picture, seen_img, dataformats="HWC")
 
-    def histogram(self, tag: str, values: Any, seen_img: int) -> None:
+    def histogram(self, tag: str, values: Tensor, seen_img: int) -> None:
         if is_main() and self._board is not None:
             self._board.add_histogram(tag, values, seen_img, bins=20)
 
-    def write_json(self, name: str, value: Any) -> None:
+    def write_json(self, name: str, value: object) -> None:
         if is_main():
             write_json(self.path / name, value, default=str)
 

@@ -71,8 +71,8 @@ class GenerationTask(Task):
         with run.timer.section("evaluate"), run.nets[self.evaluated].whole() as G:
             draw = self.sampler(G, run.config.metrics.batch_size, latents_seed(self.seed, split))
             values, protocol = self.evaluator(split).measure(draw)
-        row = {"seen_img": run.seen_img, "stage": run.stage.name, "split": split, "weights": "ema"}
-        run.folder.row(kind="eval", **row, **values, protocol=protocol)
+        row = {"stage": run.stage.name, "weights": "ema", **values, "protocol": protocol}
+        run.folder.row("eval", run.seen_img, row, split)
         log.info("eval %s  %s", split, "  ".join(f"{k} {v:.4g}" for k, v in values.items() if isinstance(v, float)))
         if split == "val":
             self.keep_best(values)

@@ -95,8 +95,8 @@ class RestorationTask(Task):
 
     def _row(self, kind: str, split: str, values: Values, **more: Any) -> None:
         run = self.run
-        where = {"seen_img": run.seen_img, "stage": self.stage, "split": split}
-        run.folder.row(kind=kind, **where, **more, **values, protocol=self.of(split).protocol())
+        row = {"stage": self.stage, **more, **values, "protocol": self.of(split).protocol()}
+        run.folder.row(kind, run.seen_img, row, split)
         shown = "  ".join(f"{n} {v:.4g}" for n, v in values.items())
         log.info("%s %s %s  %s", kind, split, more.get("method", self.stage), shown)
 
