@@ -27,7 +27,6 @@ from sdtrain.weights import load_weights
 Distance = Callable[[Tensor, Tensor], Tensor]  # images [N, 3, H, W] in [-1, 1] twice -> [N]
 Paired = Callable[[Tensor, Tensor, Draws], tuple[Tensor, Tensor]]  # T: the same change to both
 Augmentation = Callable[[Tensor, Draws, float], Tensor]  # images, draws, p -> images
-PLAYER_CLASS: dict[Role, str] = {"generator": "Generator", "discriminator": "Discriminator"}
 
 
 @dataclass
@@ -62,7 +61,7 @@ class Builder:
             more = {**more, "feature_weights": self.weights(feature_network, self.config.weights.features)}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_of(self.config.seed, "init", name))
-            made = getattr(networks, PLAYER_CLASS[role])(
+            made = getattr(networks, role.capitalize())(
                 section, resolution=self.resolution, num_classes=len(self.class_counts), **more
             )
         assert isinstance(made, nn.Module)
@@ -122,9 +121,3 @@ class Builder:
 
         pipe = AdaPipe(options.policy or "bgc").to(self.device)
         return lambda x, draws, p: pipe(x, p, draws)
-
-    def consistency_augmentation(self) -> Callable[[Tensor, Draws], Tensor]:
-        """What balanced consistency compares an image with."""
-        from sdtrain.augment.consistent import consistent_augment
-
-        return consistent_augment

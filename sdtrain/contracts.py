@@ -169,6 +169,12 @@ class Meter(Protocol):
     def clear(self) -> None:
         """Begin anew."""
 
+    def state(self) -> dict[str, list[float]]:
+        """This rank's sums and counts, for a checkpoint."""
+
+    def load_state(self, state: dict[str, list[float]], device: torch.device) -> None:
+        """Take over what `state` gave."""
+
 
 class Engine(Protocol):
     """Holds networks and moves players. Knows ranks, precision and devices; knows nothing of losses."""
@@ -210,6 +216,8 @@ class Method:
     """Terms whose global mean `control` wants after every step."""
     feed: Feed = Feed()
     """What it wants from the stream."""
+    snapshots: tuple[float, ...] = ()
+    """Shares of the run after which the weights of G and its average are kept for good."""
 
     def phases(self, stage: Stage, step: int) -> Sequence[Phase]:
         """What happens in a step of this stage, in order."""

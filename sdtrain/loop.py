@@ -42,17 +42,17 @@ def advance(run: Run, chunks: list[Chunk]) -> None:
     """One step; `on_nonfinite: skip` undoes one that was not finite, on every rank."""
     if run.config.on_nonfinite != "skip":
         return run.advance(chunks)
-    backup = snapshot(run)
+    before = backup(run)
     try:
         run.advance(chunks)
     except NonFinite as problem:
         log.warning("%s; this step is undone on every rank and training goes on", problem)
-        undo(run, backup)
+        undo(run, before)
         run.skipped += 1
         run.step += 1
 
 
-def snapshot(run: Run) -> State:
+def backup(run: Run) -> State:
     """Copies of everything a step may change, so that a bad step can be undone as a whole."""
     learning = [name for name in run.nets if name not in run.method.given]
     return {
@@ -63,13 +63,13 @@ def snapshot(run: Run) -> State:
     }
 
 
-def undo(run: Run, backup: State) -> None:
-    for name, tensors in backup["nets"].items():
+def undo(run: Run, before: State) -> None:
+    for name, tensors in before["nets"].items():
         run.nets[name].load(tensors, name)
-    for name, tensors in backup["players"].items():
+    for name, tensors in before["players"].items():
         run.engine.players[name].load_state(tensors)
-    run.method.load_state(backup["method"])
-    run.engine.meter.load_state(backup["meter"], run.device)
+    run.method.load_state(before["method"])
+    run.engine.meter.load_state(before["meter"], run.device)
 
 
 def tick(run: Run) -> None:

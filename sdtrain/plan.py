@@ -63,12 +63,6 @@ def weights_needed(config: Config) -> dict[str, str]:
     return {name: source or "download" for name, source in needs.items()}
 
 
-def _snapshots_gb(config: Config, networks: dict[str, dict[str, Any]]) -> float:
-    """G and its average at chosen shares of training."""
-    shares = getattr(config, "snapshots", ())
-    return len(shares) * sum(networks[n]["weights_gb"] for n in ("G", "G_ema")) if shares else 0.0
-
-
 def _needed_by_metrics(config: Config) -> dict[str, str | None]:
     """Feature networks of the evaluations of generated images, as the table of metrics says."""
     from sdtrain.metrics.table import Settings
@@ -153,7 +147,7 @@ def make_plan(
         "ghosts_at_once": trainer.ghosts_at_once,
         "checkpoint_gb": sum(n["checkpoint_gb"] for n in networks.values()),
         "disk_gb": sum(n["checkpoint_gb"] for n in networks.values()) * (config.keep_checkpoints + 1)
-        + _snapshots_gb(config, networks),
+        + len(method.snapshots) * sum(networks[n]["weights_gb"] for n in ("G", "G_ema") if n in networks),
         "weights": {name: describe_source(name, source) for name, source in needs.items()},
         "weights_missing": check_weights(needs),
         "init": initial.described if initial else {},

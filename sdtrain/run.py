@@ -40,8 +40,8 @@ class Run(Trainer):
         task = importlib.import_module(f"sdtrain.tasks.{self.method.task}").TASK(self)
         assert isinstance(task, Task)
         self.task = task
-        shares = getattr(config, "snapshots", ())  # a key of methods that generate
-        self.snapshot_img = snapshot_positions(shares, self.method.stages[-1].end_img, config.batch_size)
+        end_img = self.method.stages[-1].end_img
+        self.snapshot_img = snapshot_positions(self.method.snapshots, end_img, config.batch_size)
 
     def due(self, interval_img: int) -> bool:
         """Whether this step crossed a multiple of `interval_img` images (0 = never)."""
@@ -55,7 +55,7 @@ class Run(Trainer):
     def begin(self, stage: Stage) -> None:
         """`enter` a stage: with the optimizers of the checkpoint that lies inside it, or fresh ones."""
         inside = self.checkpoint if self.checkpoint and self.checkpoint.state["stage"] == stage.name else None
-        self.stage = stage
+        self.stage = stage  # what is handed over belongs to the one before it
         self.enter(stage, None if inside else self.task.hand_over())
         if inside is not None:
             for name, player in self.engine.players.items():

@@ -6,13 +6,12 @@ A run, `bench`, the memory count of `--plan` and the simulation of the Dirac-GAN
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 
 import torch
 
 from sdtrain.builder import Builder
 from sdtrain.config.keys import Config
-from sdtrain.contracts import Chunk, Net, Phase, Stage, Tensors, Terms, spans
+from sdtrain.contracts import Chunk, Net, Stage, Tensors, Terms, spans
 from sdtrain.data.read.stream import Batch
 from sdtrain.engine.ema import beta_of
 from sdtrain.engine.make import make_engine
@@ -109,7 +108,7 @@ class Trainer:
         """One step of the clock: every phase of the method, controllers, averages. Raises `NonFinite`."""
         steering: Terms = {}
         for phase in self.method.phases(self.stage, self.step):
-            with self.timed(phase):
+            with self.timer.section(phase.name):
                 terms = self.engine.run(phase, chunks)
             steering |= {n: terms[n] for n in terms if n in self.method.steering}
         if self.method.steering:
@@ -117,9 +116,6 @@ class Trainer:
         with self.timer.section("ema"):
             self.average()
         self.step += 1
-
-    def timed(self, phase: Phase) -> AbstractContextManager[None]:
-        return self.timer.section(phase.name)
 
     def controls(self, terms: Terms) -> Terms:
         """Hand the method the global means it steers by; returns what it wants logged."""

@@ -119,7 +119,7 @@ FACES: dict[str, Any] = {
     "order": "D first",
     "lq": "down_up",
     "factors": [4, 8],
-    "r1": {"gamma": 10, "every": 2},
+    "r1": {"gamma": 10, "every": 2, "joint": True},
     "perceptual": "vgg16",
     "validation": {"lq": "down_up", "factors": [4, 8], "names": ["fid", "psnr_y"], "histogram_images": 2},
 }

@@ -16,7 +16,7 @@ from sdtrain import __version__
 from sdtrain.errors import EXIT_OK, EXIT_USER_ERROR, UserError
 from sdtrain.files import why_unwritable
 
-PACKAGES = ("torch", "torchvision", "accelerate", "deepspeed", "webdataset", "lpips", "torch-fidelity", "timm")
+PACKAGES = ("torch", "torchvision", "accelerate", "webdataset", "lpips")
 LITTLE_DISK_GB = 5
 RENDEZVOUS_TIMEOUT_SEC = 120
 

@@ -77,8 +77,8 @@ def _plus(held: Tensor | None, gradient: Tensor | None) -> Tensor | None:
 class FastPlayer(BasePlayer):
     """Gradients of several ghosts at once, shared during the last backward (DDP) or after it."""
 
-    def __init__(self, name: str, nets: Sequence[Net], options: Optimizer, span: Span, lazy: int | None) -> None:
-        super().__init__(name, nets, options, span, lazy)
+    def __init__(self, nets: Sequence[Net], options: Optimizer, span: Span, lazy: int | None) -> None:
+        super().__init__(nets, options, span, lazy)
         self.ours = [net for net in nets if isinstance(net, DdpNet)]
         for net in self.ours if world() > 1 else ():
             net.wrap()
@@ -119,11 +119,8 @@ class Ddp(PhaseEngine):
         placed = module.to(self.device)
         return DdpNet(placed) if trained else LocalNet(placed)
 
-    def player(
-        self, name: str, nets: Sequence[Net], options: Optimizer, span: Span, lazy: int | None
-    ) -> BasePlayer:
-        made = ExactPlayer if self.exact else FastPlayer
-        return made(name, nets, options, span, lazy)
+    def player(self, nets: Sequence[Net], options: Optimizer, span: Span, lazy: int | None) -> BasePlayer:
+        return (ExactPlayer if self.exact else FastPlayer)(nets, options, span, lazy)
 
     def modules(self, nets: Mapping[str, Net]) -> list[nn.Module]:
         return [net.module for net in nets.values() if isinstance(net, LocalNet)]

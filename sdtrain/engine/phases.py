@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import nn
@@ -45,7 +45,7 @@ class PhaseEngine(ABC):
         """Take a network over."""
 
     @abstractmethod
-    def player(self, name: str, nets: Sequence[Net], options: Optimizer, span: Span, lazy: int | None) -> BasePlayer:
+    def player(self, nets: Sequence[Net], options: Optimizer, span: Span, lazy: int | None) -> BasePlayer:
         """The player of these networks."""
 
     @abstractmethod
@@ -55,7 +55,7 @@ class PhaseEngine(ABC):
     def begin(self, stage: Stage, start_img: int, nets: Mapping[str, Net], lazy: Mapping[str, int]) -> None:
         span = (start_img, stage.end_img)
         self.players = {
-            name: self.player(name, [nets[net] for net in own], self.options[name], span, lazy.get(name))
+            name: self.player([nets[net] for net in own], self.options[name], span, lazy.get(name))
             for name, own in stage.players.items()
         }
         for player in self.players.values():
@@ -84,11 +84,9 @@ class PhaseEngine(ABC):
         self.meter.count(list(terms))
         return terms
 
-    @contextmanager
-    def fence(self, phase: Phase) -> Iterator[None]:
+    def fence(self, phase: Phase) -> AbstractContextManager[None]:
         """Only the networks of the phase's player ask for gradients inside."""
-        with only_training(self.players[phase.player], list(self.players.values())):
-            yield
+        return only_training(self.players[phase.player], list(self.players.values()))
 
     def loss(self, phase: Phase, chunk: Chunk) -> Loss:
         """The forward pass of one chunk, in the precision of the phase."""

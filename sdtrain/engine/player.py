@@ -20,12 +20,12 @@ Span = tuple[int, int]  # images at the beginning and at the end of a stage
 class BasePlayer(ABC):
     """See `contracts.Player`. An engine says how gradients of chunks and ranks are added up."""
 
-    def __init__(self, name: str, nets: Sequence[Net], options: Optimizer, span: Span, lazy: int | None) -> None:
+    def __init__(self, nets: Sequence[Net], options: Optimizer, span: Span, lazy: int | None) -> None:
         """`lazy`: steps between two penalties of this player, None where it has none."""
-        self.name, self.nets, self.options, self.span, self.lazy = name, list(nets), options, span, lazy
+        self.options, self.span, self.lazy = options, span, lazy
         self.named = {
-            f"{i}.{key}" if len(self.nets) > 1 else key: p  # names of two networks may be equal
-            for i, net in enumerate(self.nets)
+            f"{i}.{key}" if len(nets) > 1 else key: p  # names of two networks may be equal
+            for i, net in enumerate(nets)
             for key, p in net.parameters().items()
         }
         self.params = list(self.named.values())

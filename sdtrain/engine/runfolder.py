@@ -145,7 +145,7 @@ def environment(weights: dict[str, Any]) -> dict[str, Any]:
         except PackageNotFoundError:
             return "absent"
 
-    packages = "sdtrain torch torchvision accelerate webdataset lpips torch-fidelity timm numpy".split()
+    packages = "sdtrain torch torchvision accelerate webdataset lpips numpy".split()
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": sys.argv,

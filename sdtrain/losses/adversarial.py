@@ -98,9 +98,11 @@ ADVERSARIAL: dict[str, Adversarial] = {
 }
 
 
-def d_terms(game: Adversarial, real_logits: Tensor, fake_logits: Tensor) -> dict[str, Tensor]:
-    """The terms of D's side, scalars, by their names in the log: D/real, D/fake, or D/pair."""
-    return {f"D/{part}": term for part, term in zip(game.parts, game.d(real_logits, fake_logits), strict=True)}
+def d_loss(game: Adversarial, real_logits: Tensor, fake_logits: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """What D minimises, a scalar, and its terms by their names in the log (D/real, D/fake, or D/pair)."""
+    parts = game.d(real_logits, fake_logits)
+    terms = {f"D/{name}": term for name, term in zip(game.parts, parts, strict=True)}
+    return torch.stack(parts).sum(), terms
 
 
 def gradient_penalty(images: Tensor, logits: Tensor) -> Tensor:

@@ -27,7 +27,8 @@ WIDTHS = ("num_feat", "num_grow_ch")
 
 def problems(config: Loaded) -> list[tuple[str, str]]:
     """Combinations that cannot work, as (keys, sentence)."""
-    return [*_kinds(config), *_widths(config), *_stages(config), *_inputs(config), *_validation(config)]
+    checks = (_kinds, _widths, _stages, _penalty, _inputs, _validation)
+    return [problem for check in checks for problem in check(config)]
 
 
 def _kinds(config: Loaded) -> Iterator[tuple[str, str]]:
@@ -72,6 +73,14 @@ def _stages(config: Loaded) -> Iterator[tuple[str, str]]:
         yield "teacher.generator", "teacher.discriminator is given without the generator it judged: give both"
     if config.adversary == "teacher" and names == ["naive"]:
         yield "adversary", "a naive baseline has no teacher to judge it: set adversary: student"
+
+
+def _penalty(config: Loaded) -> Iterator[tuple[str, str]]:
+    """GCFSR's: R1 on ground truth, within D's step."""
+    if config.r1.gamma and not config.r1.joint:
+        yield "r1.joint", "R1 of SDAKD belongs to D's own step, as GCFSR trains: set r1.joint: true"
+    if config.r1.gamma and config.r1.on != "real":
+        yield "r1.on", f"SDAKD penalises D on real images alone, not on {config.r1.on}: set r1.on: real"
 
 
 def _inputs(config: Loaded) -> Iterator[tuple[str, str]]:

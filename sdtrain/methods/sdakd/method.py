@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from sdtrain.config.schedule import value_at
 from sdtrain.contracts import Chunk, Loss, Net, Phase, Restoration, Stage, State, Tensors, Terms
-from sdtrain.losses.adversarial import ADVERSARIAL, d_terms, gradient_penalty
+from sdtrain.losses.adversarial import ADVERSARIAL, d_loss, gradient_penalty
 from sdtrain.losses.feature import mlp_loss, probability_loss
 from sdtrain.losses.self_distillation import self_distillation
 from sdtrain.methods.sdakd.inputs import Faces, Photos
@@ -118,9 +118,9 @@ class SDAKD(Restoration):
         fake = self.made.get(("fake", x.draws.ghosts)) if self.o.order == "G first" else None
         fake = self.no_grad(G, x, "D") if fake is None else fake
         real_logits, fake_logits = D(x.real), D(fake)
-        terms = d_terms(self.L_adv, real_logits, fake_logits)
+        loss, terms = d_loss(self.L_adv, real_logits, fake_logits)
         logits = {"D/real_logit": real_logits.mean(), "D/fake_logit": fake_logits.mean()}
-        return torch.stack(list(terms.values())).sum(), {**terms, **logits}
+        return loss, {**terms, **logits}
 
     def L_G_adv(self, D: Net, fake: Tensor, x: Chunk) -> Tensor:
         """L_adv of G for its images [N, 3, H, W] -> scalar; a relativistic one compares with the ground truth."""

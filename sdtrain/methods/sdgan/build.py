@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from sdtrain.augment.consistent import consistent_augment
 from sdtrain.methods.sdgan.method import SDGAN
 
 if TYPE_CHECKING:
@@ -25,6 +26,6 @@ def build(config: Loaded, builder: Builder) -> SDGAN:
         distance=builder.distance(config.sd) if distils else None,
         T=builder.paired_augment(config.sd) if distils else None,
         augment=builder.augmentation(config.augment),
-        consistent=builder.consistency_augmentation() if config.bcr else None,
+        consistent=consistent_augment if config.bcr else None,
         class_counts=builder.class_counts if config.fake_labels == "drawn" else (),
     )

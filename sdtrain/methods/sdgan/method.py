@@ -18,7 +18,7 @@ from torch import Tensor
 from sdtrain.augment.ada import update_p
 from sdtrain.config.schedule import Schedule, value_at
 from sdtrain.contracts import Chunk, Loss, Method, Net, Phase, Stage, State, Terms
-from sdtrain.losses.adversarial import ADVERSARIAL, d_terms, gradient_penalty
+from sdtrain.losses.adversarial import ADVERSARIAL, d_loss, gradient_penalty
 from sdtrain.losses.consistency import balanced_consistency
 from sdtrain.losses.regularizers import path_length_penalty, path_lengths
 from sdtrain.losses.self_distillation import self_distillation
@@ -60,6 +60,7 @@ class SDGAN(Method):
         ]
         tuned = options.augment.kind == "ada" and options.augment.target
         self.steering = ("D/real_sign", "D/r1_sign") if tuned else ()
+        self.snapshots = options.snapshots
         self.p = value_at(options.augment.p, 0)  # ADA's augmentation probability
         self.signs = [0.0, 0.0]  # sum and count of sign(D(real)) since p last moved
         self.pl_mean = self.pl_mean_before = 0.0  # running mean of path lengths, `a` of the fact sheet
@@ -98,9 +99,9 @@ class SDGAN(Method):
         return {"G": self.o.path_length.every, "D": self.o.r1.every}
 
     def blank(self, x: Chunk) -> Chunk:
-        """ADA's p may come to be anything, so let every image be augmented."""
+        """ADA's p may come to be anything, so let every image be augmented; schedules stand at their end."""
         self.p = 1.0 if self.steering else self.p
-        return x
+        return replace(x, seen_img=self.stages[-1].end_img)
 
     def loss_G(self, x: Chunk) -> Loss:
         """Eq. (2): L_G = L_adv + alpha * L_SD(T(G(z)), T(G_ema(z)))."""
@@ -149,8 +150,7 @@ class SDGAN(Method):
         real_seen, fake_seen = self.augment(real, draws.sub("real"), x), self.augment(fake, draws.sub("fake"), x)
         labels = self.fake_labels(x, draws)
         fake_logits, real_logits = self.judge(fake_seen, real_seen, labels, x.labels)
-        terms = d_terms(self.L_adv, real_logits, fake_logits)
-        loss = torch.stack(list(terms.values())).sum()
+        loss, terms = d_loss(self.L_adv, real_logits, fake_logits)
         terms |= {"D/real_logit": real_logits.mean(), "D/fake_logit": fake_logits.mean()}
         terms["D/real_sign"] = real_logits.detach().sign().mean()
         if self.o.bcr:

@@ -16,6 +16,7 @@ from sdtrain.config.options import (
     PathLength,
     SelfDistillation,
 )
+from sdtrain.config.schedule import Schedule
 
 if TYPE_CHECKING:
     from sdtrain.config.keys import Config
@@ -86,6 +87,8 @@ def problems(config: Loaded) -> list[tuple[str, str]]:
                 "set ema.rampup: null, as official resuming does",
             )
         )
+    if isinstance(config.augment.p, Schedule) and config.augment.kind == "ada" and config.augment.target:
+        found.append(("augment.p", "augment.p is a schedule and augment.target tunes p: set augment.target: null"))
     if config.init.ada_p == "keep" and (config.augment.kind != "ada" or not config.init.source):
         found.append(("init.ada_p", "init.ada_p: keep needs augment.kind: ada and an init.source that has a p"))
     return found
@@ -106,6 +109,11 @@ def data_problems(config: Loaded, dataset: Dataset) -> list[str]:
             f"{dataset.source} has {dataset.num_samples} images, too few to tune ADA: it moves p by the signs of D on "
             f"{seen} (augment.interval {a.interval} x batch_size {config.batch_size}), which holds some images twice; "
             "lower one of the two, or set augment.target: null to keep augment.p as it is"
+        )
+    if config.adversarial == "relativistic" and config.fake_labels == "drawn" and dataset.num_classes:
+        found.append(
+            f"{dataset.source} has classes, and adversarial: relativistic compares real image i with fake i, which "
+            "must be of one class; set fake_labels: real"
         )
     return found
 
