@@ -105,12 +105,10 @@ def simulate(config: Any, out: Path, only_plan: bool) -> int:
 
 
 def start(config: Config) -> torch.device:
-    """Float32 arithmetic, the process group, logging. Returns this rank's device."""
-    from sdtrain.engine.precision import set_precision
+    """The process group and logging. Returns this rank's device."""
     from sdtrain.engine.ranks import is_main, start_ranks
 
-    set_precision(config.tf32)
-    device = start_ranks()
+    device = start_ranks(tf32=config.tf32)
     level = logging.INFO if is_main() else logging.WARNING
     logging.basicConfig(level=level, format="%(asctime)s  %(message)s", datefmt="%H:%M:%S")
     return device

@@ -294,7 +294,7 @@ def test_faces_that_do_not_fit_are_refused(
         (["--tile", 8], "--tile 8 is too small; use at least 64 pixels"),
         (["--overlap", "wide"], "--overlap wide is neither a number of pixels nor auto"),
         (["--tile", 64, "--overlap", 40], "--overlap 40 is more than half of --tile 64"),
-        (["--device", "cuda:77"], "--device cuda:77 cannot be used on this machine; use --device cpu"),
+        (["--device", "cuda:77"], "--device cuda:77 cannot be used on this machine; leave it out, or say cpu"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(model: Path, tmp_path: Path, words: list, message: str) -> None:

@@ -53,17 +53,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Returns 0; raises ConfigError for a configuration without self-distillation or an unknown variant."""
     configs = configurations(args)
-    import torch
 
     from sdtrain.commands.variants import Clock, Variant, compare
-    from sdtrain.engine.precision import set_precision
+    from sdtrain.engine.ranks import pick_device
     from sdtrain.methods.sdgan.method import SDGAN
 
-    set_precision(next(iter(configs.values())).tf32)
-    has_gpu = torch.cuda.is_available()
-    device = torch.device(("cuda" if has_gpu else "cpu") if args.device == "auto" else args.device)
-    clock = Clock(device)
     first = next(iter(configs.values()))
+    device = pick_device(args.device, first.tf32)
+    clock = Clock(device)
     source = Source(first, args.resolution, device)
     variants = [Variant(n, c, device, source.resolution, source.class_counts) for n, c in configs.items()]
     with source.feeding(variants[0].method.feed):

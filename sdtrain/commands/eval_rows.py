@@ -1,9 +1,8 @@
-"""What evaluations of every task share: how ranks join, and rows that are kept, found again and compared."""
+"""What evaluations of every task share: rows that are kept, found again and compared."""
 
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +11,6 @@ from sdtrain.metrics.protocol import require_same
 from sdtrain.metrics.table import METRICS, merged
 
 DECIMALS = {**merged(dict(metric.shown) for metric in METRICS.values()), "psnr_y": 3, "ssim_y": 4, "lpips": 4}
-
-
-def start_ranks(device: str) -> Any:
-    """Join the other processes of a launch, if there are any; the device of this one."""
-    import torch
-    import torch.distributed as dist
-
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    use_cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
-    place = torch.device(f"cuda:{local}" if use_cuda and device in ("auto", "cuda") else device if use_cuda else "cpu")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
-    if place.type == "cuda":
-        torch.cuda.set_device(place)
-    return place
 
 
 def append(row: dict[str, Any], file: Path | None) -> None:

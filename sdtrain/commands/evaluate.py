@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdtrain.commands.eval_rows import DECIMALS, append, compare, last_row, start_ranks
+from sdtrain.commands.eval_rows import DECIMALS, append, compare, last_row
 from sdtrain.errors import EXIT_OK, ConfigError, WeightsError
 from sdtrain.metrics.table import METRICS, Settings
 
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
         return evaluate_sr.run(args, config)
     check(args, config)
     earlier = last_row(args.against)
-    from sdtrain.engine.ranks import is_main
+    from sdtrain.engine.ranks import is_main, start_ranks
 
     device = start_ranks(args.device)
     sample_fn, info = subject(args, device)

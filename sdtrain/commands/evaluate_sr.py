@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sdtrain.commands.eval_rows import append, compare, last_row, start_ranks
+from sdtrain.commands.eval_rows import append, compare, last_row
 from sdtrain.commands.source import ROLE, position_of, run_folder_of
 from sdtrain.errors import EXIT_OK, ConfigError, WeightsError
 from sdtrain.metrics.table import words
@@ -25,7 +25,7 @@ def run(args: argparse.Namespace, config: Any) -> int:
     """`config` is that of the run. Returns 0; raises ConfigError, DataError or WeightsError before any computation."""
     path = Path(args.path)
     config = configured(args, config)
-    from sdtrain.engine.ranks import is_main
+    from sdtrain.engine.ranks import is_main, start_ranks
     from sdtrain.interop.loading import file_of_run, load_network
     from sdtrain.methods.sdakd.inputs import make_inputs
     from sdtrain.tasks.validation import ValidationList

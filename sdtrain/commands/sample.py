@@ -64,7 +64,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Returns 0; raises ConfigError or WeightsError before anything is written."""
     indices = check(args)
-    device = _device(args.device)
+    from sdtrain.engine.ranks import pick_device
+
+    device = pick_device(args.device)
     more = {"truncation": args.truncation, "truncation_cutoff": args.truncation_cutoff, "batch_size": args.batch}
     more |= {"label": args.label, "allow_pipe": args.allow_pipe}
     source = Source(args.path, device, seed=args.seed, weights=args.weights, **more)
@@ -76,19 +78,6 @@ def run(args: argparse.Namespace) -> int:
         made = images(source, indices, args)
     print(f"{made} of {source.role} from {source.file}, seed {source.seed}, in {args.out}")
     return EXIT_OK
-
-
-def _device(name: str) -> Any:
-    import torch
-
-    has_gpu = torch.cuda.is_available()
-    try:
-        device = torch.device(("cuda" if has_gpu else "cpu") if name == "auto" else name)
-    except RuntimeError:
-        raise ConfigError(f"--device {name} is no device; say auto, cpu, cuda or cuda:1") from None
-    if device.type == "cuda" and not has_gpu:
-        raise ConfigError(f"--device {name}: there is no usable GPU; leave it out, or say cpu")
-    return device
 
 
 def check(args: argparse.Namespace) -> list[int]:

@@ -208,10 +208,11 @@ class Upscaler:
     def of(cls, args: argparse.Namespace) -> Upscaler:
         """Load the network; WeightsError unless it is a generator known here."""
         from sdtrain.interop.architectures import require, title
+        from sdtrain.engine.ranks import pick_device
         from sdtrain.interop.loading import load_network
         from sdtrain.interop.tiled import auto_overlap
 
-        device = _device(args.device)
+        device = pick_device(args.device)
         file = model_file(args.model, args.weights)
         found = load_network(file, prefer="params_ema" if args.weights == "ema" else "params")
         require(file, found, player="Generator")
@@ -289,16 +290,3 @@ def resized(image: Tensor, size: tuple[int, ...]) -> Tensor:
     from torch.nn import functional as F
 
     return F.interpolate(image[None], size, mode="bicubic", antialias=True)[0].clamp(0, 1)
-
-
-def _device(name: str) -> Any:
-    import torch
-
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"--device {name} cannot be used on this machine; use --device cpu") from error
-    return device

@@ -11,24 +11,42 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sdtrain.engine.launcher import wants_cpu
+from sdtrain.engine.precision import set_precision
+from sdtrain.errors import ConfigError
 
 RANK_TIMEOUT = datetime.timedelta(minutes=30)  # a collective waits this long for the slowest rank
 
 
-def start_ranks(device: str = "auto") -> torch.device:
+def pick_device(name: str = "auto", tf32: bool = False) -> torch.device:
+    """auto (a GPU where there is one), cpu, cuda or cuda:1, with float32 as `set_precision` says.
+
+    Raises ConfigError for a device that this machine has not.
+    """
+    has_gpu = torch.cuda.is_available()
+    try:
+        device = torch.device(("cuda" if has_gpu and not wants_cpu() else "cpu") if name == "auto" else name)
+    except RuntimeError:
+        raise ConfigError(f"--device {name} is no device; say auto, cpu, cuda or cuda:1") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"--device {name} cannot be used on this machine; leave it out, or say cpu")
+    set_precision(tf32)
+    return device
+
+
+def start_ranks(name: str = "auto", tf32: bool = False) -> torch.device:
     """Join the process group that accelerate or torchrun announced; returns this rank's device.
 
-    `device` is auto (a GPU where there is one), cpu or cuda.
+    Arguments and errors are those of `pick_device`; with several ranks each has a GPU of its own.
     """
+    device = pick_device(name, tf32)
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return device
     from accelerate import PartialState
 
-    on_gpu = torch.cuda.is_available() and not wants_cpu() and device != "cpu"
-    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
-    # alone, accelerate has no backend and refuses to be given one
-    together: dict[str, Any] = {} if alone else {"timeout": RANK_TIMEOUT, "backend": "nccl" if on_gpu else "gloo"}
-    state = PartialState(cpu=not on_gpu, **together)
-    chosen: torch.device = state.device
-    return chosen
+    on_gpu = device.type == "cuda"
+    state = PartialState(cpu=not on_gpu, timeout=RANK_TIMEOUT, backend="nccl" if on_gpu else "gloo")
+    own: torch.device = state.device
+    return own
 
 
 def _grouped() -> bool:
