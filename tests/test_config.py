@@ -275,6 +275,14 @@ MISTAKES = [
         "metrics: {names: [fid, kidd]}",
         ":10: metrics.names has 'kidd', which is no metric: choose from fid, rfid, kid, pr (did you mean 'kid'?)",
     ),
+    (
+        "metrics: {names: [kid, pr]}",
+        ":10: metrics.select_by fid cannot choose best/: what metrics.names measures and is better when lower is kid",
+    ),
+    (
+        "metrics: {names: [fid, pr], select_by: recall}",
+        ":10: metrics.select_by recall cannot choose best/: what metrics.names measures and is better when lower is fid",
+    ),
     ("sd: 3", None),
     ("engine: fsdp2", ":10: engine 'fsdp2' is not available in this version: use ddp"),
     (

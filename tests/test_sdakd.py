@@ -568,6 +568,8 @@ def test_the_judge_of_the_ablations_is_named_as_the_teachers(lists, tmp_path, mo
 REFUSALS = [
     ({"student": {"C": "1/16"}}, "C = 1/16 leaves num_feat without channels"),
     ({"student": {"C": 2}}, "lies outside (0, 1]"),
+    ({**FACES, "student": {"C": "half"}}, "C = 'half' is not a number; write a fraction such as 1/4"),
+    ({**FACES, "student": {"C": "1/1024", "style": "scaled"}}, "C = 1/1024 leaves num_style_feat without channels"),
     ({"stages": ["supervised", "adversarial"]}, "supervised needs a teacher generator and discriminator that nobody"),
     ({"stages": ["adversarial", "supervised"]}, "in this order, or naive alone"),
     ({"lq": "down_up"}, "lq down_up does not feed rrdbnet"),

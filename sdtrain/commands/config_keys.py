@@ -67,7 +67,7 @@ def explain(query: str | None, among: list[Key], config: Any = None) -> Iterator
 
 
 def generic(query: str) -> str:
-    """The key with the players' placeholder: `optimizer.G.lr` is described by `optimizer.PLAYER.lr`."""
+    """The key that describes this one: all players share `optimizer.PLAYER.lr`."""
     parts = query.split(".")
     players = {player for name in schema.methods() for player in schema.method(name).players}
     if parts[0] == "optimizer" and parts[1:2] and parts[1] in players:

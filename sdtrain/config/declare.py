@@ -27,18 +27,6 @@ def field_types(cls: type) -> dict[str, Any]:
     return typing.get_type_hints(cls, include_extras=True)
 
 
-def no_problems(config: Any) -> Iterable[tuple[str, str]]:
-    return ()
-
-
-def no_data_problems(config: Any, dataset: Any) -> Iterable[str]:
-    return ()
-
-
-def no_weights(config: Any) -> Mapping[str, str]:
-    return {}
-
-
 @dataclass(frozen=True, kw_only=True)
 class MethodDeclaration:
     """A method's keys and the checks that need no tensors. `config` is the whole loaded configuration."""
@@ -49,11 +37,11 @@ class MethodDeclaration:
     """The keys of `optimizer`, one section a player."""
     decisive: tuple[str, ...] = ()
     """Keys that elsewhere may change on resume, but decide weights here."""
-    problems: Callable[[Any], Iterable[tuple[str, str]]] = no_problems
+    problems: Callable[[Any], Iterable[tuple[str, str]]] = lambda config: ()
     """(key, sentence) for each combination of keys that cannot work."""
-    data_problems: Callable[[Any, Dataset], Iterable[str]] = no_data_problems
+    data_problems: Callable[[Any, Dataset], Iterable[str]] = lambda config, dataset: ()
     """Sentences about what the opened training data cannot do."""
-    weights_needed: Callable[[Any], Mapping[str, str]] = no_weights
+    weights_needed: Callable[[Any], Mapping[str, str]] = lambda config: {}
     """Frozen networks in use: name in `sdtrain.weights` -> key of `weights`."""
 
 

@@ -75,7 +75,7 @@ def _choices(source: Source) -> tuple[dict[KeyPath, str], Schema]:
     chosen = {}
     for role in ROLES:
         chosen[role] = _choice(source, ("model", role, "kind"), config_schema.kinds(role), problems)
-    return problems, config_schema.schema(Config, method, tuple(chosen.items()))
+    return problems, config_schema.schema(method, tuple(chosen.items()))
 
 
 def _choice(source: Source, path: KeyPath, names: list[str], problems: dict[KeyPath, str]) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 
 from sdtrain.config import schema
@@ -48,9 +48,8 @@ def page() -> str:
     return "\n".join([INTRODUCTION, *_tables(keys())]) + "\n"
 
 
-def _tables(found: Iterable[Key]) -> Iterator[str]:
+def _tables(found: Sequence[Key]) -> Iterator[str]:
     """Keys that lie in no section, of all and of each method; then a table a section; then one a kind of model."""
-    found = list(found)
     inside = {key.path.partition(".")[0] for key in found if "." in key.path}
     plain = [key for key in found if key.path not in inside and "." not in key.path]
     yield from _table("Keys of every configuration", "", [key for key in plain if not key.owners])

@@ -11,10 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from sdtrain.config.schedule import Schedule
+from sdtrain.config.schedule import AMOUNT, POWERS, Schedule
 
-AMOUNT = r"(\d+(?:\.\d+)?)"
-POWERS = {"k": 1_000, "M": 1_000_000}
 COUNT = re.compile(rf"{AMOUNT}([kM])(?:i|img)?")
 
 
@@ -53,7 +51,7 @@ def span_img(span: str, steps_per_epoch: float, batch_size: int) -> int:
     """Images in a span, whole steps: rounded, and at least one step unless the span is zero."""
     match = SPAN.fullmatch(span)
     assert match is not None  # the type Span lets nothing else through
-    number = float(match[1]) * POWERS.get(match[2], 1)
+    number = float(match[1]) * POWERS[match[2]]
     steps = number * {"epoch": steps_per_epoch, "step": 1.0}.get(match[4], 1 / batch_size)
     return max(round(steps), 1) * batch_size if number else 0
 

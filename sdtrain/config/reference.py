@@ -9,7 +9,7 @@ from typing import Any
 
 from sdtrain.config import schema
 from sdtrain.config.compare import to_tree
-from sdtrain.config.declare import ROLES, Role, field_types
+from sdtrain.config.declare import ROLES, field_types
 from sdtrain.config.keys import Config
 from sdtrain.config.meanings import Meaning, meanings, unit_of_type
 from sdtrain.config.messages import alternatives, describe
@@ -17,7 +17,7 @@ from sdtrain.config.options import Optimizer
 from sdtrain.config.words import show_plain
 
 REQUIRED = "required"
-PLAYER = "PLAYER"  # stands for the players of a method in `optimizer.PLAYER.lr`
+PLAYER = "PLAYER"  # any player of a method, as in `optimizer.PLAYER.lr`
 FILLED = {"name": "the file's name"}  # what loading fills in where the class has no default
 
 
@@ -71,25 +71,15 @@ def _models() -> Iterator[Key]:
         yield Key(f"model.{role}", "a section", "", "", f"The {role}: its kind and the keys of that kind.")
         yield Key(f"model.{role}.kind", f"one of {kinds}", REQUIRED, "", "Folder of sdtrain/models.")
         for kind in schema.kinds(role):
-            yield from _fields(_options(kind, role), ("model", role), (f"{role} {kind}",))
-
-
-def _options(kind: str, role: Role) -> type:
-    options = schema.model(kind).options(role)
-    assert options is not None  # `kinds` lists the others
-    return options
+            yield from _fields(schema.options(kind, role), ("model", role), (f"{role} {kind}",))
 
 
 def _optimizers() -> Iterator[Key]:
     for name in schema.methods():
         players = ", ".join(schema.method(name).players)
         yield Key("optimizer", f"sections {players}", "", "", meanings(Config)["optimizer"].text, (f"method {name}",))
-    yield Key(f"optimizer.{PLAYER}", describe(Optimizer), "", "", _first_line(Optimizer))
+    yield Key(f"optimizer.{PLAYER}", describe(Optimizer), "", "", str(Optimizer.__doc__))
     yield from _fields(Optimizer, ("optimizer", PLAYER), ())
-
-
-def _first_line(cls: type) -> str:
-    return (cls.__doc__ or "").partition("\n")[0]
 
 
 def _fields(cls: Any, path: tuple[str, ...], owners: tuple[str, ...], instance: Any = None) -> Iterator[Key]:

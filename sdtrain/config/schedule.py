@@ -10,8 +10,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator
 
-POWERS = {"": 1, "k": 1_000, "M": 1_000_000}
-POSITION = re.compile(r"(\d+(?:\.\d+)?)(%|(?:([kM])(?:i|img)?))?")
+POWERS = {None: 1, "k": 1_000, "M": 1_000_000}  # by the letter of a match, which may have none
+AMOUNT = r"(\d+(?:\.\d+)?)"
+POSITION = re.compile(rf"{AMOUNT}(%|(?:([kM])(?:i|img)?))?")
 
 
 def parse_position(value: Any) -> Any:
@@ -64,7 +65,7 @@ def position_img(place: str, stage_img: tuple[int, int]) -> float:
     assert match is not None  # the type Position lets nothing else through
     if match[2] == "%":
         return stage_img[0] + float(match[1]) / 100 * (stage_img[1] - stage_img[0])
-    return float(match[1]) * POWERS[match[3] or ""]
+    return float(match[1]) * POWERS[match[3]]
 
 
 def out_of_order(value: Scheduled) -> bool:

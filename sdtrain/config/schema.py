@@ -16,6 +16,7 @@ from pydantic import ConfigDict
 import sdtrain.methods
 import sdtrain.models
 from sdtrain.config.declare import MethodDeclaration, ModelDeclaration, Role, field_types
+from sdtrain.config.keys import Config
 from sdtrain.config.options import Optimizer
 
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -51,6 +52,13 @@ def kinds(role: Role) -> list[str]:
     return [kind for kind in folders(sdtrain.models) if model(kind).options(role)]
 
 
+def options(kind: str, role: Role) -> type:
+    """The option class of a kind that `kinds` lists for the role."""
+    found = model(kind).options(role)
+    assert found is not None
+    return found
+
+
 def harden(annotation: Any) -> Any:
     """Make pydantic refuse unknown keys and loose types in every dataclass that can be reached from `annotation`."""
     if isinstance(annotation, type) and dataclasses.is_dataclass(annotation):
@@ -80,10 +88,9 @@ def make_class(name: str, fields: Iterable[Field], *bases: type) -> type:
 @cache
 def role_class(role: Role, kind: str) -> type:
     """The option class of a model kind, with its `kind`."""
-    options = model(kind).options(role)
-    assert options is not None  # `kinds` lists the others
-    own = fields_of(options)
-    return make_class(f"{kind}.{role}", [("kind", Literal[kind], dataclasses.field()), *own.values()], options)
+    own = options(kind, role)
+    fields = [("kind", Literal[kind], dataclasses.field()), *fields_of(own).values()]
+    return make_class(f"{kind}.{role}", fields, own)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,16 +102,16 @@ class Schema:
 
 
 @cache
-def schema(common: type, name: str | None, chosen: tuple[tuple[Role, str | None], ...]) -> Schema:
-    """Lay the fields of the method `name` over those of `common`. A role without a known kind accepts anything."""
+def schema(name: str | None, chosen: tuple[tuple[Role, str | None], ...]) -> Schema:
+    """Lay the fields of the method `name` over those of `Config`. A role without a known kind accepts anything."""
     declared = method(name) if name else MethodDeclaration(options=object)
     own = fields_of(declared.options) if name else {}
-    fields = {**fields_of(common), **own}
+    fields = {**fields_of(Config), **own}
     fields["model"] = ("model", _model_class(dict(chosen)), dataclasses.field())
     players = [(player, Optimizer, dataclasses.field(default_factory=Optimizer)) for player in declared.players]
     sections = make_class("Optimizers", players)
     fields["optimizer"] = ("optimizer", sections, dataclasses.field(default_factory=sections))
-    bases = (declared.options, common) if name else (common,)
+    bases = (declared.options, Config) if name else (Config,)
     return Schema(harden(make_class("Config", fields.values(), *bases)), declared.problems)
 
 

@@ -31,7 +31,7 @@ class Options:
     batch_size: Count = 1
     """[images] Copies of the one image a step; changes nothing but the count."""
     ghost_batch: Count = 1
-    """[images] As above."""
+    """[images] Copies in a ghost; changes nothing but the count."""
     data: Literal[None] = None
     """There is none: real images are zero."""
 

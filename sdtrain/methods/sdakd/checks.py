@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from sdtrain.data.degrade.check import USM_MARGIN, check_options, pool_problem, smallest_side
 from sdtrain.errors import ConfigError, DataError
-from sdtrain.models.width import narrowed
+from sdtrain.models.width import fraction, narrowed
 
 if TYPE_CHECKING:
     from sdtrain.data.read.dataset import Dataset
@@ -22,7 +22,7 @@ NEEDS = (  # pixels
     "the second-order degradation needs {} pixels; lower the upper end of degradation.kernel_size, raise the lower end "
     "of degradation.resize_range1, or use larger images"
 )
-WIDTHS = ("num_feat", "num_grow_ch")
+WIDTHS = ("num_feat", "num_grow_ch", "num_style_feat")
 
 
 def problems(config: Loaded) -> list[tuple[str, str]]:
@@ -43,17 +43,18 @@ def _kinds(config: Loaded) -> Iterator[tuple[str, str]]:
 
 
 def _widths(config: Loaded) -> Iterator[tuple[str, str]]:
-    D_C = config.student.D_C if config.student.D_C is not None else config.student.C
-    fixed = ("num_grow_ch",) if config.student.growth == "fixed" else ()
-    for role, C, key in (("generator", config.student.C, "student.C"), ("discriminator", D_C, "student.D_C")):
+    student = config.student
+    D = (student.C, "student.C") if student.D_C is None else (student.D_C, "student.D_C")
+    scaled = {"num_grow_ch": student.growth, "num_style_feat": student.style}
+    for role, C, key in (("generator", student.C, "student.C"), ("discriminator", *D)):
         section = getattr(config.model, role)
-        for name in WIDTHS:
-            if hasattr(section, name) and name not in fixed:
-                try:
+        try:
+            fraction(C)
+            for name in WIDTHS:
+                if hasattr(section, name) and scaled.get(name) != "fixed":
                     narrowed(name, getattr(section, name), C)
-                except ConfigError as error:
-                    yield key, f"{role}: {error}"
-                    break
+        except ConfigError as error:
+            yield key, f"{role}: {error}"
 
 
 def _stages(config: Loaded) -> Iterator[tuple[str, str]]:

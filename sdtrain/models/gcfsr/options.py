@@ -42,10 +42,10 @@ def scaled(
 ) -> GeneratorOptions | DiscriminatorOptions:
     """A student's options: C of every level's channels and, for a generator with `style` scaled, of the style width."""
     narrow = options.narrow * float(fraction(C))
-    if style == "fixed" or not hasattr(options, "num_style_feat"):
+    if style == "fixed" or isinstance(options, DiscriminatorOptions):
         return replace(options, narrow=narrow)
     width = narrowed("num_style_feat", options.num_style_feat, C)
-    return replace(options, narrow=narrow, num_style_feat=width)  # type: ignore[arg-type]
+    return replace(options, narrow=narrow, num_style_feat=width)
 
 
 MODEL = ModelDeclaration(generator=GeneratorOptions, discriminator=DiscriminatorOptions, scaled=scaled)
