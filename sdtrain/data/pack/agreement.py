@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from sdtrain.data.read.index import INDEX_NAME, Index, Sample, load_index
-from sdtrain.data.read.manifest import MANIFEST_NAME
+from sdtrain.data.read.manifest import MANIFEST_NAME, hash_of
 from sdtrain.errors import DataError
 
 Finding = tuple[str, str, str]  # shard or file, member or "", reason
@@ -19,10 +18,9 @@ def manifest_findings(manifest: dict[str, Any]) -> list[Finding]:
     """Where a manifest contradicts itself."""
     shards = manifest["shards"]
     names = [shard["name"] for shard in shards]
-    digest = hashlib.sha256("".join(shard["sha256"] for shard in shards).encode()).hexdigest()
     total = sum(shard["count"] for shard in shards)
     found = [f"{name} is listed twice" for name in sorted({n for n in names if names.count(n) > 1})]
-    if digest != manifest["hash"]:
+    if hash_of(shards) != manifest["hash"]:
         found.append("its hash is not that of the digests it lists")
     if manifest.get("count") != total:
         found.append(f"it counts {manifest.get('count')} images, its shards {total}")

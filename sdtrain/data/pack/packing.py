@@ -32,7 +32,7 @@ from sdtrain.data.pack.shaping import Shape, key_of, pieces
 from sdtrain.data.pack.sources import SourceFile, SourceReader
 from sdtrain.data.read.images import ImageRejected, hush
 from sdtrain.data.read.index import INDEX_NAME, build_index
-from sdtrain.data.read.manifest import MANIFEST_NAME, is_plain_name, read_manifest
+from sdtrain.data.read.manifest import MANIFEST_NAME, hash_of, is_plain_name, read_manifest
 from sdtrain.data.read.remote import verified
 from sdtrain.data.read.tars import ShardWriter
 from sdtrain.errors import DataError
@@ -224,7 +224,7 @@ def finish(
     manifest |= {"converted": dict(sorted(converted.items()))}
     manifest |= {"rejected": [pair for marker in markers for pair in marker["rejected"]]}
     _publish(out, [shard["name"] for shard in shards])
-    write_json(out / "manifest.json", manifest)
+    write_json(out / MANIFEST_NAME, manifest)
     shutil.rmtree(out / MARKERS, ignore_errors=True)
     return manifest
 
@@ -235,7 +235,7 @@ def _publish(out: Path, names: Sequence[str]) -> None:
     places = [staged / name if (staged / name).is_file() else out / name for name in names]
     index, _ = build_index(places, names)
     index.save(staged / INDEX_NAME)
-    (out / "manifest.json").unlink(missing_ok=True)
+    (out / MANIFEST_NAME).unlink(missing_ok=True)
     for old in set(out.glob("*.tar")) - {out / name for name in names}:
         old.unlink()
     for place in [*places, staged / INDEX_NAME]:
@@ -243,14 +243,14 @@ def _publish(out: Path, names: Sequence[str]) -> None:
 
 
 def manifest_of(shards: list[dict[str, Any]], resolution: int | None, label_names: Sequence[str]) -> dict[str, Any]:
-    """The part of a manifest that shards alone determine. The hash is that of the shards' digests in order."""
+    """The part of a manifest that shards alone determine."""
     return {
         "format": FORMAT,
         "count": sum(shard["count"] for shard in shards),
         "resolution": resolution or None,
         "channels": 3,
         "label_names": list(label_names),
-        "hash": hashlib.sha256("".join(shard["sha256"] for shard in shards).encode()).hexdigest(),
+        "hash": hash_of(shards),
         "shards": shards,
     }
 
