@@ -59,6 +59,15 @@ def _row(sample: Sample) -> tuple[int, ...]:
     return (sample.image.offset, sample.image.size, sample.label, *lq)
 
 
+def size_findings(samples: Sequence[tuple[str, Sample]], side: int) -> list[Finding]:
+    """Decoded images that are no squares of `side`."""
+    return [
+        (shard, sample.image.name, f"wrong resolution: {sample.pixels[0]}x{sample.pixels[1]}, not {side}x{side}")
+        for shard, sample in samples
+        if sample.image and sample.pixels and sample.pixels != (side, side)
+    ]
+
+
 def findings_between(samples: Sequence[tuple[str, Sample]], *, bounded: bool) -> list[Finding]:
     """Samples that do not go together: (shard, sample) each. `bounded`: no table of classes says what labels may be."""
     owner: dict[str, str] = {}
