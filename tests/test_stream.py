@@ -8,6 +8,7 @@ import io
 import os
 import shutil
 import signal
+import subprocess
 import threading
 from collections import Counter
 from functools import partial
@@ -16,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import REPO
 from PIL import Image
 from test_pack import damage_byte, loose_tar, packed, png
 
@@ -255,6 +257,13 @@ def test_stop_signals_are_left_to_the_trainer_and_closing_ends_the_processes(cle
         for _ in range(4):
             next(stream)
     assert [process.returncode for process in processes] == [0, 0]
+
+
+def test_a_decoding_process_finds_the_package_from_any_folder(clean: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given, start = {}, subprocess.Popen
+    monkeypatch.setattr("subprocess.Popen", lambda *args, env, **how: given.update(env) or start(*args, env=env, **how))
+    Pool(open_dataset(clean), num_workers=1, num_slots=1, slot_bytes=1).close()
+    assert given["PYTHONPATH"].split(os.pathsep)[0] == str(REPO)
 
 
 def test_dropping_a_stream_ends_its_processes(clean: Path) -> None:

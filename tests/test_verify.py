@@ -23,6 +23,7 @@ from sdtrain.data.pack import pack, verify
 from sdtrain.data.read.dataset import open_dataset
 from sdtrain.data.read.reader import read_all
 from sdtrain.data.read.remote import cached_path
+from sdtrain.data.read.tars import scan_tar
 from sdtrain.errors import DataError
 
 __all__ = ["photos"]
@@ -269,6 +270,27 @@ def test_verify_takes_the_resolution_of_loose_shards_from_the_first_images_as_a_
     assert verified(str(path), tmp_path) == (2, [("m.tar", "z.png", "wrong resolution: 12x12, not 8x8")])
     mixed = loose_tar(tmp_path / "n.tar", [("1.png", png(1, 8)), ("2.png", png(2, 12))])
     assert verified(str(mixed), tmp_path) == (0, [])
+
+
+def test_verify_and_reindex_walk_each_shard_once(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    walked: list[str] = []
+    for user in ("pack.checking", "read.index"):
+        monkeypatch.setattr(f"sdtrain.data.{user}.scan_tar", lambda path: walked.append(str(path)) or scan_tar(path))
+    assert verified(str(shards / "*.tar"), tmp_path) == (0, [])
+    assert sorted(walked) == sorted(map(str, shards.glob("*.tar")))
+    walked.clear()
+    assert pack.run(parsed(pack, str(shards), "--reindex")) == 0 and len(walked) == 3
+
+
+def test_reindex_minds_neither_a_pattern_in_the_name_nor_a_damaged_index_of_loose_shards(tmp_path: Path) -> None:
+    folder = tmp_path / "set[1]"
+    folder.mkdir()
+    loose_tar(folder / "x.tar", [("a.png", png(0))])
+    open_dataset(folder)
+    [kept] = folder.glob(".index-*.npz")
+    kept.write_bytes(b"junk")
+    assert pack.run(parsed(pack, str(folder), "--reindex")) == 0
+    assert open_dataset(folder).resolution == 16
 
 
 def test_verify_finds_partners_that_do_not_fit_and_those_that_are_missing(tmp_path: Path) -> None:

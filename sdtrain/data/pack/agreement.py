@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from sdtrain.data.read.index import INDEX_NAME, Index, Sample, load_index
-from sdtrain.data.read.manifest import MANIFEST_NAME
+from sdtrain.data.read.manifest import MANIFEST_NAME, hash_of
 from sdtrain.errors import DataError
 
 Finding = tuple[str, str, str]  # shard or file, member or "", reason
@@ -19,10 +18,9 @@ def manifest_findings(manifest: dict[str, Any]) -> list[Finding]:
     """Where a manifest contradicts itself."""
     shards = manifest["shards"]
     names = [shard["name"] for shard in shards]
-    digest = hashlib.sha256("".join(shard["sha256"] for shard in shards).encode()).hexdigest()
     total = sum(shard["count"] for shard in shards)
     found = [f"{name} is listed twice" for name in sorted({n for n in names if names.count(n) > 1})]
-    if digest != manifest["hash"]:
+    if hash_of(shards) != manifest["hash"]:
         found.append("its hash is not that of the digests it lists")
     if manifest.get("count") != total:
         found.append(f"it counts {manifest.get('count')} images, its shards {total}")
@@ -59,6 +57,15 @@ def _row(sample: Sample) -> tuple[int, ...]:
     assert sample.image is not None
     lq = (sample.lq.offset, sample.lq.size) if sample.lq else (0, 0)
     return (sample.image.offset, sample.image.size, sample.label, *lq)
+
+
+def size_findings(samples: Sequence[tuple[str, Sample]], side: int) -> list[Finding]:
+    """Decoded images that are no squares of `side`."""
+    return [
+        (shard, sample.image.name, f"wrong resolution: {sample.pixels[0]}x{sample.pixels[1]}, not {side}x{side}")
+        for shard, sample in samples
+        if sample.image and sample.pixels and sample.pixels != (side, side)
+    ]
 
 
 def findings_between(samples: Sequence[tuple[str, Sample]], *, bounded: bool) -> list[Finding]:

@@ -14,13 +14,19 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from sdtrain.data.pack.agreement import Finding, findings_between, index_findings, manifest_findings
+from sdtrain.data.pack.agreement import (
+    Finding,
+    findings_between,
+    index_findings,
+    manifest_findings,
+    size_findings,
+)
 from sdtrain.data.pack.packing import start_worker
 from sdtrain.data.read import remote
-from sdtrain.data.read.dataset import open_dataset, read_at
+from sdtrain.data.read.dataset import PROBES, common_side, packed_folder, read_at
 from sdtrain.data.read.images import ImageRejected, decode_image
-from sdtrain.data.read.index import INDEX_NAME, Sample, label_of, samples_of
-from sdtrain.data.read.manifest import MANIFEST_NAME, read_manifest
+from sdtrain.data.read.index import Sample, label_of, samples_of
+from sdtrain.data.read.manifest import read_manifest
 from sdtrain.data.read.patterns import expand
 from sdtrain.data.read.tars import Member, scan_tar
 from sdtrain.errors import DataError
@@ -29,11 +35,10 @@ from sdtrain.files import sha256_of_file
 
 @dataclass(frozen=True)
 class Task:
-    """One shard to look at; an empty digest, a zero resolution and count -1 are not checked."""
+    """One shard to look at; an empty digest and count -1 are not checked."""
 
     path: str
     sha256: str = ""
-    resolution: int = 0
     count: int = -1
     num_classes: int = -1
     decode: bool = True
@@ -47,12 +52,12 @@ def check_source(
     source: str, *, resolution: int, decode: bool, workers: int, allow_pipe: bool = False
 ) -> tuple[list[Finding], dict[str, Any]]:
     """All findings (shard, member, reason) of a packed folder or a pattern. Raises DataError when nothing matches."""
-    folder = _packed_folder(source)
+    folder = packed_folder(source, remote.default_cache())
     if folder:
         manifest = read_manifest(folder)
-        tasks, findings = _packed_tasks(source, folder, manifest, resolution, decode)
+        tasks, findings = _packed_tasks(source, folder, manifest, decode)
     else:
-        tasks, findings = _loose_tasks(source, resolution, decode, allow_pipe), []
+        tasks, findings = _loose_tasks(source, decode, allow_pipe), []
     results = _run(tasks, workers)
     for _, found in results:
         findings.extend(found)
@@ -61,6 +66,8 @@ def check_source(
         findings.extend(manifest_findings(manifest))
         findings.extend(index_findings(folder, manifest, whole))
     samples = [(task.name, sample) for task, (found, _) in zip(tasks, results, strict=True) for sample in found]
+    if side := resolution or (manifest["resolution"] if folder else _side_of_first(samples)):
+        findings.extend(size_findings(samples, side))
     findings.extend(findings_between(samples, bounded=not folder))
     return _worst_first(findings), {"source": source, "num_shards": len(tasks), "num_samples": len(samples)}
 
@@ -75,18 +82,9 @@ def _worst_first(findings: list[Finding]) -> list[Finding]:
     return sorted(dict.fromkeys(findings), key=lambda finding: rank[finding[0]])
 
 
-def _packed_folder(source: str) -> Path | None:
-    """Where manifest and index of a packed folder lie (fetched when it is remote); None for a pattern of tars."""
-    if remote.is_remote_folder(source):
-        remote.fetch(source + INDEX_NAME, remote.default_cache())
-        return remote.fetch(source + MANIFEST_NAME, remote.default_cache()).parent
-    return Path(source) if (Path(source) / MANIFEST_NAME).is_file() else None
-
-
 def _packed_tasks(
-    source: str, folder: Path, manifest: dict[str, Any], resolution: int, decode: bool
+    source: str, folder: Path, manifest: dict[str, Any], decode: bool
 ) -> tuple[list[Task], list[Finding]]:
-    side = resolution or manifest["resolution"] or 0
     num_classes = len(manifest["label_names"])
     tasks, findings = [], []
     for shard in manifest["shards"]:
@@ -98,7 +96,7 @@ def _packed_tasks(
             findings.append((shard["name"], "", str(error)))
             continue
         if path.exists():
-            tasks.append(Task(str(path), shard["sha256"], side, shard["count"], num_classes, decode))
+            tasks.append(Task(str(path), shard["sha256"], shard["count"], num_classes, decode))
         else:
             findings.append((path.name, "", "missing shard"))
     listed = {shard["name"] for shard in manifest["shards"]}
@@ -107,20 +105,16 @@ def _packed_tasks(
     return tasks, findings
 
 
-def _loose_tasks(source: str, resolution: int, decode: bool, allow_pipe: bool) -> list[Task]:
+def _loose_tasks(source: str, decode: bool, allow_pipe: bool) -> list[Task]:
     cache = remote.default_cache()
     shards = expand(source)
     paths = [str(remote.fetch(s, cache, allow_pipe=allow_pipe)) if remote.is_remote(s) else s for s in shards]
-    side = resolution or (_side_of_first(source, allow_pipe) if decode else 0)
-    return [Task(path, resolution=side, decode=decode) for path in paths]
+    return [Task(path, decode=decode) for path in paths]
 
 
-def _side_of_first(source: str, allow_pipe: bool) -> int:
-    """What a run would take for the resolution of loose shards; 0 where it would find several or none."""
-    try:
-        return open_dataset(source, keep_index=False, allow_pipe=allow_pipe).resolution or 0
-    except DataError:
-        return 0
+def _side_of_first(samples: list[tuple[str, Sample]]) -> int | None:
+    """What a run would take for the resolution of loose shards; None where it would find several or none."""
+    return common_side(sample.pixels for _, sample in samples[:PROBES] if sample.pixels)
 
 
 def _run(tasks: list[Task], workers: int) -> list[tuple[list[Sample], list[Finding]]]:
@@ -170,7 +164,7 @@ def _sample_damage(task: Task, sample: Sample) -> list[tuple[str, str]]:
     assert sample.image is not None
     damage = [(sample.key, reason) for reason in _label_damage(task, sample)]
     empty = [(m.name, "empty member (0 bytes)") for m in (sample.image, sample.lq) if m and m.size == 0]
-    pixels = _pixel_damage(task, sample.image, sample.lq) if task.decode and not empty else []
+    pixels = _pixel_damage(task, sample) if task.decode and not empty else []
     return damage + empty + pixels
 
 
@@ -185,17 +179,15 @@ def _label_damage(task: Task, sample: Sample) -> list[str]:
     return [f"label {label} is outside {task.num_classes} classes"] if outside else []
 
 
-def _pixel_damage(task: Task, image: Member, lq: Member | None) -> list[tuple[str, str]]:
+def _pixel_damage(task: Task, sample: Sample) -> list[tuple[str, str]]:
     """What is wrong with the picture and its low-quality partner, whose sides must be one whole part of its own."""
-    large, damage = _size_of(task, image)
-    if large and task.resolution and large != (task.resolution, task.resolution):
-        side = task.resolution
-        damage.append((image.name, f"wrong resolution: {large[0]}x{large[1]}, not {side}x{side}"))
-    if lq is None:
+    assert sample.image is not None
+    sample.pixels, damage = _size_of(task, sample.image)
+    if sample.lq is None:
         return damage
-    small, more = _size_of(task, lq)
+    large, (small, more) = sample.pixels, _size_of(task, sample.lq)
     if large and small and large != tuple(side * (large[0] // small[0]) for side in small):
-        more.append((lq.name, f"{small[0]}x{small[1]} is no whole part of the image's {large[0]}x{large[1]}"))
+        more.append((sample.lq.name, f"{small[0]}x{small[1]} is no whole part of the image's {large[0]}x{large[1]}"))
     return damage + more
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from sdtrain.data.pack.rejects import TooManyRejected, check_rejected, report, share
 from sdtrain.errors import EXIT_OK, EXIT_USER_ERROR, DataError
+from sdtrain.files import sweep
 
 if TYPE_CHECKING:
     from sdtrain.data.pack.packing import Job
@@ -160,13 +161,11 @@ def _tidied(out: Path, jobs: list[Job]) -> Iterator[None]:
         shutil.rmtree(staged)
     try:
         staged.mkdir(parents=True, exist_ok=True)
-        for unfinished in staged.glob(".*.tmp"):
-            unfinished.unlink()
+        sweep(staged)
         yield
     except BaseException as error:
         kept = 0 if isinstance(error, TooManyRejected) else len(list(staged.glob("*.json")))
-        for unfinished in staged.glob(".*.tmp"):
-            unfinished.unlink()
+        sweep(staged)
         if kept:
             print(f"{kept} of {len(jobs)} shards are finished; the same command continues", file=sys.stderr)
         else:
@@ -240,17 +239,16 @@ def _plan_in(path: Path) -> str:
 
 def _complete(out: Path, jobs: list[Job]) -> dict[str, Any]:
     """The manifest of a folder that this very plan has filled and whose digests are right, else {}."""
-    import json
-
+    from sdtrain.data.read.manifest import read_manifest
     from sdtrain.data.read.remote import verified
 
-    path = out / "manifest.json"
-    if not path.is_file() or not (out / "index.npz").is_file() or _plan_in(path) != jobs[0].plan:
-        return {}
-    manifest: dict[str, Any] = json.loads(path.read_text())
+    try:
+        manifest = read_manifest(out)
+    except DataError:
+        return {}  # none, or one that --overwrite replaces
     shards = manifest["shards"]
-    names = [job.path.name for job in jobs]
-    whole = [shard["name"] for shard in shards] == names
+    whole = manifest.get("pack", {}).get("plan") == jobs[0].plan and (out / "index.npz").is_file()
+    whole = whole and [shard["name"] for shard in shards] == [job.path.name for job in jobs]
     return manifest if whole and all(verified(out / shard["name"], shard["sha256"]) for shard in shards) else {}
 
 

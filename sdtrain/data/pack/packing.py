@@ -30,10 +30,11 @@ from typing import Any
 
 from sdtrain.data.pack.shaping import Shape, key_of, pieces
 from sdtrain.data.pack.sources import SourceFile, SourceReader
+from sdtrain.data.read.dataset import dataset_of, refuse_empty
 from sdtrain.data.read.images import ImageRejected, hush
 from sdtrain.data.read.index import INDEX_NAME, build_index
-from sdtrain.data.read.manifest import MANIFEST_NAME, is_plain_name, read_manifest
-from sdtrain.data.read.remote import verified
+from sdtrain.data.read.manifest import MANIFEST_NAME, hash_of, is_plain_name, read_manifest
+from sdtrain.data.read.remote import default_cache, verified
 from sdtrain.data.read.tars import ShardWriter
 from sdtrain.errors import DataError
 from sdtrain.files import sha256_of_file, write_json
@@ -224,7 +225,7 @@ def finish(
     manifest |= {"converted": dict(sorted(converted.items()))}
     manifest |= {"rejected": [pair for marker in markers for pair in marker["rejected"]]}
     _publish(out, [shard["name"] for shard in shards])
-    write_json(out / "manifest.json", manifest)
+    write_json(out / MANIFEST_NAME, manifest)
     shutil.rmtree(out / MARKERS, ignore_errors=True)
     return manifest
 
@@ -235,7 +236,7 @@ def _publish(out: Path, names: Sequence[str]) -> None:
     places = [staged / name if (staged / name).is_file() else out / name for name in names]
     index, _ = build_index(places, names)
     index.save(staged / INDEX_NAME)
-    (out / "manifest.json").unlink(missing_ok=True)
+    (out / MANIFEST_NAME).unlink(missing_ok=True)
     for old in set(out.glob("*.tar")) - {out / name for name in names}:
         old.unlink()
     for place in [*places, staged / INDEX_NAME]:
@@ -243,14 +244,14 @@ def _publish(out: Path, names: Sequence[str]) -> None:
 
 
 def manifest_of(shards: list[dict[str, Any]], resolution: int | None, label_names: Sequence[str]) -> dict[str, Any]:
-    """The part of a manifest that shards alone determine. The hash is that of the shards' digests in order."""
+    """The part of a manifest that shards alone determine."""
     return {
         "format": FORMAT,
         "count": sum(shard["count"] for shard in shards),
         "resolution": resolution or None,
         "channels": 3,
         "label_names": list(label_names),
-        "hash": hashlib.sha256("".join(shard["sha256"] for shard in shards).encode()).hexdigest(),
+        "hash": hash_of(shards),
         "shards": shards,
     }
 
@@ -260,8 +261,6 @@ def reindex(folder: Path) -> tuple[dict[str, Any], list[tuple[str, str, str]]]:
 
     Returns the manifest and what is damaged. Raises DataError for a folder without tars, or with strange names.
     """
-    from sdtrain.data.read.dataset import open_dataset
-
     names = sorted(path.name for path in folder.glob("[!.]*.tar") if path.is_file())
     if not names:
         raise DataError(f"{folder} holds no .tar files; give the folder of the shards")
@@ -271,16 +270,17 @@ def reindex(folder: Path) -> tuple[dict[str, Any], list[tuple[str, str, str]]]:
         old = read_manifest(folder)
     except DataError:
         old = {}
-    index, damage = build_index([folder / name for name in names], names)
+    paths = [str(folder / name) for name in names]
+    index, damage = build_index(paths, names)
+    found = dataset_of(str(folder), paths, index, damage, default_cache())
+    refuse_empty(found)
     counts = [int((index.shard == number).sum()) for number in range(len(names))]
     shards = [
-        {"name": name, "size": os.path.getsize(folder / name), "sha256": sha256_of_file(folder / name), "count": count}
-        for name, count in zip(names, counts, strict=True)
+        {"name": name, "size": os.path.getsize(path), "sha256": sha256_of_file(path), "count": count}
+        for name, path, count in zip(names, paths, counts, strict=True)
     ]
-    probed = open_dataset(str(folder / "*.tar"), keep_index=False)  # refuses labels that no table of classes could hold
-    num_classes = int(index.label.max(initial=-1)) + 1
-    label_names = old.get("label_names") or [str(n) for n in range(num_classes)]
-    resolution = old.get("resolution") or probed.resolution
+    label_names = old.get("label_names") or found.label_names
+    resolution = old.get("resolution") or found.resolution
     kept = {key: old[key] for key in ("label_counts", "pack", "converted", "rejected") if key in old}
     manifest = manifest_of(shards, resolution, label_names) | kept
     index.save(folder / INDEX_NAME)

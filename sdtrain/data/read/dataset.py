@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -115,24 +115,33 @@ def open_dataset(
     if not parts:
         raise DataError("the list of data sources is empty; name a packed folder or a pattern of tars")
     dataset = parts[0] if len(parts) == 1 else _join(parts)
-    if dataset.num_samples == 0:
-        why = "; ".join(f"{shard}: {reason}" for shard, _, reason in dataset.damage[:3]) or "the shards hold no images"
-        raise DataError(f"{dataset.source} has no usable sample ({why}); run: sdtrain verify {dataset.source}")
+    refuse_empty(dataset)
     return replace(dataset, allow_pipe=allow_pipe)
 
 
+def refuse_empty(dataset: Dataset) -> None:
+    """Raise DataError for a data set without a usable sample."""
+    if dataset.num_samples == 0:
+        why = "; ".join(f"{shard}: {reason}" for shard, _, reason in dataset.damage[:3]) or "the shards hold no images"
+        raise DataError(f"{dataset.source} has no usable sample ({why}); run: sdtrain verify {dataset.source}")
+
+
 def _open_one(source: str, cache: Path, keep_index: bool, allow_pipe: bool) -> Dataset:
-    if remote.is_remote_folder(source):
-        remote.fetch(source + INDEX_NAME, cache)
-        folder = remote.fetch(source + MANIFEST_NAME, cache).parent
-        return _open_packed(source, folder, source, cache)
-    if (Path(source) / MANIFEST_NAME).is_file():
-        return _open_packed(source, Path(source), os.path.join(source, ""), cache)
+    if folder := packed_folder(source, cache):
+        return _open_packed(source, folder, cache)
     return _open_loose(source, expand(source), cache, keep_index, allow_pipe)
 
 
-def _open_packed(source: str, folder: Path, prefix: str, cache: Path) -> Dataset:
-    """A folder whose manifest and index lie in `folder` and whose shards lie behind `prefix`."""
+def packed_folder(source: str, cache: Path) -> Path | None:
+    """Where manifest and index of a packed source lie, fetched when it is remote; None for a pattern of tars."""
+    if remote.is_remote_folder(source):
+        remote.fetch(source + INDEX_NAME, cache)
+        return remote.fetch(source + MANIFEST_NAME, cache).parent
+    return Path(source) if (Path(source) / MANIFEST_NAME).is_file() else None
+
+
+def _open_packed(source: str, folder: Path, cache: Path) -> Dataset:
+    """A source whose manifest and index lie in `folder`."""
     manifest = read_manifest(folder)
     if not (folder / INDEX_NAME).exists():
         raise DataError(
@@ -144,7 +153,7 @@ def _open_packed(source: str, folder: Path, prefix: str, cache: Path) -> Dataset
         raise DataError(
             f"{folder / INDEX_NAME} lists other shards than the manifest; run: sdtrain pack --reindex {folder}"
         )
-    shards = [prefix + name for name in names]
+    shards = [os.path.join(source, name) for name in names]
     dataset = Dataset(
         source=source,
         shards=tuple(shards),
@@ -190,6 +199,18 @@ def _size_damage(shards: list[str], index: Index) -> list[tuple[str, str, str]]:
 
 def _open_loose(source: str, shards: list[str], cache: Path, keep_index: bool, allow_pipe: bool) -> Dataset:
     index, damage = _loose_index(shards, cache, keep_index, allow_pipe)
+    return dataset_of(source, shards, index, damage, cache, allow_pipe)
+
+
+def dataset_of(
+    source: str,
+    shards: list[str],
+    index: Index,
+    damage: list[tuple[str, str, str]],
+    cache: Path,
+    allow_pipe: bool = False,
+) -> Dataset:
+    """Shards without a manifest: the resolution is that of the first images. Raises DataError for a label too large."""
     dataset = Dataset(
         source=source,
         shards=tuple(shards),
@@ -254,13 +275,19 @@ def _content_hash(index: Index) -> str:
 
 def _probed_resolution(dataset: Dataset) -> int | None:
     """The side of the first few images when they are square and agree."""
-    sizes = set()
+    sizes = []
     for i in range(min(PROBES, dataset.num_samples)):
         try:
-            sizes.add(decode_image(dataset.read(i))[0].size)
+            sizes.append(decode_image(dataset.read(i))[0].size)
         except (OSError, EOFError, ImageRejected):
             continue
-    width, height = sizes.pop() if len(sizes) == 1 else (0, 1)
+    return common_side(sizes)
+
+
+def common_side(sizes: Iterable[tuple[int, int]]) -> int | None:
+    """The side of pictures (width, height) that are all square and of one size."""
+    found = set(sizes)
+    width, height = found.pop() if len(found) == 1 else (0, 1)
     return width if width == height else None
 
 

@@ -108,6 +108,7 @@ class Sample:
     lq: Member | None = None
     cls: Member | None = None
     label: int = -1
+    pixels: tuple[int, int] | None = None  # width and height of the image, where it was decoded
 
 
 def samples_of(members: Sequence[Member], damage: list[tuple[str, str]]) -> list[Sample]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +40,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _shard(entry: dict[str, Any]) -> dict[str, Any]:
-    return {"name": str(entry["name"])} | {
+    return {
+        "name": str(entry["name"]),
         "size": int(entry["size"]),
         "sha256": str(entry["sha256"]),
         "count": int(entry["count"]),
     }
+
+
+def hash_of(shards: Sequence[dict[str, Any]]) -> str:
+    """The hash of a set: that of its shards' digests in order."""
+    return hashlib.sha256("".join(shard["sha256"] for shard in shards).encode()).hexdigest()
 
 
 def _side(value: object) -> int | None:

@@ -96,7 +96,7 @@ class Pool:
             self._fd = -1
 
     def _start(self, number: int) -> subprocess.Popen[bytes]:
-        root = str(Path(__file__).resolve().parents[2])
+        root = str(Path(__file__).resolve().parents[3])
         path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
         process = subprocess.Popen(
             [sys.executable, "-m", "sdtrain.data.read.worker"],
