@@ -28,7 +28,7 @@ Player = Literal["Generator", "Discriminator"]
 
 @dataclass(frozen=True, kw_only=True)
 class Network:
-    """One network of a file. `options` are fields of sdtrain/models/KIND.py's PLAYEROptions.
+    """One network of a file. `options` are fields of PLAYEROptions in sdtrain/models/KIND/options.py.
 
     `note` says why a network cannot be rebuilt here; such a one has tensors and no options.
     """

@@ -175,8 +175,7 @@ def mlp_loss(
 
 
 def probability_loss(logit_s: Tensor, logit_t: Tensor, of: Literal["probability", "logit"] = "probability") -> Tensor:
-    """SDAKD Eq. (2): mean (P_S - P_T)^2 with P = sigmoid(logit); logits of any one shape -> scalar; over the map,
-    element by element, for a U-Net D.
+    """SDAKD Eq. (2): mean (P_S - P_T)^2 with P = sigmoid(logit), over all logits of a U-Net D: any one shape -> scalar.
 
     `of="logit"` compares the logits. The teacher's side is a constant.
     """

@@ -61,8 +61,8 @@ class NoiseInjection(nn.Module):
         self.weight = nn.Parameter(torch.zeros(1))
 
     def forward(self, x: Tensor, noise: Tensor | None) -> Tensor:
-        # the parameter stays in the graph without noise: a data-parallel reducer waits for every gradient
         """x [N, C, H, W], noise [N, 1, H, W] or None -> [N, C, H, W]."""
+        # the parameter stays in the graph without noise: a data-parallel reducer waits for every gradient
         return x + self.weight * (0.0 if noise is None else noise)
 
 

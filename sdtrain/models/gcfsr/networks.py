@@ -19,9 +19,9 @@ from torch.nn import functional as F
 from sdtrain.errors import ConfigError
 from sdtrain.models.gcfsr.options import DiscriminatorOptions, GeneratorOptions
 from sdtrain.models.rrdbnet.networks import check_layers
+from sdtrain.models.stylegan2.layers import FIR_TAPS
+from sdtrain.models.stylegan2.ops import SQRT2, conv_down, conv_same, conv_up, fir_filter, upfirdn2d, upsample2d
 from sdtrain.rng import Draws
-
-SQRT2 = math.sqrt(2)
 
 
 def channels(options: GeneratorOptions | DiscriminatorOptions, resolution: int) -> dict[int, int]:
@@ -40,21 +40,17 @@ def channels(options: GeneratorOptions | DiscriminatorOptions, resolution: int) 
     return used
 
 
+def low_pass(like: Tensor) -> Tensor:
+    """The normalised outer product of [1, 3, 3, 1], [4, 4], where and as `like` [...] is."""
+    return fir_filter(FIR_TAPS).to(like)
+
+
 def fir(x: Tensor, pad: tuple[int, int], up: bool = False) -> Tensor:
     """Smooth by the normalised outer product of [1, 3, 3, 1]: [N, C, H, W] -> [N, C, H + p - 3, W + p - 3].
 
     p = sum(pad). `up` inserts zeros first and gives [N, C, 2H, 2W], whatever `pad`.
     """
-    taps = torch.tensor([1.0, 3.0, 3.0, 1.0], dtype=x.dtype, device=x.device)
-    kernel = torch.outer(taps, taps) / (16 if up else 64)
-    n, c, h, w = x.shape
-    flat = x.reshape(n * c, 1, h, w)
-    if up:
-        # a transposed convolution is zero insertion and filtering in one; pads (2, 1) become a crop of one
-        out = F.conv_transpose2d(flat, kernel[None, None], stride=2, padding=1)
-    else:
-        out = F.conv2d(F.pad(flat, pad * 2), kernel[None, None])
-    return out.reshape(n, c, *out.shape[-2:])
+    return upsample2d(x, low_pass(x)) if up else upfirdn2d(x, low_pass(x), padding=pad * 2)
 
 
 class Smooth(nn.Module):
@@ -139,7 +135,7 @@ class ModulatedConv2d(nn.Module):
         self.modulation = EqualLinear(style, c_in, bias_init=1.0)
         self.weight = nn.Parameter(torch.randn(1, c_out, c_in, kernel, kernel))
         self.demodulate, self.sample = demodulate, sample
-        self.padding, self.gain = kernel // 2, 1 / math.sqrt(c_in * kernel**2)
+        self.gain = 1 / math.sqrt(c_in * kernel**2)
 
     def forward(self, x: Tensor, style: Tensor) -> Tensor:
         """x [N, c_in, H, W], style [N, S] -> [N, c_out, H, W], twice the size for `up`, half for `down` (kernel 3)."""
@@ -153,10 +149,8 @@ class ModulatedConv2d(nn.Module):
 
     def _convolve(self, x: Tensor, weight: Tensor) -> Tensor:
         if self.sample == "up":
-            return fir(4 * F.conv_transpose2d(x, weight.transpose(0, 1), stride=2), (1, 1))
-        if self.sample == "down":
-            return F.conv2d(fir(x, (2, 2)), weight, stride=2)
-        return F.conv2d(x, weight, padding=self.padding)
+            return conv_up(x, weight, low_pass(x))
+        return conv_down(x, weight, low_pass(x)) if self.sample == "down" else conv_same(x, weight)
 
 
 def unit_scales(s1: Tensor, s2: Tensor) -> tuple[Tensor, Tensor]:

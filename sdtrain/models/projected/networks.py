@@ -47,8 +47,6 @@ STEM_MODULES = 3
 UNUSED_WEIGHTS = ("conv_head.", "bn2.", "classifier.")
 
 
-
-
 def frozen(net: nn.Module) -> nn.Module:
     """Turn parameters into buffers of the same name: nothing makes them require grad or hands them to an optimizer."""
     for module in net.modules():
@@ -388,8 +386,8 @@ class Discriminator(nn.Module):
     The random projections are in every checkpoint: heads learn to read one draw of them and are lost with another.
 
     feature_weights  state dict of tf_efficientnet_lite0 (file tf_efficientnet_lite0-0aa007d2.pth), under its own names
-                     or official ProjectedGAN names; None = seeded random features (see randomise_features), which
-                     train a GAN less well but need no file
+                     or official ProjectedGAN names; None = random features (see randomise_features), which train a
+                     GAN less well but need no file
 
     What a checkpoint leaves out comes back from the same feature_weights. Raises ConfigError for
     options that do not fit the resolution and WeightsError for weights of another network.

@@ -1,12 +1,9 @@
 """Convolution with groups whose second derivatives are again single convolutions.
 
 torch differentiates a grouped convolution twice with one small convolution a group, hundreds of calls for each layer of
-a discriminator under R1. The three maps here are bilinear and each other's derivatives, so every order costs three
-calls at most:
-
-    convolve(x, w) = y        its slopes:  spread(dy, w) to x,   correlate(x, dy) to w
-    spread(y, w)   = x                     convolve(dx, w) to y, correlate(dx, y) to w
-    correlate(x, y) = w                    spread(y, dw) to x,   convolve(x, dw) to y
+a discriminator under R1. Here convolution is one slope of the trilinear form <convolve(x, w), y>, which is linear in
+each of x, w and y. Its slope to any of the three is one convolution of the other two, and the slopes of that are slopes
+of the form again, so every order costs three calls at most.
 """
 
 from __future__ import annotations
@@ -17,9 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+X, W, Y = PLACES = range(3)
+
 
 class Layout(NamedTuple):
-    """What all three maps of one layer share."""
+    """What all slopes of one layer's form share."""
 
     x: torch.Size
     w: torch.Size
@@ -28,60 +27,40 @@ class Layout(NamedTuple):
     groups: int
 
 
-def _adjoint(y: Tensor, x: Tensor, w: Tensor, of: Layout, wanted: int) -> Tensor:
-    """Slope of a convolution to x (wanted 0) or w (1); the tensor in that place only says shape and format."""
-    mask = [wanted == 0, wanted == 1, False]
-    pair, two = [of.stride] * 2, [of.padding] * 2
-    kernel = torch.ops.aten.convolution_backward
-    return kernel(y, x, w, None, pair, two, [1, 1], False, [0, 0], of.groups, mask)[wanted]
+def _others(place: int) -> list[int]:
+    return [other for other in PLACES if other != place]
 
 
-class _Convolve(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, of: Layout) -> Tensor:
-        """x [N, C_in, H, W], w [C_out, C_in / groups, k, k] -> y [N, C_out, H', W']."""
-        ctx.save_for_backward(x, w)
-        ctx.of = of
-        return F.conv2d(x, w, stride=of.stride, padding=of.padding, groups=of.groups)
+class _Slope(torch.autograd.Function):
+    """The slope of <convolve(x, w), y> to the tensor at `place`: to y the convolution, to x or w its adjoints."""
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        """dy [N, C_out, H', W'] -> slopes to x and w, in their shapes."""
-        x, w = ctx.saved_tensors
-        to_x, to_w, _ = ctx.needs_input_grad
-        return _Spread.apply(dy, w, ctx.of) if to_x else None, _Correlate.apply(x, dy, ctx.of) if to_w else None, None
+    def forward(ctx: Any, a: Tensor, b: Tensor, place: int, of: Layout) -> Tensor:
+        """The two tensors at the other places, in order -> the slope, in the shape of its place.
 
-
-class _Spread(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, w: Tensor, of: Layout) -> Tensor:
-        """y [N, C_out, H', W'], w [C_out, C_in / groups, k, k] -> x [N, C_in, H, W], shape `of.x`."""
-        ctx.save_for_backward(y, w)
-        ctx.of = of
-        return _adjoint(y, y.new_empty(of.x), w, of, 0)
-
-    @staticmethod
-    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        """dx [N, C_in, H, W] -> slopes to y and w, in their shapes."""
-        y, w = ctx.saved_tensors
-        to_y, to_w, _ = ctx.needs_input_grad
-        return _Convolve.apply(dx, w, ctx.of) if to_y else None, _Correlate.apply(dx, y, ctx.of) if to_w else None, None
-
-
-class _Correlate(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, of: Layout) -> Tensor:
-        """x [N, C_in, H, W], y [N, C_out, H', W'] -> w [C_out, C_in / groups, k, k], shape `of.w`."""
-        ctx.save_for_backward(x, y)
-        ctx.of = of
-        return _adjoint(y, x, y.new_empty(of.w), of, 1)
+        x is [N, C_in, H, W], w [C_out, C_in / groups, k, k] and y [N, C_out, H', W'].
+        """
+        ctx.save_for_backward(a, b)
+        ctx.place, ctx.of = place, of
+        if place == Y:
+            return F.conv2d(a, b, stride=of.stride, padding=of.padding, groups=of.groups)
+        # the tensor at the wanted place only says shape and format
+        x, w, y = (b.new_empty(of.x), a, b) if place == X else (a, b.new_empty(of.w), b)
+        pair, two, mask = [of.stride] * 2, [of.padding] * 2, [place == X, place == W, False]
+        kernel = torch.ops.aten.convolution_backward
+        return kernel(y, x, w, None, pair, two, [1, 1], False, [0, 0], of.groups, mask)[place]
 
     @staticmethod
-    def backward(ctx: Any, dw: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        """dw [C_out, C_in / groups, k, k] -> slopes to x and y, in their shapes."""
-        x, y = ctx.saved_tensors
-        to_x, to_y, _ = ctx.needs_input_grad
-        return _Spread.apply(y, dw, ctx.of) if to_x else None, _Convolve.apply(x, dw, ctx.of) if to_y else None, None
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
+        """The slope to what `forward` gave, in its shape -> slopes to its two tensors, in theirs."""
+        places = _others(ctx.place)
+        held = {ctx.place: slope, **dict(zip(places, ctx.saved_tensors))}
+
+        def to(place: int) -> Tensor:
+            return _Slope.apply(*(held[other] for other in _others(place)), place, ctx.of)
+
+        slopes = (to(place) if needed else None for place, needed in zip(places, ctx.needs_input_grad))
+        return *slopes, None, None
 
 
 def grouped_conv2d(x: Tensor, w: Tensor, *, stride: int = 1, padding: int = 0, groups: int) -> Tensor:
@@ -90,7 +69,7 @@ def grouped_conv2d(x: Tensor, w: Tensor, *, stride: int = 1, padding: int = 0, g
     Differentiable to any order.
     """
     x, w = _one_format(x, w)
-    return _Convolve.apply(x, w, Layout(x.shape, w.shape, stride, padding, groups))
+    return _Slope.apply(x, w, Y, Layout(x.shape, w.shape, stride, padding, groups))
 
 
 def grouped_spread2d(y: Tensor, w: Tensor, *, stride: int = 1, padding: int = 0, groups: int) -> Tensor:
@@ -101,7 +80,7 @@ def grouped_spread2d(y: Tensor, w: Tensor, *, stride: int = 1, padding: int = 0,
     y, w = _one_format(y, w)
     sides = [(side - 1) * stride - 2 * padding + k for side, k in zip(y.shape[2:], w.shape[2:])]
     shape = torch.Size((y.shape[0], w.shape[1] * groups, *sides))
-    return _Spread.apply(y, w, Layout(shape, w.shape, stride, padding, groups))
+    return _Slope.apply(w, y, X, Layout(shape, w.shape, stride, padding, groups))
 
 
 def _one_format(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
