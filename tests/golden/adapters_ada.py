@@ -99,11 +99,12 @@ def _augmented(case, pipe: nn.Module, images: Tensor, part: str, chance: Any, ar
 
 
 def schedules(case) -> Iterator[tuple]:
+    """Every table of the file; one that is unknown and not empty is an error."""
     if "ada" not in case.json:  # R3GAN's file has the same name
         from adapters_r3gan_files import schedules as r3gan
 
-        return (yield from r3gan(case))
-    """Every table of the file; one that is unknown and not empty is an error."""
+        yield from r3gan(case)
+        return
     tables: dict[str, Callable[[list], Iterator[tuple]]] = {
         "ada": _controller,
         "lazy_reg": _lazy_adam,

@@ -167,7 +167,7 @@ def paired(case: Any) -> Iterator[tuple]:
 
 def sd_step(case: Any) -> Iterator[tuple]:
     """Values and every gradient of the generator objective, for each distance and weight."""
-    from adapters_stylegan2 import build_discriminator, build_generator, gradient_sums
+    from adapters_stylegan2 import build_discriminator, build_generator, gradient_sums, stored_gradients
 
     from sdtrain.losses.distance import l1, l2
 
@@ -190,9 +190,7 @@ def sd_step(case: Any) -> Iterator[tuple]:
             yield f"{name}.{part}", value, wanted[part], 1e-5 * abs(wanted[part])
         total.backward()
         yield from gradient_sums(case, G, wanted["grad_norm_sum"], name)
-        stored = f"grad.{name.removesuffix('.0')}."
-        for key in case.group(stored):
-            yield stored + key, G.get_parameter(key).grad
+        yield from stored_gradients(case, G, f"grad.{name.removesuffix('.0')}.")
 
 
 def frechet_files(case: Any) -> Iterator[tuple]:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
-from math import prod, sqrt
 from typing import Any
 
-import rules
 import torch
+from adapters_stylegan2 import gradient_sums, stored_gradients
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -39,43 +38,6 @@ def build(config: Mapping[str, Any], player: str, state: Mapping[str, Tensor] | 
     if state is not None:
         net.load_state_dict(state)
     return net
-
-
-def fill(net: nn.Module, seed: int, player: str) -> nn.Module:
-    """Load the weights of the manifest's fill rule."""
-    state = net.state_dict()
-    for key in [key for key in state if not key.endswith(".Kernel")]:
-        x = torch.from_numpy(rules.normal(seed, key, tuple(state[key].shape)))
-        state[key] = (x * _scale(key, tuple(x.shape), player)).float()
-    net.load_state_dict(state)
-    return net
-
-
-def _scale(key: str, shape: tuple[int, ...], player: str) -> float:
-    if key.endswith(".Bias"):
-        return 0.2
-    if key.endswith(".Basis"):
-        return 1.0
-    if ".LinearLayer3." in key:
-        return 0.5 / sqrt(prod(shape[1:]))
-    if key == "Model.EmbeddingLayer.weight":
-        return 1.0 if player == "Generator" else 1 / sqrt(shape[0])
-    return 1.2 / sqrt(prod(shape[1:]))
-
-
-def gradient_sums(case, net: nn.Module, stats: Mapping[str, list[float]], tag: str) -> Iterator[tuple]:
-    """Norm and sum of every parameter's gradient against the manifest, both within the norm's tolerance."""
-    for name, parameter in net.named_parameters():
-        norm, total = stats[name]
-        grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        yield f"{tag}.norm.{name}", grad.norm(), norm, case.norm_limit(norm)
-        yield f"{tag}.sum.{name}", grad.double().sum(), total, case.norm_limit(norm)
-
-
-def stored_gradients(case, net: nn.Module, prefix: str) -> Iterator[tuple]:
-    parameters = dict(net.named_parameters())
-    for name in case.group(prefix):
-        yield f"{prefix}{name}", parameters[name].grad
 
 
 def stage_outputs(net: nn.Module) -> dict[str, Tensor]:
@@ -328,13 +290,13 @@ def big(case) -> Iterator[tuple]:
     t, c = case.tensors, case.tensors["in.c"]
     known = case.rnd_in_text(case.entry["inputs"])
     with torch.no_grad():
-        G = fill(build(case.entry["G_config"], "Generator"), case.entry["seed"], "Generator")
+        G = case.fill(build(case.entry["G_config"], "Generator"), "r3_G")
         image = G(known["bigG.z"], c)
         stride = image.shape[2] // t["out.img_s4"].shape[2]
         yield "out.img_s4", image[:, :, ::stride, ::stride]
         yield "out.img_mean", image.mean(), t["out.img_mean"], case.limit(t["out.img_std"])
         yield "out.img_std", image.std()
-        D = fill(build(case.entry["D_config"], "Discriminator"), case.entry["seed"], "Discriminator")
+        D = case.fill(build(case.entry["D_config"], "Discriminator"), "r3_D")
         yield "out.logits", D(known["bigD.img"], c)
 
 

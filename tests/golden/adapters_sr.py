@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from adapters_stylegan2 import stored_gradients
 from rules import number
 from torch import Tensor, nn
 
@@ -134,9 +135,7 @@ def gcfsr_discriminator(case: Any) -> Iterator[tuple]:
     yield "out.r1", r1
     weight, half, interval = re.search(r"d\(([\d.]+)/(\d+) \* r1 \* (\d+)\)", case.entry["call"]).groups()
     (float(weight) / int(half) * int(interval) * r1).backward()
-    parameters = dict(net.named_parameters())
-    for name in case.group("out.r1grad."):
-        yield f"out.r1grad.{name}", parameters[name].grad
+    yield from stored_gradients(case, net, "out.r1grad.")
 
 
 def gcfsr_parts(case: Any) -> Iterator[tuple]:
@@ -150,8 +149,7 @@ def gcfsr_parts(case: Any) -> Iterator[tuple]:
         first, second = (2 + extra + 1) // 2, (2 + extra) // 2
         pad = (first, second) if where == "before_down" else (first + 1, second + 1)
         yield name, fir(x if where == "before_down" else 4 * x, pad)
-    sizes = (config[name] for name in ("in_channels", "out_channels", "kernel_size", "num_style_feat"))
-    sizes = tuple(sizes)
+    sizes = [config[name] for name in ("in_channels", "out_channels", "kernel_size", "num_style_feat")]
     for output, name, sample, off in case.names(r"out\.(modconv_(none|upsample|downsample)_(no)?demod)"):
         way = None if sample == "none" else sample.removesuffix("sample")
         conv = ModulatedConv2d(*sizes, demodulate=not off, sample=way)

@@ -168,5 +168,4 @@ ADAPTERS = {
     "perceptual_vgg*.safetensors": perceptual,
     "omgd_student_loss*.safetensors": omgd,
     "dcd_fm_loss*.safetensors": dcd,
-    "metric[s].safetensors": metrics,  # a pattern: another folder has a file of this name
 }

@@ -16,9 +16,7 @@ class AmbientDraws:
     """Draws that take torch's seeded stream in call order, as the goldens did."""
 
     def __init__(self, num_samples: int):
-        self.num_samples = num_samples
-
-        self.ghost_batch = num_samples
+        self.num_samples = self.ghost_batch = num_samples
 
     def normal(self, purpose: str, *shape: int) -> Tensor:
         return torch.randn(self.num_samples, *shape)
@@ -35,6 +33,12 @@ def gradient_sums(case, net: nn.Module, stats: Mapping[str, list[float]], tag: s
         grad = torch.zeros_like(parameters[name]) if grad is None else grad
         yield f"{tag}.norm.{name}", grad.norm(), norm, case.norm_limit(norm)
         yield f"{tag}.sum.{name}", grad.double().sum(), total, case.norm_limit(norm)
+
+
+def stored_gradients(case, net: nn.Module, prefix: str) -> Iterator[tuple]:
+    """The gradients of the parameters that the file has whole."""
+    for name in case.group(prefix):
+        yield f"{prefix}{name}", net.get_parameter(name).grad
 
 
 def build_generator(case, state: Mapping[str, Tensor], config: Mapping[str, Any], **override: Any):
@@ -197,14 +201,18 @@ def keys(case) -> Iterator[tuple]:
     with torch.device("meta"):
         G, D = _full_size(case.json["config"], z_dim, w_dim, mbstd=1, channel_max=shapes["synthesis.b4.const"][0])
     for name, net in (("G", G), ("D", D)):
-        parameters = dict(net.named_parameters())
-        own = {
-            (key, tuple(v.shape), str(v.dtype).removeprefix("torch."), "param" if key in parameters else "buffer")
-            for key, v in net.state_dict().items()
-        }
-        official = {(key, tuple(shape), dtype, kind) for key, shape, dtype, kind in case.json[name]}
-        yield f"{name}.keys that differ", len(own ^ official), 0, 0.0
+        different = set(map(str, key_rows(net))) ^ set(map(str, case.json[name]))
+        yield f"{name}.keys that differ", len(different), 0, 0.0
         yield f"{name}.parameters", sum(p.numel() for p in net.parameters()), _count(case.json[name]), 0.0
+
+
+def key_rows(net: nn.Module) -> list[list]:
+    """[name, shape, format, param or buffer] of a state dict, as key lists have them."""
+    parameters = dict(net.named_parameters())
+    return [
+        [key, list(v.shape), str(v.dtype).removeprefix("torch."), "param" if key in parameters else "buffer"]
+        for key, v in net.state_dict().items()
+    ]
 
 
 def _count(rows: list[list]) -> int:

@@ -21,6 +21,8 @@ KEPT_LEAVES = {
     "common": ("resample_filter", "num_batches_tracked"),
     "sg2": (),
     "pg": (),
+    "r3_G": ("Kernel",),
+    "r3_D": ("Kernel",),
     "snat": ("_float_tensor", "relative_position_index", "kernel", "ll", "lh", "hl", "hh"),
 }
 POWER_ITERATIONS = 20
@@ -77,7 +79,7 @@ def _integer(text: str) -> int:
 
 
 def fill(state: Mapping[str, Tensor], seed: int, family: str) -> dict[str, Tensor]:
-    """`fill_rule`: the state dict a golden was made with. `family` is sg2, pg or snat; returns new tensors."""
+    """`fill_rule`: the state dict a golden was made with. `family` is a key of KEPT_LEAVES; returns new tensors."""
     kept = KEPT_LEAVES["common"] + KEPT_LEAVES[family]
     done = dict(state)
     for key, value in state.items():
@@ -100,7 +102,8 @@ def _filled(family: str, key: str, leaf: str, x: np.ndarray) -> np.ndarray:
         return 1 + 0.25 * np.abs(x)
     if leaf == "running_mean":
         return 0.1 * x
-    return {"sg2": _filled_sg2, "pg": _filled_pg, "snat": _filled_snat}[family](key, leaf, x)
+    rule = {"sg2": _filled_sg2, "pg": _filled_pg, "snat": _filled_snat, "r3_G": _filled_r3_G, "r3_D": _filled_r3_D}
+    return rule[family](key, leaf, x)
 
 
 def _filled_sg2(key: str, leaf: str, x: np.ndarray) -> np.ndarray:
@@ -115,6 +118,18 @@ def _filled_pg(key: str, leaf: str, x: np.ndarray) -> np.ndarray:
     if x.ndim >= 2:
         return x * math.sqrt(2 / math.prod(x.shape[1:]))
     return 1 + 0.1 * x if leaf in ("weight", "gain") else 0.1 * x
+
+
+def _filled_r3_G(key: str, leaf: str, x: np.ndarray) -> np.ndarray:
+    if leaf == "Bias":
+        return 0.2 * x
+    if leaf == "Basis" or key == "Model.EmbeddingLayer.weight":
+        return x
+    return x * (0.5 if ".LinearLayer3." in key else 1.2) / math.sqrt(math.prod(x.shape[1:]))
+
+
+def _filled_r3_D(key: str, leaf: str, x: np.ndarray) -> np.ndarray:
+    return x / math.sqrt(len(x)) if key == "Model.EmbeddingLayer.weight" else _filled_r3_G(key, leaf, x)
 
 
 def _filled_snat(key: str, leaf: str, x: np.ndarray) -> np.ndarray:
