@@ -207,8 +207,8 @@ class Upscaler:
     @classmethod
     def of(cls, args: argparse.Namespace) -> Upscaler:
         """Load the network; WeightsError unless it is a generator known here."""
-        from sdtrain.interop.architectures import require, title
         from sdtrain.engine.ranks import pick_device
+        from sdtrain.interop.architectures import require, title
         from sdtrain.interop.loading import load_network
         from sdtrain.interop.tiled import auto_overlap
 
