@@ -6,7 +6,6 @@ Variants are interleaved in one process, so that a busy machine slows all of the
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -53,15 +52,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Returns 0; raises ConfigError for a configuration without self-distillation or an unknown variant."""
     configs = configurations(args)
-    import torch
-
+    from sdtrain.commands.eval_rows import append
+    from sdtrain.commands.source import device_of
     from sdtrain.commands.variants import Clock, Variant, compare
     from sdtrain.engine.precision import set_precision
     from sdtrain.methods.sdgan.method import SDGAN
 
     set_precision(next(iter(configs.values())).tf32)
-    has_gpu = torch.cuda.is_available()
-    device = torch.device(("cuda" if has_gpu else "cpu") if args.device == "auto" else args.device)
+    device = device_of(args.device)
     clock = Clock(device)
     first = next(iter(configs.values()))
     source = Source(first, args.resolution, device)
@@ -78,10 +76,7 @@ def run(args: argparse.Namespace) -> int:
     if costly:
         found["distillation"] = distillation(costly[-1], variants[0], source, args.steps, clock)
         print(render_distillation(found["distillation"]))
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        with args.json.open("a") as out:
-            out.write(json.dumps(found) + "\n")
+    append(found, args.json)
     return EXIT_OK
 
 

@@ -15,18 +15,12 @@ DECIMALS = {**merged(dict(metric.shown) for metric in METRICS.values()), "psnr_y
 
 
 def start_ranks(device: str) -> Any:
-    """Join the other processes of a launch, if there are any; the device of this one."""
-    import torch
-    import torch.distributed as dist
+    """Join the other processes of a launch, if there are any; the device of this one. Raises as `device_of`."""
+    from sdtrain.commands.source import device_of
+    from sdtrain.engine import ranks
 
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    use_cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
-    place = torch.device(f"cuda:{local}" if use_cuda and device in ("auto", "cuda") else device if use_cuda else "cpu")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
-    if place.type == "cuda":
-        torch.cuda.set_device(place)
-    return place
+    place = device_of(device)
+    return place if os.environ.get("WORLD_SIZE", "1") == "1" else ranks.start_ranks(place.type)
 
 
 def append(row: dict[str, Any], file: Path | None) -> None:

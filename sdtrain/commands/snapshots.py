@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sdtrain.builder import Builder
 from sdtrain.commands.results import Written
-from sdtrain.commands.source import Source, config_of
+from sdtrain.commands.source import Source, config_of, device_of
 from sdtrain.engine.checkpoint import newest, verify
 from sdtrain.engine.make import make_engine
 from sdtrain.engine.net import load_strictly
@@ -29,11 +29,6 @@ from sdtrain.weights import check_weights, load_weights
 
 PER_QUADRANT = 4
 D_BATCH = 4  # minibatch statistics see this many images, in the order of their indices
-
-
-def device_of(args: argparse.Namespace) -> torch.device:
-    automatic = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(automatic if args.device == "auto" else args.device)
 
 
 def position(folder: Path) -> int | None:
@@ -126,7 +121,7 @@ def variation(run: Written, shares: Sequence[float], args: argparse.Namespace, n
 
     Raises RunError when fewer than two are saved, WeightsError when those of LPIPS are missing.
     """
-    device = device_of(args)
+    device = device_of(args.device)
     folders = weights_at(run, shares, notes)
     lpips = lpips_of(run.path, args, device)
     sources = [Source(folder, device) for folder in folders.values()]
@@ -157,7 +152,7 @@ def interplay(run: Path, args: argparse.Namespace) -> dict[str, Any]:
     Images are those of G_ema; G belongs to the same checkpoint and has the same noise. No augmentation.
     Raises RunError for a run without a complete checkpoint.
     """
-    device = device_of(args)
+    device = device_of(args.device)
     checkpoint, refused = newest(run / "checkpoints")
     if checkpoint is None:
         raise RunError("; ".join([f"{run} has no complete checkpoint, and D is needed", *refused]))

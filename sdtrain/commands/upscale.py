@@ -70,14 +70,6 @@ def run(args: argparse.Namespace) -> int:
     return EXIT_USER_ERROR
 
 
-def model_file(model: Path, weights: str) -> Path:
-    """The file that --model means: itself, or the weights of a run. Raises WeightsError."""
-    from sdtrain.commands.source import ROLE
-    from sdtrain.interop.loading import file_of_run
-
-    return file_of_run(model, ROLE[weights]) if model.is_dir() else model
-
-
 def _check(args: argparse.Namespace) -> None:
     if not args.model.exists():
         raise WeightsError(f"--model {args.model} does not exist; give a run folder, a .pth or a .safetensors file")
@@ -207,12 +199,13 @@ class Upscaler:
     @classmethod
     def of(cls, args: argparse.Namespace) -> Upscaler:
         """Load the network; WeightsError unless it is a generator known here."""
+        from sdtrain.commands.source import device_of, file_of
         from sdtrain.interop.architectures import require, title
         from sdtrain.interop.loading import load_network
         from sdtrain.interop.tiled import auto_overlap
 
-        device = _device(args.device)
-        file = model_file(args.model, args.weights)
+        device = device_of(args.device)
+        file = file_of(args.model, args.weights)
         found = load_network(file, prefer="params_ema" if args.weights == "ema" else "params")
         require(file, found, player="Generator")
         if args.factor is not None and found.kind != "gcfsr":
@@ -289,16 +282,3 @@ def resized(image: Tensor, size: tuple[int, ...]) -> Tensor:
     from torch.nn import functional as F
 
     return F.interpolate(image[None], size, mode="bicubic", antialias=True)[0].clamp(0, 1)
-
-
-def _device(name: str) -> Any:
-    import torch
-
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"--device {name} cannot be used on this machine; use --device cpu") from error
-    return device
