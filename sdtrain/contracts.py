@@ -3,7 +3,6 @@
     methods/   `Method`   which networks play in which `Stage`, and which `Phase` minimises what
     engine/    `Engine`   moves a `Player` by one optimizer step a phase; `Net` is a network whatever holds it
     tasks/     `Task`     what a run does once in a while: pictures, evaluation, the best weights, the end
-    metrics/   `Evaluation`  all that a run needs of a metric
 
 A method never sees more of a network than that it can be called.
 """
@@ -284,14 +283,6 @@ class Restoration(Method):
 
     task = "restoration"
     inputs: Inputs
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What a run needs of a measurement: numbers by name, and how they were made."""
-
-    values: Mapping[str, float]
-    protocol: Mapping[str, Any]
 
 
 class Task:

@@ -126,28 +126,27 @@ def test_images_are_those_of_the_training_run_with_the_same_seed(run_folder):
     """The run's own sampler, on the network as the run holds it."""
     from sdtrain.sampling import sampler
 
-    mine, info = sample.open_sampler(run_folder, "cpu")
-    assert info["latents_seed"] == 7 and info["row"]["weights"] == "ema" and info["row"]["seen_img"] == 32
+    mine = source.Source(run_folder, "cpu")
+    assert (mine.seed, mine.role, source.position_of(mine.file)) == (7, "G_ema", {"seen_img": 32})
     counts = mine.class_counts
     assert counts == [16, 8]
     theirs = sampler(mine.net, seed=7, class_counts=counts, device="cpu")
     assert torch.equal(mine([0, 5]), theirs([0, 5]))
-    other, _ = sample.open_sampler(run_folder, "cpu", seed=8)
+    other = source.Source(run_folder, "cpu", seed=8)
     assert not torch.equal(mine([0]), other([0]))
 
 
 def test_average_and_generator_are_different_weights(run_folder):
-    average, _ = sample.open_sampler(run_folder, "cpu")
-    raw, info = sample.open_sampler(run_folder, "cpu", weights="raw")
-    assert (raw.role, average.role, info["row"]["weights"]) == ("G", "G_ema", "raw")
+    average, raw = (source.Source(run_folder, "cpu", weights=weights) for weights in ("ema", "raw"))
+    assert (raw.role, average.role) == ("G", "G_ema")
     assert raw.file.parent.name == "img_000000032" and average.file.parent.name == "best"
     assert not torch.equal(raw([0]), average([0]))
 
 
 def test_a_checkpoint_folder_and_its_file_are_one_source(run_folder):
-    folder, info = sample.open_sampler(run_folder / "checkpoints" / "img_000000016", "cpu")
-    file, _ = sample.open_sampler(run_folder / "checkpoints" / "img_000000016" / "G_ema.safetensors", "cpu")
-    assert info["row"]["seen_img"] == 16
+    folder = source.Source(run_folder / "checkpoints" / "img_000000016", "cpu")
+    file = source.Source(run_folder / "checkpoints" / "img_000000016" / "G_ema.safetensors", "cpu")
+    assert source.position_of(folder.file) == {"seen_img": 16}
     assert torch.equal(folder([0, 1]), file([0, 1]))
 
 

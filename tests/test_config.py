@@ -277,11 +277,11 @@ MISTAKES = [
     ),
     (
         "metrics: {names: [kid, pr]}",
-        ":10: metrics.select_by fid cannot choose best/: what metrics.names measures and is better when lower is kid",
+        ":10: metrics.select_by fid cannot choose best/: what metrics.names measures and is better when low: kid",
     ),
     (
         "metrics: {names: [fid, pr], select_by: recall}",
-        ":10: metrics.select_by recall cannot choose best/: what metrics.names measures and is better when lower is fid",
+        ":10: metrics.select_by recall cannot choose best/: what metrics.names measures and is better when low: fid",
     ),
     ("sd: 3", None),
     ("engine: fsdp2", ":10: engine 'fsdp2' is not available in this version: use ddp"),

@@ -6,7 +6,6 @@ Variants are interleaved in one process, so that a busy machine slows all of the
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -15,6 +14,7 @@ from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sdtrain.commands.eval_rows import append
 from sdtrain.errors import EXIT_OK, ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -53,7 +53,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Returns 0; raises ConfigError for a configuration without self-distillation or an unknown variant."""
     configs = configurations(args)
-
     from sdtrain.commands.variants import Clock, Variant, compare
     from sdtrain.engine.ranks import pick_device
     from sdtrain.methods.sdgan.method import SDGAN
@@ -75,10 +74,7 @@ def run(args: argparse.Namespace) -> int:
     if costly:
         found["distillation"] = distillation(costly[-1], variants[0], source, args.steps, clock)
         print(render_distillation(found["distillation"]))
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        with args.json.open("a") as out:
-            out.write(json.dumps(found) + "\n")
+    append(found, args.json)
     return EXIT_OK
 
 

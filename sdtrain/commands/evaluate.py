@@ -146,11 +146,15 @@ def weights_needed(args: argparse.Namespace) -> dict[str, str]:
 def subject(args: argparse.Namespace, device: Any) -> tuple[Callable[[list[int]], Tensor], dict[str, Any]]:
     """A function from indices to uint8 images [N, 3, H, W], and what is known of it.
 
-    That is `num`, maybe `real`, `latents_seed`, `row`.
+    That is `num`, or `latents_seed` and `row` (what a row says of the weights). Raises WeightsError or ConfigError.
     """
     path = Path(args.path)
     if is_generator(path):
-        return sampler_for(path, device, args.seed, args.weights, allow_pipe=args.allow_pipe)
+        from sdtrain.commands.source import Source, position_of
+
+        source = Source(path, device, seed=args.seed, weights=args.weights, allow_pipe=args.allow_pipe)
+        about = {"weights": "raw" if source.role == "G" else "ema", "file": str(source.file)}
+        return source, {"latents_seed": source.seed, "row": about | position_of(source.file)}
     from sdtrain.metrics.evaluate import subset
     from sdtrain.metrics.images import batches, open_images
 
@@ -164,29 +168,19 @@ def subject(args: argparse.Namespace, device: Any) -> tuple[Callable[[list[int]]
     return read, {"num": images.num_samples}
 
 
-def sampler_for(
-    path: Path, device: Any, seed: int, weights: str, **more: Any
-) -> tuple[Callable[[list[int]], Tensor], dict[str, Any]]:
-    """The sampler of a run or checkpoint: from indices to uint8 images [N, 3, R, R]."""
-    from sdtrain.commands.sample import open_sampler
-
-    sample_fn, info = open_sampler(path, device, seed=seed, weights=weights, **more)
-    return sample_fn, {"latents_seed": seed, **info}
-
-
 def evaluator(args: argparse.Namespace, info: dict[str, Any], device: Any) -> Any:
     """The Evaluator these arguments ask for. Raises ConfigError for missing real images and too many fake ones."""
     from sdtrain.metrics.evaluate import Evaluator
     from sdtrain.metrics.images import open_images
     from sdtrain.weights import cache_folder
 
-    real, most = args.real or info.get("real"), info.get("num")
-    if real is None:
+    most = info.get("num")
+    if args.real is None:
         raise ConfigError(f"--real is missing: say which real images {args.path} is compared with.")
     if most is not None and args.num is not None and args.num > most:
         raise ConfigError(f"--num {args.num} is more than the {most} images of {args.path}; ask for fewer.")
     return Evaluator(
-        open_images(real, args.allow_pipe),
+        open_images(args.real, args.allow_pipe),
         metrics=args.metrics,
         num_fake=args.num or most or 50_000,
         num_real=args.num_real,

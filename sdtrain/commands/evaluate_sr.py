@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sdtrain.commands.eval_rows import append, compare, last_row
-from sdtrain.commands.source import ROLE, position_of, run_folder_of
+from sdtrain.commands.source import ROLE, file_of, position_of, run_folder_of
 from sdtrain.errors import EXIT_OK, ConfigError, WeightsError
 from sdtrain.metrics.table import words
 
@@ -26,13 +26,13 @@ def run(args: argparse.Namespace, config: Any) -> int:
     path = Path(args.path)
     config = configured(args, config)
     from sdtrain.engine.ranks import is_main, start_ranks
-    from sdtrain.interop.loading import file_of_run, load_network
+    from sdtrain.interop.loading import load_network
     from sdtrain.methods.sdakd.inputs import make_inputs
     from sdtrain.tasks.validation import ValidationList
 
     earlier = last_row(args.against)
     device = start_ranks(args.device)
-    file = file_of_run(path, ROLE[args.weights]) if path.is_dir() else path
+    file = file_of(path, args.weights)
     network = load_network(file, ROLE[args.weights])
     if network.player != "Generator":
         raise ConfigError(f"{file} holds a discriminator, which enlarges nothing; give the file of a generator")

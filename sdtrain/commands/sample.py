@@ -16,11 +16,10 @@ from __future__ import annotations
 import argparse
 import math
 import re
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdtrain.commands.source import ROLE, Source, position_of
+from sdtrain.commands.source import ROLE, Source
 from sdtrain.errors import EXIT_OK, ConfigError
 from sdtrain.files import why_unwritable
 
@@ -120,22 +119,6 @@ def parse_list(text: str, option: str) -> list[int]:
             raise ConfigError(f"{option} {text}: '{part.strip()}' is neither a number nor a range such as 0-63")
         found += range(int(match[1]), int(match[2] or match[1]) + 1)
     return found
-
-
-def open_sampler(
-    path: Path | str, device: Any, *, seed: int | None = None, weights: str = "ema", **style: Any
-) -> tuple[Callable[[Sequence[int]], Tensor], dict[str, Any]]:
-    """(indices -> uint8 images [N, 3, R, R], what is known of the source).
-
-    The second value has `latents_seed`, `row` (what an evaluation row says of the weights) and, for a run, `real`: the
-    data it was validated on. Raises WeightsError or ConfigError.
-    """
-    source = Source(Path(path), device, seed=seed, weights=weights, **style)
-    about = {"weights": "raw" if source.role == "G" else "ema", "file": str(source.file), **position_of(source.file)}
-    info: dict[str, Any] = {"latents_seed": source.seed, "row": about}
-    if source.config is not None:
-        info["real"] = source.config.data.val or source.config.data.train
-    return source, info
 
 
 # Pictures

@@ -32,6 +32,13 @@ def config_of(path: Path, allow_pipe: bool = False) -> Any:
     return None if folder is None else load_config(folder / "config.yaml", given)
 
 
+def file_of(path: Path, weights: str) -> Path:
+    """`path` itself, or the file of a folder's average (`weights` ema) or generator (raw). Raises WeightsError."""
+    from sdtrain.interop.loading import file_of_run
+
+    return file_of_run(path, ROLE[weights]) if path.is_dir() else path
+
+
 class Source:
     """The generator of a run, checkpoint or file, with the settings of one command."""
 
@@ -49,9 +56,9 @@ class Source:
         allow_pipe: bool = False,
     ) -> None:
         """Raises WeightsError for weights that cannot be used, ConfigError for an option this generator has not."""
-        from sdtrain.interop.loading import file_of_run, load_network
+        from sdtrain.interop.loading import load_network
 
-        self.file = file_of_run(path, ROLE[weights]) if path.is_dir() else path
+        self.file = file_of(path, weights)
         network = load_network(self.file, ROLE[weights])
         if network.player != "Generator":
             raise ConfigError(f"{self.file} holds a discriminator, which makes no images; give the file of a generator")

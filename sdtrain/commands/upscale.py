@@ -70,14 +70,6 @@ def run(args: argparse.Namespace) -> int:
     return EXIT_USER_ERROR
 
 
-def model_file(model: Path, weights: str) -> Path:
-    """The file that --model means: itself, or the weights of a run. Raises WeightsError."""
-    from sdtrain.commands.source import ROLE
-    from sdtrain.interop.loading import file_of_run
-
-    return file_of_run(model, ROLE[weights]) if model.is_dir() else model
-
-
 def _check(args: argparse.Namespace) -> None:
     if not args.model.exists():
         raise WeightsError(f"--model {args.model} does not exist; give a run folder, a .pth or a .safetensors file")
@@ -207,13 +199,14 @@ class Upscaler:
     @classmethod
     def of(cls, args: argparse.Namespace) -> Upscaler:
         """Load the network; WeightsError unless it is a generator known here."""
+        from sdtrain.commands.source import file_of
         from sdtrain.engine.ranks import pick_device
         from sdtrain.interop.architectures import require, title
         from sdtrain.interop.loading import load_network
         from sdtrain.interop.tiled import auto_overlap
 
         device = pick_device(args.device)
-        file = model_file(args.model, args.weights)
+        file = file_of(args.model, args.weights)
         found = load_network(file, prefer="params_ema" if args.weights == "ema" else "params")
         require(file, found, player="Generator")
         if args.factor is not None and found.kind != "gcfsr":

@@ -135,7 +135,7 @@ def _metric_problems(config: Config) -> Iterator[tuple[str, str]]:
     rows = [METRICS[name] for name in config.metrics.names if name in METRICS]
     falling = [value for row in rows for value in row.labels if value not in row.rising]
     if config.eval_img and config.metrics.select_by not in falling:
-        what = f"what metrics.names measures and is better when lower is {', '.join(falling) or 'nothing'}"
+        what = f"what metrics.names measures and is better when low: {', '.join(falling) or 'nothing'}"
         chosen = clip(config.metrics.select_by)
         yield "metrics.select_by, metrics.names", f"metrics.select_by {chosen} cannot choose best/: {what}"
 

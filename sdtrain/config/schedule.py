@@ -68,10 +68,8 @@ def position_img(place: str, stage_img: tuple[int, int]) -> float:
     return float(match[1]) * POWERS[match[3]]
 
 
-def out_of_order(value: Scheduled) -> bool:
+def out_of_order(value: Schedule) -> bool:
     """Whether the points of a schedule do not rise, or mix images and shares, or there are none."""
-    if not isinstance(value, Schedule):
-        return False
     places = [position_img(place, (0, 100)) for place, _ in value.points]
     units = {place.endswith("%") for place, _ in value.points if place not in ("0", "0%")}
     return not places or places != sorted(set(places)) or len(units) > 1
