@@ -1,0 +1,1 @@
+"""Damaged and hostile inputs, made from a seed, against every reader of files."""
