@@ -7,7 +7,6 @@ otherwise, ADA's p start afresh, as the official StyleGAN2-ADA does on `--resume
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from sdtrain.contracts import Method, Net
 from sdtrain.errors import WeightsError
 from sdtrain.interop.loading import OFFICIAL_SUFFIXES, load_network
 from sdtrain.interop.network import Network, as_tuples
+from sdtrain.interop.tensor_file import read_json
 
 FRESH = "fresh"
 SECTIONS = {"G": "generator", "G_ema": "generator", "D": "discriminator"}
@@ -183,4 +183,10 @@ def _p_of_file(path: Path) -> float | None:
 
 def _p_of_run(path: Path) -> float | None:
     state = _file(path, "G").parent / "state.json"
-    return json.loads(state.read_text()).get("method", {}).get("p") if state.is_file() else None
+    if not state.is_file():
+        return None
+    try:
+        p = read_json(state, "the state of a run")["method"].get("p")
+    except (TypeError, KeyError, AttributeError) as error:
+        raise WeightsError(f"init.ada_p: {state} is no state of a run; set init.ada_p: reset and augment.p") from error
+    return float(p) if type(p) in (int, float) and 0 <= p <= 1 else None

@@ -11,7 +11,6 @@ and `check_weights` need no torch, so a plan can complain before anything is bui
 
 from __future__ import annotations
 
-import json
 import os
 import zipfile
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from sdtrain.errors import WeightsError
 from sdtrain.files import sha256_of_file
+from sdtrain.interop.tensor_file import read_header
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -175,45 +175,41 @@ def _problem(name: str, source: str) -> str | None:
 
 def _looks_whole(file: BinaryIO, path: Path) -> bool:
     """Cheap test of the container: a zip with its directory, an old pickle, or a fitting safetensors header."""
-    head = file.read(8)
-    if head[:2] == b"PK":
+    head = file.read(2)
+    if head == b"PK":
         return zipfile.is_zipfile(path)
-    if head[:2] == b"\x80\x02":
+    if head == b"\x80\x02":
         return path.stat().st_size > 1 << 10
-    length = int.from_bytes(head, "little")
-    if len(head) < 8 or not 2 <= length <= path.stat().st_size - 8:
-        return False
     try:
-        entries = json.loads(file.read(length))
-        ends = [entry["data_offsets"][1] for key, entry in entries.items() if key != "__metadata__"]
-    except (ValueError, KeyError, TypeError, AttributeError):
+        read_header(path)
+        return True
+    except WeightsError:
         return False
-    return path.stat().st_size == 8 + length + max(ends, default=0)
 
 
 def _read(name: str, path: Path) -> dict[str, Tensor]:
-    import torch
+    """The tensors of a file. Raises WeightsError."""
+    from sdtrain.interop.loading import read_tensors
+    from sdtrain.interop.safe_pickle import named_tensors, read_checkpoint
 
     try:
         if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch, zip and pickle readers raise many kinds for a damaged or unsafe file
+            return read_tensors(path)
+        content = read_checkpoint(path).tree
+        for _ in range(MAX_WRAPPERS):
+            inner = next((k for k in WRAPPERS if isinstance(content, dict) and isinstance(content.get(k), dict)), None)
+            content = content if inner is None else content[inner]
+        if isinstance(content, dict):
+            return named_tensors(str(path), content)
+    except WeightsError as error:
         raise WeightsError(
-            f"{path} cannot be read as {name} weights ({type(error).__name__}); it is damaged or holds more than "
-            f"tensors. Delete it and run `sdtrain fetch-weights {name}`, or copy it again."
+            f"{path} cannot be read as {name} weights ({error}); it is damaged or holds more than tensors. "
+            f"Delete it and run `sdtrain fetch-weights {name}`, or copy it again."
         ) from error
-    while isinstance(content, dict) and (
-        inner := next((k for k in WRAPPERS if isinstance(content.get(k), dict)), None)
-    ):
-        content = content[inner]
-    if not isinstance(content, dict):
-        raise WeightsError(
-            f"{path} holds a {type(content).__name__}, not a table of tensors; give a state dict for {name}."
-        )
-    return {key: value for key, value in content.items() if torch.is_tensor(value)}
+    raise WeightsError(
+        f"{path} holds a {type(content).__name__}, not a table of tensors; give a state dict for {name}."
+    )
 
 
 WRAPPERS = ("params_ema", "params", "state_dict")
+MAX_WRAPPERS = 3

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdtrain.errors import ConfigError, WeightsError
+from sdtrain.errors import ConfigError, UserError, WeightsError
 
 if TYPE_CHECKING:
     from sdtrain.interop.network import Network
@@ -89,7 +89,7 @@ def describe(network: Network) -> str:
 def inspected(path: Path, options: dict[str, Any]) -> Iterator[str]:
     """What a file holds, line by line: container, globals, networks with constructor arguments and tensors."""
     from sdtrain.files import sha256_of_file
-    from sdtrain.interop.official import read_official
+    from sdtrain.interop.official import official_of
     from sdtrain.interop.safe_pickle import read_checkpoint
 
     content = read_checkpoint(path)
@@ -99,8 +99,8 @@ def inspected(path: Path, options: dict[str, Any]) -> Iterator[str]:
     yield f"globals     {len(content.globals)} named, all known and inert"
     yield from (f"            {name}" for name in content.globals)
     try:
-        yield from _networks(read_official(path, **options), content)
-    except WeightsError as error:
+        yield from _networks(official_of(content, path, **options), content)
+    except UserError as error:
         yield f"networks    none can be rebuilt: {error}"
         yield from _top_level(content)
 

@@ -63,8 +63,8 @@ class Source:
         if network.player != "Generator":
             raise ConfigError(f"{self.file} holds a discriminator, which makes no images; give the file of a generator")
         self.config, self._allow_pipe = config_of(self.file), allow_pipe
-        self.class_counts = self._class_counts(network.num_classes, label)
         net: Any = network.build()
+        self.class_counts = self._class_counts(network.num_classes, label)
         if not hasattr(net, "z_dim"):
             raise ConfigError(f"{self.file} holds {network.kind}, which enlarges images; use `sdtrain upscale`")
         self.kind, self.role, self.device = network.kind, network.role, device

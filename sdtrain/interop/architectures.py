@@ -15,17 +15,18 @@ from typing import Any
 
 from torch import Tensor
 
-from sdtrain.errors import WeightsError
+from sdtrain.errors import UserError, WeightsError
 from sdtrain.interop import r3gan
 from sdtrain.interop import super_resolution as sr
-from sdtrain.interop.network import Network, Player, as_tuples
+from sdtrain.interop.budget import index_of, quoted
+from sdtrain.interop.network import UNBUILDABLE, Network, Player, as_tuples
 
 State = Mapping[str, Tensor]
 
 
 def numbers(state: State, pattern: str) -> list[int]:
     """Sorted distinct integers that the one group of `pattern` matches in tensor names."""
-    return sorted({int(found[1]) for name in state if (found := re.match(pattern, name))})
+    return sorted({index_of(found[1]) for name in state if (found := re.match(pattern, name))})
 
 
 def _power_law(widths: Mapping[int, int]) -> dict[str, int]:
@@ -190,6 +191,18 @@ def recognise(state: State, role: str | None, source: dict[str, Any], **changes:
     has other widths than sdtrain can build is returned without options, with a note. Raises WeightsError for an unknown
     one.
     """
+    try:
+        return _recognised(state, role, source, changes)
+    except UserError:
+        raise
+    except (*UNBUILDABLE, StopIteration) as error:  # names and shapes of a file can contradict each other in any way
+        file = source.get("file", "the file")
+        raise WeightsError(
+            f"{file}: its tensors belong to no network together ({quoted(error)}); copy it again"
+        ) from error
+
+
+def _recognised(state: State, role: str | None, source: dict[str, Any], changes: dict[str, Any]) -> Network:
     state = {name.removeprefix("module."): value for name, value in state.items()}
     if "model.0.weight" in state:
         state = sr.from_old_esrgan(state)
@@ -208,7 +221,7 @@ def _read(state: State, file: str) -> tuple[str, Player, dict[str, Any]]:
     """Kind, player and what shapes say. Raises WeightsError for an unknown network and for one that lacks tensors."""
     mark = next((mark for mark in NETWORKS if mark in state), None)
     if mark is None:
-        known, first = ", ".join(dict.fromkeys(NAMES.values())), ", ".join(list(state)[:3])
+        known, first = ", ".join(dict.fromkeys(NAMES.values())), quoted(", ".join(list(state)[:3]))
         raise WeightsError(f"{file} holds no network known here ({known}); its first tensors are {first}")
     kind, player, read, name = NETWORKS[mark]
     try:

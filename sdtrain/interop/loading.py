@@ -15,8 +15,10 @@ from torch import Tensor
 from sdtrain.errors import WeightsError
 from sdtrain.files import load_tensors
 from sdtrain.interop.architectures import recognise
+from sdtrain.interop.budget import quoted
 from sdtrain.interop.network import Network, Player, with_card
 from sdtrain.interop.official import read_official
+from sdtrain.interop.tensor_file import read_header
 
 ROLES = ("G_ema", "G", "D")  # in the order in which a generator is chosen when none is named
 OFFICIAL_SUFFIXES = (".pkl", ".pt", ".pth")
@@ -56,10 +58,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
     if not path.is_file():
         raise WeightsError(f"there is no file {path}; give a .safetensors, .pkl, .pt or .pth file or a run folder")
+    read_header(path)
     try:
         return load_tensors(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise WeightsError(f"{path} is no complete safetensors file ({error}); copy it again") from error
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise WeightsError(f"{path} is no complete safetensors file ({quoted(error)}); copy it again") from error
 
 
 def _own(path: Path, role: str | None) -> Network:

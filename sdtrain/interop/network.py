@@ -11,19 +11,32 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
 
+from sdtrain.config.schema import harden
 from sdtrain.errors import ConfigError, WeightsError
 from sdtrain.files import save_tensors, write_json
+from sdtrain.interop.budget import is_name, max_integer, max_modules, quoted
+from sdtrain.interop.tensor_file import read_json
 
 Player = Literal["Generator", "Discriminator"]
+PLAYERS = ("Generator", "Discriminator")
+# what torch and Python raise for sizes that make no sense, as -1 channels or 7 groups of 8
+UNBUILDABLE = (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, AttributeError, AssertionError)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,32 +64,48 @@ class Network:
 
     @property
     def typed_options(self) -> Any:
-        """`options` as the class of its model, defaults filled in. Raises WeightsError when it cannot be rebuilt."""
+        """`options` as the class of its model, defaults filled in, before anything is built.
+
+        Raises WeightsError when it cannot be rebuilt: options of a wrong type, or sizes that its tensors cannot have.
+        """
         if self.options is None:
             raise WeightsError(f"{self._said} cannot be rebuilt: {self.note}")
+        module = self._module()
+        largest = max_integer(sum(tensor.numel() for tensor in self.state.values()))
         try:
-            return getattr(self._module(), f"{self.player}Options")(**as_tuples(self.options))
-        except (ConfigError, TypeError) as error:
-            raise WeightsError(f"{self._said}: {error}") from error
+            typed = _checker(getattr(module, f"{self.player}Options")).validate_json(json.dumps(self.options))
+        except ValidationError as error:
+            wrong = error.errors(include_url=False)[0]
+            place = ".".join(map(str, wrong["loc"]))
+            raise WeightsError(f"{self._said}: option {quoted(place)}: {quoted(wrong['msg'])}") from error
+        except (TypeError, ValueError, RecursionError) as error:
+            raise WeightsError(f"{self._said} has options of a wrong form ({quoted(error)})") from error
+        sizes = {**dataclasses.asdict(typed), "resolution": self.resolution, "num_classes": self.num_classes}
+        for name, value in sizes.items():
+            if any(abs(number) > largest for number in integers(value)):
+                raise WeightsError(f"{self._said} cannot have the {name} it names; its tensors are far smaller")
+        return typed
 
     def fresh(self, device: str = "cpu") -> nn.Module:
         """The untrained module; on device 'meta' it costs no memory. Raises WeightsError when it cannot be rebuilt."""
         options = self.typed_options
         try:
-            with torch.device(device), torch.random.fork_rng(devices=[]):
+            with torch.device(device), torch.random.fork_rng(devices=[]), few_modules(max_modules(len(self.state))):
                 return getattr(self._module(), self.player)(options, resolution=self.resolution, **self._classes())
-        except (ConfigError, TypeError) as error:
-            raise WeightsError(f"{self._said}: {error}") from error
+        except UNBUILDABLE as error:
+            raise WeightsError(f"{self._said} cannot be rebuilt: {quoted(error)}") from error
 
     @property
     def _said(self) -> str:
-        return f"the {self.role} of {self.source.get('file', 'this file')}"
+        return f"the {self.role} of {quoted(self.source.get('file', 'this file'))}"
 
     def _module(self) -> ModuleType:
         """The file of sdtrain/models; a card comes from outside, so it may not name anything else."""
         here = Path(__file__).resolve().parents[1] / "models" / str(self.kind) / "networks.py"
-        if not (str(self.kind).isidentifier() and here.is_file() and self.player in ("Generator", "Discriminator")):
-            raise WeightsError(f"the card names the {self.player} of {self.kind!r}, which sdtrain/models does not have")
+        if not (str(self.kind).isidentifier() and here.is_file() and self.player in PLAYERS):
+            raise WeightsError(
+                f"the card names the {quoted(self.player)} of {quoted(self.kind)!r}, which sdtrain/models does not have"
+            )
         module = importlib.import_module(f"sdtrain.models.{self.kind}.networks")
         if not hasattr(module, f"{self.player}Options"):
             raise WeightsError(f"the card names the {self.player} of {self.kind!r}, which that file does not have")
@@ -96,6 +125,7 @@ class Network:
         """The module with these weights, loaded strictly, on the CPU in eval mode. Raises WeightsError for a misfit."""
         require_fit(self.misfits(), str(self.source.get("file", self.role)))
         net = self.fresh()
+        require_tables(net, self.state, str(self.source.get("file", self.role)))
         missing = net.load_state_dict(self.state, strict=False).missing_keys
         if missing:
             frozen = missing[0].partition(".")[0]
@@ -103,6 +133,39 @@ class Network:
                 f"{self.source.get('file', self.role)} leaves out the frozen {frozen}; build it in a run"
             )
         return net.eval()
+
+
+@cache
+def _checker(options: type) -> TypeAdapter:
+    return TypeAdapter(harden(options))
+
+
+@contextmanager
+def few_modules(most: int) -> Iterator[None]:
+    """Raises WeightsError, inside a constructor, when more modules and parameters than `most` come into being."""
+    left = most
+
+    def count(*_: object) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise ConfigError("its options describe far more layers than it has tensors")
+
+    hooks = [register_module_module_registration_hook(count), register_module_parameter_registration_hook(count)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def integers(value: Any) -> Iterator[int]:
+    """The whole numbers of an option, at every depth."""
+    if isinstance(value, (list, tuple)):
+        for part in value:
+            yield from integers(part)
+    elif isinstance(value, int):
+        yield value
 
 
 def as_tuples(value: Any) -> Any:
@@ -126,6 +189,8 @@ def misfits(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[s
     for name in wanted:
         if name in given and wanted[name].shape != given[name].shape:
             found.append(f"has {name} {list(given[name].shape)}, the network {list(wanted[name].shape)}")
+        elif name in given and wanted[name].is_floating_point() != given[name].is_floating_point():
+            found.append(f"has {name} of {given[name].dtype}, the network of {wanted[name].dtype}")
     return found
 
 
@@ -137,6 +202,13 @@ def require_fit(found: Sequence[str], source: str) -> None:
             f"{source} does not fit the network: it {'; '.join(found[:3])}{more}; "
             "use the resolution, number of classes and widths it was made with"
         )
+
+
+def require_tables(net: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Raise WeightsError where integer tables [...], which say what number to take, are not those of the network."""
+    for name, value in net.state_dict().items():
+        if name in state and value.ndim and not value.is_floating_point() and not torch.equal(value, state[name]):
+            raise WeightsError(f"{source} has other numbers in {name} than every such network has; it is damaged")
 
 
 def load_into(net: nn.Module, state: Mapping[str, Tensor], source: str | Path = "the file") -> None:
@@ -160,27 +232,50 @@ def save_network(network: Network, path: Path | str) -> Path:
 
 
 def read_card(path: Path) -> dict[str, Any]:
-    """The fields of a card. Raises WeightsError when it is none."""
-    try:
-        said = json.loads(path.read_text())
-        # sections of a configuration carry the kind among the options
-        options = {name: value for name, value in (said.get("options") or {}).items() if name != "kind"}
-        return {"kind": said["kind"], **said, **({"options": options} if "options" in said else {})}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise WeightsError(f"{path} does not describe a network ({error!r}); mend or delete it") from error
+    """The fields of a card, each of its type. Raises WeightsError when it is none."""
+    said = read_json(path, "a network")
+    wrong = "it is no table" if not isinstance(said, dict) else next(_wrong_fields(said), None)
+    if wrong:
+        raise WeightsError(f"{path} does not describe a network ({wrong}); mend or delete it")
+    # sections of a configuration carry the kind among the options
+    options = {name: value for name, value in (said.get("options") or {}).items() if name != "kind"}
+    return {**said, **({"options": options} if "options" in said else {})}
+
+
+def _wrong_fields(said: dict[str, Any]) -> Iterator[str]:
+    """What a card says that is of no use, a phrase each."""
+    fields: dict[str, tuple[type, ...]] = {
+        "kind": (str,),
+        "player": (str,),
+        "role": (str,),
+        "options": (dict, type(None)),
+        "resolution": (int, type(None)),
+        "num_classes": (int,),
+        "source": (dict,),
+        "note": (str, type(None)),
+    }
+    if "kind" not in said:
+        yield "it says no kind"
+    for name, types in fields.items():
+        if name in said and type(said[name]) not in types:
+            yield f"{name} is a {type(said[name]).__name__}"
+    names = [said[name] for name in ("kind", "player", "role") if name in said]
+    names += [said["source"]["file"]] if isinstance(said.get("source"), dict) and "file" in said["source"] else []
+    if not all(map(is_name, names)) or said.get("player", PLAYERS[0]) not in PLAYERS:
+        yield "kind, player, role and file are no names"
 
 
 def with_card(state: dict[str, Tensor], card: Path) -> Network:
     """The network of tensors [...] by official name and the card beside their file.
 
-    Raises WeightsError when it is none.
+    Raises WeightsError when it is none, or where it describes sizes that no network with these tensors has.
     """
     said = read_card(card)
-    try:
-        names = {f.name for f in dataclasses.fields(Network)} - {"state"}
-        said.setdefault("player", "Generator")
-        said.setdefault("role", "D" if said["player"] == "Discriminator" else "G_ema")
-        said.setdefault("source", {"file": card.name})
-        return Network(state=state, **{name: value for name, value in said.items() if name in names})
-    except (TypeError, AttributeError) as error:
-        raise WeightsError(f"{card} does not describe a network ({error}); mend or delete it") from error
+    names = {f.name for f in dataclasses.fields(Network)} - {"state"}
+    said.setdefault("player", "Generator")
+    said.setdefault("role", "D" if said["player"] == "Discriminator" else "G_ema")
+    said.setdefault("source", {"file": card.name})
+    network = Network(state=state, **{name: value for name, value in said.items() if name in names})
+    if network.options is not None:
+        _ = network.typed_options
+    return network

@@ -11,13 +11,14 @@ from __future__ import annotations
 import io
 import pickletools
 import struct
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from sdtrain.errors import WeightsError
+from sdtrain.interop.budget import Budget, refuse
 
-MAX_OPCODES = 20_000_000
 MAX_INTEGER_BITS = 512
 # what reading a malformed file can raise inside this interpreter and its table of plain functions
 MALFORMED = (
@@ -31,6 +32,7 @@ MALFORMED = (
     struct.error,
 )
 KEY_TYPES = (str, bytes, int, float, bool, type(None))
+MAX_KEY_BITS = 60  # larger integers can be chosen so that they all hash alike, which takes a dictionary for ever
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Token:
     call: Callable[..., Any] | None = None
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Record:
     """An object that was pickled by class: its class name, constructor arguments and attributes, and no behaviour."""
 
@@ -57,10 +59,6 @@ FindGlobal = Callable[[str], Token | None]
 LoadPersistent = Callable[[Any], Any]
 
 
-def refuse(source: str, what: str) -> WeightsError:
-    return WeightsError(f"{source}: {what}; nothing of the file was run, use a file from a source you trust")
-
-
 class Machine:
     """Reads one pickle. `find` maps 'module.name' to a Token or None, `persistent` resolves storage ids.
 
@@ -68,8 +66,8 @@ class Machine:
     turns these into WeightsError.
     """
 
-    def __init__(self, source: str, find: FindGlobal, persistent: LoadPersistent | None = None):
-        self.source, self.find, self.persistent = source, find, persistent
+    def __init__(self, budget: Budget, find: FindGlobal, persistent: LoadPersistent | None = None):
+        self.budget, self.source, self.find, self.persistent = budget, budget.source, find, persistent
         self.stack: list[Any] = []
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
@@ -85,9 +83,8 @@ class Machine:
             raise refuse(self.source, f"is truncated or not a valid pickle ({error})") from error
 
     def _run(self, stream: io.BytesIO) -> Any:
-        for count, (opcode, arg, _) in enumerate(pickletools.genops(stream)):
-            if count > MAX_OPCODES:
-                raise refuse(self.source, f"has more than {MAX_OPCODES} pickle opcodes")
+        for opcode, arg, _ in pickletools.genops(stream):
+            self.budget.items(1)
             if opcode.name == "STOP":
                 return self._pop()
             self._act(opcode.name, arg)
@@ -109,6 +106,9 @@ class Machine:
     def _push_literal(self, value: Any) -> None:
         if isinstance(value, int) and value.bit_length() > MAX_INTEGER_BITS:
             raise refuse(self.source, f"holds an integer of {value.bit_length()} bits")
+        if isinstance(value, str):
+            value.encode()  # half a surrogate pair is a ValueError here, and would be one wherever it is printed
+        self.budget.text(sys.getsizeof(value))
         self.stack.append(value)
 
     def _pop(self) -> Any:
@@ -140,15 +140,13 @@ class Machine:
     def fill_dict(self, target: dict, items: list[Any]) -> None:
         """Keys and values in turn into `target`. Raises ValueError for a key of a type that names nothing."""
         for key, value in zip(items[::2], items[1::2], strict=True):
-            if not isinstance(key, KEY_TYPES):
-                raise ValueError(f"a {type(key).__name__} as dictionary key")
-            target[key] = value
+            target[checked_key(key)] = value
 
     def set_items(self, items: list[Any]) -> None:
         self.fill_dict(self._top(dict), items)
 
     def add_items(self, items: list[Any]) -> None:
-        self._top(set).update(checked_keys(items))
+        self._top(set).update(map(checked_key, items))
 
     def setitem(self, _: Any) -> None:
         value, key = self._pop(), self._pop()
@@ -194,6 +192,7 @@ class Machine:
         if not isinstance(target, Token) or target.call is None:
             name = target.name if isinstance(target, Token) else type(target).__name__
             raise refuse(self.source, f"calls {name!r}, which is not allowed")
+        self.budget.copies(args)
         self.stack.append(target.call(*args))
 
     def reduce(self, _: Any) -> None:
@@ -215,7 +214,7 @@ class Machine:
         state = self._pop()
         target = self.stack[-1]
         if isinstance(target, Record):
-            target.attributes.update(attributes_of(state))
+            target.attributes.update(attributes_of(self.budget, state))
         elif not isinstance(target, dict):
             raise ValueError(f"a state for a {type(target).__name__}")
 
@@ -226,20 +225,28 @@ class Machine:
         self.stack.append(self.persistent(self._pop()))
 
 
-def checked_keys(items: list[Any]) -> list[Any]:
-    """Members of a set, which must hash without calling anything of depth. Raises ValueError for containers."""
-    if not all(isinstance(item, KEY_TYPES) for item in items):
-        raise ValueError("a set of containers")
-    return items
+def checked_key(key: Any) -> Any:
+    """A key of a dictionary or member of a set, which must hash quickly. Raises ValueError for anything else."""
+    if not isinstance(key, KEY_TYPES) or (isinstance(key, int) and key.bit_length() > MAX_KEY_BITS):
+        raise ValueError(f"a {type(key).__name__} as key, which would be slow to find")
+    return key
 
 
-def attributes_of(state: Any) -> dict[str, Any]:
-    """The attribute dict of a pickled object state: a dict, a (dict, slots) pair, or anything else under 'state'."""
-    if isinstance(state, dict):
-        return {str(key): value for key, value in state.items()}
-    if isinstance(state, tuple) and len(state) == 2 and all(isinstance(s, (dict, type(None))) for s in state):
-        return {str(key): value for part in state if part for key, value in part.items()}
-    return {"state": state}
+def attributes_of(budget: Budget, state: Any) -> dict[str, Any]:
+    """The attribute dict of a pickled object state: a dict, a (dict, slots) pair, or anything else under 'state'.
+
+    Raises ValueError for an attribute that is not named by text, WeightsError where the budget ends.
+    """
+    parts = state if isinstance(state, tuple) and len(state) == 2 else (state,)
+    if not all(isinstance(part, (dict, type(None))) for part in parts) or state is None:
+        return {"state": state}
+    found: dict[str, Any] = {}
+    for part in parts:
+        budget.items(len(part or ()))
+        found.update(part or {})
+    if not all(isinstance(name, str) for name in found):
+        raise ValueError("an attribute without a name")
+    return found
 
 
 IGNORED = frozenset(("PROTO", "FRAME"))
@@ -264,7 +271,7 @@ ACTIONS: Mapping[str, Callable[[Machine, Any], object]] = {
     "LIST": lambda m, _: m.stack.append(m._pop_mark()),
     "TUPLE": lambda m, _: m.stack.append(tuple(m._pop_mark())),
     "DICT": Machine.make_dict,
-    "FROZENSET": lambda m, _: m.stack.append(frozenset(checked_keys(m._pop_mark()))),
+    "FROZENSET": lambda m, _: m.stack.append(frozenset(map(checked_key, m._pop_mark()))),
     "TUPLE1": lambda m, _: m.tuple_of(1),
     "TUPLE2": lambda m, _: m.tuple_of(2),
     "TUPLE3": lambda m, _: m.tuple_of(3),

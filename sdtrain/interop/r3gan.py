@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from sdtrain.errors import WeightsError
+from sdtrain.interop.budget import Budget, index_of
 from sdtrain.interop.pickle_machine import Record, Token
 from sdtrain.interop.safe_pickle import modules_of
 
@@ -58,7 +59,7 @@ def _stages(state: State, upwards: bool) -> dict[str, Any]:
     """Widths, groups, blocks and expansion, 4x4 first, from the residual blocks in the network's order."""
     blocks: dict[int, list[str]] = {}
     for found in filter(None, map(BLOCK.fullmatch, state)):
-        blocks.setdefault(int(found[2]), []).append(found[1])
+        blocks.setdefault(index_of(found[2]), []).append(found[1])
     if not blocks:
         raise WeightsError("a network that begins like R3GAN has no residual blocks; the file is damaged")
     rows = []
@@ -70,11 +71,11 @@ def _stages(state: State, upwards: bool) -> dict[str, Any]:
     return {"widths": widths, "groups": groups, "blocks": counts, "expansion": expansions[0]}
 
 
-def low_precision_res(source: str, module: Record, upwards: bool) -> int:
+def low_precision_res(budget: Budget, module: Record, upwards: bool) -> int:
     """How many highest resolutions the modules say to run in bfloat16."""
     formats = [
         record.attributes.get("DataType")
-        for name, record in modules_of(source, module)
+        for name, record in modules_of(budget, module)
         if re.fullmatch(r"Model\.MainLayers\.\d+", name)
     ]
     low = [isinstance(value, Token) and value.name == "torch.bfloat16" for value in formats]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import io
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,11 +19,10 @@ from typing import Any
 from torch import Tensor
 
 from sdtrain.errors import WeightsError
-from sdtrain.interop.pickle_machine import Machine, Record, Token, checked_keys, refuse
-from sdtrain.interop.storages import Budget, LegacyReader, ZipReader, begins_legacy, storage_token, view_of
+from sdtrain.interop.budget import Budget, is_name, open_weights, refuse
+from sdtrain.interop.pickle_machine import Machine, Record, Token, attributes_of, checked_key
+from sdtrain.interop.storages import LegacyReader, ZipReader, begins_legacy, storage_token, view_of
 
-MAX_FILE_BYTES = 16 << 30
-MAX_MODULES = 100_000
 MAX_DEPTH = 64
 
 # numpy scalars that official code leaves in attributes, by dtype code
@@ -66,6 +65,7 @@ class Content:
     tree: Any
     globals: tuple[str, ...]
     container: str  # pickle, torch-zip or torch-legacy
+    budget: Budget  # what is left of it
 
 
 def _items(items: Any) -> list[Any]:
@@ -81,12 +81,12 @@ def _dict(pairs: Any = ()) -> dict:
     made: dict = {}
     for pair in _items(pairs):
         key, value = _items(pair)
-        made[checked_keys([key])[0]] = value
+        made[checked_key(key)] = value
     return made
 
 
 def _set(items: Any = ()) -> set:
-    return set(checked_keys(_items(items)))
+    return set(map(checked_key, _items(items)))
 
 
 def _tuple(items: Any = ()) -> tuple:
@@ -99,12 +99,13 @@ def _dtype(code: Any, *_: Any) -> Record:
 
 def _scalar(dtype: Any, raw: Any = b"") -> int | float | bool:
     """A numpy scalar as a Python number."""
-    if not (isinstance(dtype, Record) and dtype.args[0] in SCALARS and isinstance(raw, bytes)):
+    code = dtype.args[0] if isinstance(dtype, Record) else None
+    if not (isinstance(code, str) and code in SCALARS and isinstance(raw, bytes)):
         raise ValueError("a numpy scalar of unknown type")
     order = dtype.attributes.get("state", (3, "<"))[1]
     if order not in ("<", "|", "="):
         raise ValueError("a big-endian numpy scalar")
-    (value,) = struct.unpack(SCALARS[dtype.args[0]], raw)
+    (value,) = struct.unpack(SCALARS[code], raw)
     return value
 
 
@@ -113,13 +114,6 @@ def _encode(text: Any, codec: Any = None) -> bytes:
     if codec != "latin1":
         raise ValueError("text in another codec than latin1")
     return text.encode("latin1")
-
-
-def _persistent(meta: Any) -> Record:
-    """StyleGAN2-ADA's form of a module: class name and attributes; its source text is dropped here."""
-    if not isinstance(meta, dict) or meta.get("type") != "class" or not isinstance(meta.get("state"), dict):
-        raise ValueError("a persistent object of unknown form")
-    return Record(PERSISTENT + str(meta.get("class_name")), (), dict(meta["state"]))
 
 
 def _first(data: Any, *_: Any) -> Any:
@@ -145,9 +139,8 @@ def class_token(name: str) -> Token | None:
 class Globals:
     """The table of one file: every global it may name, and what that becomes. Calling it may raise WeightsError."""
 
-    def __init__(self, source: str, num_bytes: int):
-        self.source = source
-        self.budget = Budget(source, 4 * num_bytes + (1 << 20))
+    def __init__(self, budget: Budget):
+        self.budget, self.source = budget, budget.source
         self.found: set[str] = set()
         self.calls: dict[str, Callable[..., Any]] = {
             "collections.OrderedDict": _dict,
@@ -164,7 +157,7 @@ class Globals:
             "torch._utils._rebuild_parameter": _first,
             "torch._utils._rebuild_tensor_v2": lambda *args: view_of(self.budget, *args[:4]),
             "torch.storage._load_from_bytes": self._blob,
-            "torch_utils.persistence._reconstruct_persistent_obj": _persistent,
+            "torch_utils.persistence._reconstruct_persistent_obj": self._persistent,
         }
 
     def __call__(self, name: str) -> Token | None:
@@ -177,71 +170,103 @@ class Globals:
             return Token(name, self.calls[name])
         return Token(name) if name in DTYPES else storage_token(name) or class_token(name)
 
+    def _persistent(self, meta: Any) -> Record:
+        """StyleGAN2-ADA's form of a module: class name and attributes; its source text is dropped here."""
+        if not isinstance(meta, dict) or meta.get("type") != "class" or not isinstance(meta.get("state"), dict):
+            raise ValueError("a persistent object of unknown form")
+        if not is_name(meta.get("class_name")):
+            raise ValueError("a persistent object without the name of its class")
+        return Record(PERSISTENT + meta["class_name"], (), attributes_of(self.budget, meta["state"]))
+
     def _blob(self, data: Any) -> Any:
         """An inner torch blob. It may name storage types and nothing else, so blobs do not nest."""
         if not isinstance(data, bytes):
             raise ValueError("an inner torch blob that is not bytes")
-        tree, found = LegacyReader(f"{self.source} (inner torch blob)", data, storage_token).load()
+        tree, found = LegacyReader(self.budget, data, storage_token, " (inner torch blob)").load()
         self.found |= found
         return tree
 
 
 def read_checkpoint(path: Path | str) -> Content:
     """The content of a .pkl, .pt or .pth file. Raises WeightsError when it is missing, damaged or hostile."""
-    path = Path(path)
-    try:
-        size = path.stat().st_size
-        if size > MAX_FILE_BYTES:
-            raise refuse(str(path), f"has {size} bytes, more than any known checkpoint")
-        data = path.read_bytes()
-    except OSError as error:
-        raise WeightsError(f"{path}: cannot be read ({error.strerror}); give an existing file") from error
-    return read_bytes(str(path), data)
+    file, size = open_weights(Path(path))
+    with file:
+        return read_bytes(str(path), file.read(size))
 
 
 def read_bytes(source: str, data: bytes) -> Content:
     """`read_checkpoint` of a file's content; `source` names it in messages. Raises WeightsError."""
-    table = Globals(source, len(data))
+    budget = Budget(source, len(data))
+    table = Globals(budget)
     if not data:
         raise refuse(source, "is empty")
     if data[:4] == b"PK\x03\x04":
-        (tree, found), container = ZipReader(source, data, table).load(), "torch-zip"
+        (tree, found), container = ZipReader(budget, data, table).load(), "torch-zip"
     elif begins_legacy(data):
-        (tree, found), container = LegacyReader(source, data, table).load(), "torch-legacy"
+        (tree, found), container = LegacyReader(budget, data, table).load(), "torch-legacy"
     else:
-        machine = Machine(source, table)
+        machine = Machine(budget, table)
         stream = io.BytesIO(data)
         tree, found, container = machine.load(stream), machine.globals, "pickle"
         if stream.read(1):
             raise refuse(source, "has data behind its end")
-    return Content(tree, tuple(sorted(found | table.found)), container)
+    return Content(tree, tuple(sorted(found | table.found)), container, budget)
 
 
-def modules_of(source: str, root: Record) -> Iterator[tuple[str, Record]]:
+def modules_of(budget: Budget, root: Record) -> Iterator[tuple[str, Record]]:
     """(dotted name, record) of a module and all below it, in state-dict order. Raises WeightsError for cycles."""
     waiting = [("", root, 0)]
-    for _ in range(MAX_MODULES):
-        if not waiting:
-            return
+    while waiting:
         name, module, depth = waiting.pop()
         if depth > MAX_DEPTH:
-            raise refuse(source, "nests modules too deeply")
+            raise refuse(budget.source, "nests modules too deeply")
         yield name, module
-        children = module.attributes.get("_modules") or {}
-        if not isinstance(children, dict):
-            raise refuse(source, f"has a module {name!r} without a list of children")
-        below = [(f"{name}.{key}" if name else str(key), child, depth + 1) for key, child in children.items()]
-        waiting += [entry for entry in reversed(below) if isinstance(entry[1], Record)]
-    raise refuse(source, f"has more than {MAX_MODULES} modules")
+        below = [
+            (below_name(budget, name, key), child, depth + 1)
+            for key, child in part_of(budget, module, "_modules").items()
+            if isinstance(child, Record)
+        ]
+        waiting += reversed(below)
 
 
-def state_of(source: str, root: Record) -> dict[str, Tensor]:
-    """The state dict a module record would have: parameters and persistent buffers by dotted name."""
+def part_of(budget: Budget, module: Record, group: str) -> dict[str, Any]:
+    """The children, parameters or buffers of a module, {} where it has none. Raises WeightsError for a wrong form."""
+    found = module.attributes.get(group)
+    if not isinstance(found, (dict, type(None))):
+        raise refuse(budget.source, f"has a module whose {group} are a {type(found).__name__}")
+    budget.items(1 + len(found or ()))
+    return found or {}
+
+
+def below_name(budget: Budget, above: str, key: Any) -> str:
+    """The dotted name of a part of a module. Raises WeightsError for one that no network has."""
+    name = f"{above}.{key}" if above else key
+    if not is_name(key) or not is_name(name):
+        raise refuse(budget.source, f"has a part of {above or 'a network'} with an unusable name")
+    budget.text(len(name))
+    return name
+
+
+def state_of(budget: Budget, root: Record) -> dict[str, Tensor]:
+    """The state dict a module record would have: parameters and persistent buffers by dotted name.
+
+    Raises WeightsError for modules of a wrong form, and where they are shared so often that the budget ends.
+    """
     state: dict[str, Tensor] = {}
-    for name, module in modules_of(source, root):
+    for name, module in modules_of(budget, root):
         hidden = module.attributes.get("_non_persistent_buffers_set") or ()
+        hidden = hidden if isinstance(hidden, (set, frozenset)) else set()
         for group in ("_parameters", "_buffers"):
-            for key, value in dict(module.attributes.get(group) or {}).items():
+            for key, value in part_of(budget, module, group).items():
                 if isinstance(value, Tensor) and key not in hidden:
-                    state[f"{name}.{key}" if name else str(key)] = value
+                    state[below_name(budget, name, key)] = value
+    return state
+
+
+def named_tensors(source: str, found: Mapping[Any, Any]) -> dict[str, Tensor]:
+    """The tensors of a table, by name. Raises WeightsError for a name that no network has."""
+    state = {name: value for name, value in found.items() if isinstance(value, Tensor)}
+    odd = next((name for name in state if not is_name(name)), None)
+    if odd is not None:
+        raise refuse(source, f"has a tensor with the unusable name {odd!r:.99}")
     return state

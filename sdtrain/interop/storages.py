@@ -13,11 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdtrain.interop.pickle_machine import FindGlobal, Machine, Token, refuse
+from sdtrain.errors import WeightsError
+from sdtrain.interop.budget import Budget, refuse
+from sdtrain.interop.pickle_machine import MALFORMED, FindGlobal, Machine, Token
 
 MAGIC = 0x1950A86A20F9469CFC6C
 PROTOCOL = 1001
 MAX_DIMS = 16
+# an end record with lies about offsets and lengths ends in any of these
+DAMAGED_ZIP = (*MALFORMED, zipfile.BadZipFile, EOFError, OSError)
 STORAGE_DTYPES = {
     "FloatStorage": torch.float32,
     "DoubleStorage": torch.float64,
@@ -39,23 +43,6 @@ class Storage:
     data: Tensor
 
 
-@dataclass
-class Budget:
-    """Bytes that the views of one file may have in all: a small file must not name a storage a million times.
-
-    `spend` raises WeightsError beyond that.
-    """
-
-    source: str
-    left: int
-
-    def spend(self, num_bytes: int) -> None:
-        """Raises WeightsError when less than `num_bytes` are left."""
-        self.left -= num_bytes
-        if self.left < 0:
-            raise refuse(self.source, "describes far more tensor data than it holds")
-
-
 def storage_token(name: str) -> Token | None:
     """'torch.FloatStorage' and its like as inert tokens."""
     module, _, kind = name.rpartition(".")
@@ -67,12 +54,12 @@ def view_of(budget: Budget, storage: Any, offset: Any, size: Any, stride: Any) -
     if not isinstance(storage, Storage) or type(size) is not tuple or type(stride) is not tuple or len(size) > MAX_DIMS:
         raise refuse(budget.source, "describes a tensor by something else than a storage and sizes")
     if len(size) != len(stride) or not all(type(n) is int and n >= 0 for n in (offset, *size, *stride)):
-        raise refuse(budget.source, f"describes a tensor of shape {size} with strides {stride}")
+        raise refuse(budget.source, "describes a tensor by an offset, shape and strides that are no whole numbers")
     numel, held = math.prod(size), storage.data.numel()
     last = offset + sum((n - 1) * step for n, step in zip(size, stride))
     if numel and (numel > held or last >= held):
         raise refuse(budget.source, f"describes a tensor of shape {tuple(size)} in a storage of {held} numbers")
-    budget.spend(numel * storage.data.element_size())
+    budget.views(numel * storage.data.element_size())
     return storage.data.as_strided(tuple(size), tuple(stride), offset) if numel else storage.data.new_empty(size)
 
 
@@ -101,8 +88,9 @@ def begins_legacy(data: bytes) -> bool:
 class LegacyReader:
     """A pre-1.6 torch.save stream: four pickles, the list of storage keys, then each storage's length and numbers."""
 
-    def __init__(self, source: str, data: bytes, find: FindGlobal):
-        self.source, self.find, self.stream = source, find, io.BytesIO(data)
+    def __init__(self, budget: Budget, data: bytes, find: FindGlobal, inside: str = ""):
+        """`inside` says in messages where in the file this stream is."""
+        self.budget, self.source, self.find, self.stream = budget, budget.source + inside, find, io.BytesIO(data)
         self.left = len(data)
         self.storages: dict[str, Storage] = {}
 
@@ -113,17 +101,17 @@ class LegacyReader:
         info = self._plain()
         if isinstance(info, dict) and info.get("little_endian") is False:
             raise refuse(self.source, "was written on a big-endian machine")
-        machine = Machine(self.source, self.find, self._storage)
+        machine = Machine(self.budget, self.find, self._storage)
         tree = machine.load(self.stream)
         keys = self._plain()
-        if not isinstance(keys, list) or set(map(str, keys)) != set(self.storages):
+        if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys) or {*keys} != {*self.storages}:
             raise refuse(self.source, "lists other storages than it uses")
         for key in keys:
-            self._fill(self.storages[str(key)])
+            self._fill(self.storages[key])
         return tree, machine.globals
 
     def _plain(self) -> Any:
-        return Machine(self.source, lambda name: None).load(self.stream)
+        return Machine(self.budget, lambda name: None).load(self.stream)
 
     def _storage(self, pid: Any) -> Storage:
         dtype, key, numel = storage_id(self.source, pid)
@@ -177,26 +165,29 @@ def checked_members(source: str, archive: zipfile.ZipFile, total_bytes: int) -> 
 class ZipReader:
     """A torch.save zip: data.pkl, and one uncompressed member data/KEY per storage."""
 
-    def __init__(self, source: str, data: bytes, find: FindGlobal):
-        self.source, self.find, self.size = source, find, len(data)
+    def __init__(self, budget: Budget, data: bytes, find: FindGlobal):
+        """Raises WeightsError for a zip that is damaged or that torch would not write."""
+        self.budget, self.source, self.find = budget, budget.source, find
         try:
             self.archive = zipfile.ZipFile(io.BytesIO(data))
-            self.members = checked_members(source, self.archive, self.size)
-        except (zipfile.BadZipFile, struct.error, OSError, NotImplementedError, UnicodeError) as error:
-            raise refuse(source, f"is a damaged zip ({error})") from error
+            self.members = checked_members(self.source, self.archive, len(data))
+        except WeightsError:
+            raise
+        except DAMAGED_ZIP as error:
+            raise refuse(self.source, f"is a damaged zip ({error})") from error
         self.storages: dict[str, Storage] = {}
 
     def load(self) -> tuple[Any, set[str]]:
         """(object, globals it named). Raises WeightsError for a file that is damaged or hostile."""
         if "byteorder" in self.members and self._read("byteorder") != b"little":
             raise refuse(self.source, "was written on a big-endian machine")
-        machine = Machine(self.source, self.find, self._storage)
+        machine = Machine(self.budget, self.find, self._storage)
         return machine.load(io.BytesIO(self._read("data.pkl"))), machine.globals
 
     def _read(self, name: str) -> bytes:
         try:
             return self.archive.read(self.members[name])
-        except (KeyError, zipfile.BadZipFile, EOFError, OSError, RuntimeError, struct.error) as error:
+        except DAMAGED_ZIP as error:
             raise refuse(self.source, f"is a damaged or truncated zip (member {name!r})") from error
 
     def _storage(self, pid: Any) -> Storage:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sdtrain.errors import WeightsError
+from sdtrain.interop.budget import index_of
 
 State = Mapping[str, Tensor]
 SPANDREL_GROWTH = 32
@@ -20,7 +21,7 @@ NOT_IN_FILES = {"skip_connection", "act_type", "factor_max", "stddev_group"}
 
 
 def _count(state: State, prefix: str) -> int:
-    return 1 + max(int(name[len(prefix) :].split(".")[0]) for name in state if name.startswith(prefix))
+    return 1 + max(index_of(name[len(prefix) :].split(".")[0]) for name in state if name.startswith(prefix))
 
 
 def rrdbnet(state: State) -> dict[str, Any]:
@@ -101,7 +102,7 @@ def same_option(name: str, has: Any, wants: Any) -> bool:
 
 def from_old_esrgan(state: State) -> dict[str, Tensor]:
     """Translate `model.1.sub.B.RDBr.convI.0` and its fellows into RRDBNet's names; WeightsError for anything but x4."""
-    blocks = [int(name.split(".")[3]) for name in state if name.startswith("model.1.sub.") and name.count(".") > 4]
+    blocks = [index_of(name.split(".")[3]) for name in state if name.startswith("model.1.sub.") and name.count(".") > 4]
     if not blocks or "model.10.weight" not in state:
         raise WeightsError(
             "an old ESRGAN file of another scale than 4 cannot be translated; convert it where it was made"

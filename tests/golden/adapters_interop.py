@@ -34,9 +34,10 @@ def _states(case: Case, snapshot: str) -> Iterator[tuple]:
     from sdtrain.interop.pickle_machine import Record
     from sdtrain.interop.safe_pickle import read_checkpoint, state_of
 
-    tree = read_checkpoint(case.folder / snapshot).tree
+    content = read_checkpoint(case.folder / snapshot)
+    tree = content.tree
     for role, wanted in case.entry["state_sha256_16"].items():
-        got = digests(state_of(snapshot, tree[role])) if isinstance(tree[role], Record) else {}
+        got = digests(state_of(content.budget, tree[role])) if isinstance(tree[role], Record) else {}
         wrong = [name for name in {*wanted, *got} if wanted.get(name) != got.get(name)]
         yield f"{role}: tensors that differ", len(wrong), 0, 0.0
     yield "nothing ran", nothing_ran(), True, 0.0

@@ -345,30 +345,37 @@ def _translated(kwargs: Mapping[str, Any], names: Mapping[str, str], what: str) 
     return done
 
 
-def generator_from_official(kwargs: Mapping[str, Any], **override: Any) -> Generator:
-    """An untrained Generator of the architecture that official constructor arguments describe (`_init_kwargs`).
+def official_generator_options(kwargs: Mapping[str, Any], **override: Any) -> dict[str, Any]:
+    """Fields of GeneratorOptions that official constructor arguments (`_init_kwargs`) say, unchecked.
 
-    `override` replaces fields of GeneratorOptions, for instance num_low_precision_res=0 to stay in float32. Raises
-    ConfigError for an argument that has no counterpart here.
+    `override` replaces some, for instance num_low_precision_res=0 to stay in float32. Raises ConfigError for an
+    argument that has no counterpart here, KeyError or TypeError where one is missing or of a wrong form.
     """
     flat = {**kwargs.get("mapping_kwargs", {}), **kwargs.get("synthesis_kwargs", {})}
     own = _translated(flat, _GENERATOR_NAMES, "generator")
     sizes = {"z_dim": kwargs["z_dim"], "w_dim": kwargs["w_dim"], "img_channels": kwargs.get("img_channels", 3)}
-    options = GeneratorOptions(**{**own, **sizes, **override})
-    return Generator(options, resolution=kwargs["img_resolution"], num_classes=kwargs["c_dim"])
+    return {**own, **sizes, **override}
 
 
-def discriminator_from_official(kwargs: Mapping[str, Any], **override: Any) -> Discriminator:
-    """An untrained Discriminator of the architecture that official constructor arguments describe (`_init_kwargs`).
-
-    Raises ConfigError for an argument that has no counterpart here.
-    """
+def official_discriminator_options(kwargs: Mapping[str, Any], **override: Any) -> dict[str, Any]:
+    """Fields of DiscriminatorOptions, as `official_generator_options` has them of the generator; raises the same."""
     nested = ("block_kwargs", "mapping_kwargs", "epilogue_kwargs")
     flat = {k: v for k, v in kwargs.items() if k not in (*nested, "c_dim", "img_resolution", "img_channels")}
     for name in nested:
         flat.update(kwargs.get(name, {}))
     own = _translated(flat, _DISCRIMINATOR_NAMES, "discriminator")
-    options = DiscriminatorOptions(**{**own, "img_channels": kwargs.get("img_channels", 3), **override})
+    return {**own, "img_channels": kwargs.get("img_channels", 3), **override}
+
+
+def generator_from_official(kwargs: Mapping[str, Any], **override: Any) -> Generator:
+    """An untrained Generator of the architecture that official constructor arguments describe; raises as above."""
+    options = GeneratorOptions(**official_generator_options(kwargs, **override))
+    return Generator(options, resolution=kwargs["img_resolution"], num_classes=kwargs["c_dim"])
+
+
+def discriminator_from_official(kwargs: Mapping[str, Any], **override: Any) -> Discriminator:
+    """An untrained Discriminator of the architecture that official constructor arguments describe; raises as above."""
+    options = DiscriminatorOptions(**official_discriminator_options(kwargs, **override))
     return Discriminator(options, resolution=kwargs["img_resolution"], num_classes=kwargs["c_dim"])
 
 
