@@ -191,7 +191,11 @@ def read_checkpoint(path: Path | str) -> Content:
     """The content of a .pkl, .pt or .pth file. Raises WeightsError when it is missing, damaged or hostile."""
     file, size = open_weights(Path(path))
     with file:
-        return read_bytes(str(path), file.read(size))
+        try:
+            data = file.read(size)
+        except OSError as error:
+            raise WeightsError(f"{path}: cannot be read ({error.strerror}); copy it again") from error
+    return read_bytes(str(path), data)
 
 
 def read_bytes(source: str, data: bytes) -> Content:

@@ -23,7 +23,7 @@ def read_header(path: Path) -> dict[str, Any]:
     with file:
         try:
             return _checked(*_parsed(file, size))
-        except (ValueError, TypeError, KeyError, ArithmeticError, RecursionError) as error:
+        except (OSError, ValueError, TypeError, KeyError, ArithmeticError, RecursionError) as error:
             raise WeightsError(f"{path} is no complete safetensors file ({quoted(error)}); copy it again") from error
 
 
@@ -75,7 +75,7 @@ def read_json(path: Path, what: str) -> Any:
             value = json.loads(file.read(size))
             require_depth(value, MAX_CARD_DEPTH)
             return value
-        except (ValueError, RecursionError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise WeightsError(f"{path} does not describe {what} ({quoted(error)}); mend or delete it") from error
 
 
