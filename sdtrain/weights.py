@@ -193,7 +193,9 @@ def _read(name: str, path: Path) -> dict[str, Tensor]:
     from sdtrain.interop.safe_pickle import named_tensors, read_checkpoint
 
     try:
-        if path.suffix == ".safetensors":
+        with path.open("rb") as file:
+            pickled = file.read(2) in (b"PK", b"\x80\x02")  # the content decides, not the ending
+        if not pickled:
             return read_tensors(path)
         content = read_checkpoint(path).tree
         for _ in range(MAX_WRAPPERS):
@@ -201,10 +203,11 @@ def _read(name: str, path: Path) -> dict[str, Tensor]:
             content = content if inner is None else content[inner]
         if isinstance(content, dict):
             return named_tensors(str(path), content)
-    except WeightsError as error:
+    except (WeightsError, OSError) as error:
+        reason = str(error).removeprefix(f"{path}: ").removeprefix(f"{path} ")
         raise WeightsError(
-            f"{path} cannot be read as {name} weights ({error}); it is damaged or holds more than tensors. "
-            f"Delete it and run `sdtrain fetch-weights {name}`, or copy it again."
+            f"{path} cannot be read as {name} weights ({reason}); it is damaged or holds more than "
+            f"tensors. Delete it and run `sdtrain fetch-weights {name}`, or copy it again."
         ) from error
     raise WeightsError(
         f"{path} holds a {type(content).__name__}, not a table of tensors; give a state dict for {name}."

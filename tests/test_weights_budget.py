@@ -15,7 +15,7 @@ import torch
 from fuzz.weights import golden, header_of, packed_int, packed_text, tiny_networks, with_header
 from safetensors.torch import load, save
 
-from sdtrain.commands.importing import inspected
+from sdtrain.commands.importing import import_file, inspected
 from sdtrain.errors import WeightsError
 from sdtrain.interop.architectures import NETWORKS, recognise
 from sdtrain.interop.loading import load_network
@@ -63,6 +63,19 @@ def test_values_that_are_slow_to_look_at_are_refused_unseen(body):
     with pytest.raises(WeightsError, match="nothing of the file was run") as caught:
         read_bytes("hostile", pickled(body))
     assert len(str(caught.value)) < 1000
+
+
+def test_what_an_inspection_prints_has_no_control_characters_and_any_key_will_do(tmp_path):
+    named = b"\x93".join((packed_text("torch.nn.modules.\x1b[2J") + packed_text("Linear"), b")\x81"))
+    with pytest.raises(WeightsError, match="wants the global"):
+        read_bytes("hostile", pickled(named))
+    data = golden("sdgan/sg2_snapshot.pkl")
+    assert data.endswith(b"u.")
+    odd = packed_text("\x1b[2J") + b"N" + b"NN" + b"C\x01aN" + b"K\x05N"
+    (tmp_path / "a.pkl").write_bytes(data[:-2] + odd + b"u.")
+    shown = "\n".join(inspected(tmp_path / "a.pkl", {}))
+    assert "\x1b" not in shown and "what        StyleGAN2-ADA snapshot" in shown
+    assert len(list(import_file(tmp_path / "a.pkl", tmp_path / "out"))) == 3
 
 
 def network(kind: str, player: str = "Generator") -> tuple[dict, bytes]:

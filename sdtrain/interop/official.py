@@ -83,7 +83,7 @@ def _snapshot(
     networks = {
         role: read(role, module, content.budget, source, options, resolution) for role, module in modules.items()
     }
-    extras = {name: plain(value) for name, value in content.tree.items() if name not in MODULE_ROLES}
+    extras = {quoted(name): plain(value) for name, value in content.tree.items() if name not in MODULE_ROLES}
     pipe = content.tree.get("augment_pipe")
     if isinstance(pipe, Record):
         extras["augment_pipe"] = plain(pipe.attributes.get("_init_kwargs", {}))

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sdtrain.errors import WeightsError
-from sdtrain.interop.budget import Budget, refuse
+from sdtrain.interop.budget import Budget, is_name, refuse
 
 MAX_INTEGER_BITS = 512
 # what reading a malformed file can raise inside this interpreter and its table of plain functions
@@ -175,7 +175,7 @@ class Machine:
         """Push the token of 'module.name'. Raises WeightsError for one that is not known."""
         self.globals.add(name)
         token = self.find(name)
-        if token is None:
+        if token is None or not is_name(name):
             raise refuse(self.source, f"wants the global {name!r}, which no known checkpoint needs")
         self.stack.append(token)
 
