@@ -162,12 +162,12 @@ def _reason(error: Exception) -> str:
 
 def _num_pixels(path: Path) -> int:
     """From the header, for the progress bar; 0 for a file that will be refused."""
-    from PIL import Image
+    from sdtrain.data.read.images import ImageRejected, size_of_image
 
     try:
-        with Image.open(path) as image:
-            return image.width * image.height
-    except Exception:  # the reader that decides says why; here only the estimate suffers
+        width, height = size_of_image(path)
+        return width * height
+    except (ImageRejected, OSError):  # the reader that decides says why; here only the estimate suffers
         return 0
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sdtrain.errors import DataError
+from sdtrain.files import sha256_of_file
 
 
 @dataclass(frozen=True)
@@ -83,16 +84,23 @@ def _read(images: ImageFolder, i: int) -> Tensor:
 def _hash(folder: Path, files: tuple[Path, ...]) -> str:
     digest = hashlib.sha256()
     for path in files:
-        digest.update(str(path.relative_to(folder)).encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+        digest.update(str(path.relative_to(folder)).encode() + b"\0" + bytes.fromhex(_sha256(path)))
     return digest.hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    try:
+        return sha256_of_file(path)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}); delete or replace it.") from None
 
 
 def _resolution(files: tuple[Path, ...]) -> int | None:
     """The side of the first image; the others are checked when they are read."""
-    from PIL import Image
+    from sdtrain.data.read.images import ImageRejected, size_of_image
 
     try:
-        with Image.open(files[0]) as picture:
-            return picture.width if picture.width == picture.height else None
-    except OSError as error:
+        width, height = size_of_image(files[0])
+        return width if width == height else None
+    except (OSError, ImageRejected) as error:
         raise DataError(f"{files[0]} cannot be read ({error}); delete or replace it.") from None

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
-from sdtrain.data.pack.sources import SourceReader, list_source
+from sdtrain.data.pack.sources import SourceFile, SourceReader, list_source
 from sdtrain.data.read.images import ImageRejected, decode_image
 from sdtrain.errors import EXIT_OK, EXIT_USER_ERROR, DataError, UserError
 from sdtrain.files import write_bytes
@@ -71,13 +71,12 @@ def _table(path: Path, columns: int) -> list[list[str]]:
 def large_enough(source: Path, min_side: int) -> list[str]:
     """Names of the usable images of a folder or zip whose sides are at least `min_side` pixels."""
     reader = SourceReader(source)
-    names = [file.name for file in list_source(source)]
-    return [name for name in names if min_side == 0 or _short_side(reader.read(name)) >= min_side]
+    return [file.name for file in list_source(source) if min_side == 0 or _short_side(reader, file) >= min_side]
 
 
-def _short_side(data: bytes) -> int:
+def _short_side(reader: SourceReader, file: SourceFile) -> int:
     try:
-        return min(decode_image(data)[0].size)
+        return min(decode_image(reader.read(file.name))[0].size)
     except ImageRejected:
         return 0
 
