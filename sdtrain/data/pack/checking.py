@@ -23,9 +23,9 @@ from sdtrain.data.pack.agreement import (
 )
 from sdtrain.data.pack.packing import start_worker
 from sdtrain.data.read import remote
-from sdtrain.data.read.budget import PictureLimits
+from sdtrain.data.read.budget import LIMITS, PictureLimits
 from sdtrain.data.read.dataset import PROBES, common_side, packed_folder, read_at
-from sdtrain.data.read.images import LIMITS, ImageRejected, decode_image, refuse_bytes
+from sdtrain.data.read.images import ImageRejected, decode_image, refuse_bytes
 from sdtrain.data.read.index import Sample, label_of, samples_of
 from sdtrain.data.read.manifest import read_manifest
 from sdtrain.data.read.patterns import expand
@@ -72,7 +72,8 @@ def check_source(
     if folder:
         whole = {task.name: samples for task, (samples, found) in zip(tasks, results, strict=True) if not found}
         findings.extend(manifest_findings(manifest))
-        findings.extend(index_findings(folder, manifest, whole))
+        sizes = {task.name: os.path.getsize(task.path) for task in tasks if task.name in whole}
+        findings.extend(index_findings(folder, manifest, whole, sizes))
     samples = [(task.name, sample) for task, (found, _) in zip(tasks, results, strict=True) for sample in found]
     if side := resolution or (manifest["resolution"] if folder else _side_of_first(samples)):
         findings.extend(size_findings(samples, side))

@@ -28,8 +28,9 @@ from typing import Any
 
 from sdtrain.data.pack.shaping import Shape, key_of, pieces
 from sdtrain.data.pack.sources import SourceFile, SourceReader
+from sdtrain.data.read.budget import LIMITS
 from sdtrain.data.read.dataset import dataset_of, refuse_empty
-from sdtrain.data.read.images import LIMITS, ImageRejected, hush
+from sdtrain.data.read.images import ImageRejected, hush
 from sdtrain.data.read.index import INDEX_NAME, build_index
 from sdtrain.data.read.manifest import MANIFEST_NAME, hash_of, is_plain_name, read_json, read_manifest
 from sdtrain.data.read.remote import default_cache, verified
@@ -279,8 +280,8 @@ def reindex(folder: Path) -> tuple[dict[str, Any], list[tuple[str, str, str]]]:
         {"name": name, "size": os.path.getsize(path), "sha256": sha256_of_file(path), "count": count}
         for name, path, count in zip(names, paths, counts, strict=True)
     ]
-    label_names = old.get("label_names") or found.label_names
-    resolution = old.get("resolution") or found.resolution
+    label_names = max(old.get("label_names", ()), found.label_names, key=len)
+    resolution = found.resolution or old.get("resolution")
     kept = {key: old[key] for key in ("label_counts", "pack", "converted", "rejected") if key in old}
     manifest = manifest_of(shards, resolution, label_names) | kept
     index.save(folder / INDEX_NAME)

@@ -70,4 +70,4 @@ def _cure(kind: str) -> str:
 
 def _example(pair: Sequence[str]) -> str:
     detail = pair[1].partition(":")[2].partition("(")[0].strip()
-    return printable(f"{pair[0]}: {detail}" if detail else pair[0])
+    return printable(f"{pair[0]}: {detail}" if detail else pair[0])[:300]

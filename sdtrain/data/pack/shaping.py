@@ -10,8 +10,8 @@ from pathlib import PurePosixPath
 
 from PIL import Image
 
-from sdtrain.data.read.budget import PictureLimits
-from sdtrain.data.read.images import LIMITS, ImageRejected, decode_image
+from sdtrain.data.read.budget import LIMITS, PictureLimits
+from sdtrain.data.read.images import ImageRejected, decode_image
 
 # All of Pillow's filters widen with the reduction (they antialias); "nearest" does not.
 FILTERS = {

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from sdtrain.data.read.budget import LIST_BYTES, PictureLimits, read_within
-from sdtrain.data.read.images import LIMITS, ImageRejected, is_image_name, read_file, refuse_bytes
+from sdtrain.data.read.budget import LIMITS, LIST_BYTES, PictureLimits, read_within
+from sdtrain.data.read.images import ImageRejected, is_image_name, read_file, refuse_bytes
 from sdtrain.data.read.tars import printable
 from sdtrain.errors import DataError
 
@@ -50,7 +50,7 @@ def _folder_files(folder: Path) -> list[SourceFile]:
 
 def _zip_files(path: Path) -> list[SourceFile]:
     with open_zip(path) as archive:
-        entries = [entry for entry in archive.infolist() if not entry.is_dir() and is_image_name(entry.filename)]
+        entries = [entry for entry in archive.infolist() if is_image_name(entry.filename)]
     return [SourceFile(entry.filename, entry.file_size) for entry in entries]
 
 
@@ -124,7 +124,7 @@ def _all_found(names: set[str], files: Sequence[SourceFile], path: str) -> None:
     known = {f.name for f in files} | {PurePosixPath(f.name).name for f in files}
     missing = sorted(names - known)
     if missing:
-        shown = ", ".join(missing[:3])
+        shown = ", ".join(printable(name[:80]) for name in missing[:3])
         raise DataError(
             f"list {path} names {len(missing)} files that the source lacks ({shown}); names are paths inside it"
         )

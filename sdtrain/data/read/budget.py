@@ -55,6 +55,9 @@ class PictureLimits:
         return self.megabytes * MB
 
 
+LIMITS = PictureLimits()
+
+
 class TooSlow(BaseException):
     """The time of a `within` block is up. No Exception, so that no library takes it for one of its own."""
 
@@ -78,6 +81,15 @@ def within(seconds: float) -> Iterator[None]:
 
 def _time_is_up(*_: object) -> None:
     raise TooSlow
+
+
+def available_bytes() -> int:
+    """Memory that a process can still get, by Linux's own estimate; elsewhere as much as it likes."""
+    try:
+        with open("/proc/meminfo") as file:
+            return next(int(line.split()[1]) << 10 for line in file if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return 1 << 62
 
 
 def read_within(path: str | Path, limit: int) -> bytes:

@@ -7,6 +7,7 @@ headers; the index is kept beside them or in the cache.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Iterable, Sequence
@@ -17,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from sdtrain.data.read import remote
-from sdtrain.data.read.budget import INDEX_BYTES, JSON_BYTES, PictureLimits
-from sdtrain.data.read.images import LIMITS, ImageRejected, decode_image, refuse_bytes
+from sdtrain.data.read.budget import INDEX_BYTES, JSON_BYTES, LIMITS, PictureLimits
+from sdtrain.data.read.images import ImageRejected, decode_image, refuse_bytes
 from sdtrain.data.read.index import INDEX_NAME, Index, build_index, load_index
 from sdtrain.data.read.manifest import MANIFEST_NAME, read_manifest
 from sdtrain.data.read.patterns import expand
@@ -247,11 +248,12 @@ def _loose_index(
     shards: list[str], cache: Path, keep_index: bool, allow_pipe: bool
 ) -> tuple[Index, list[tuple[str, str, str]]]:
     paths = [remote.fetch(s, cache, allow_pipe=allow_pipe) if remote.is_remote(s) else Path(s) for s in shards]
-    places = _index_places(paths, cache)
+    places, names = _index_places(paths, cache), [os.path.basename(s) for s in shards]
     for kept in places:
-        if kept.is_file():
-            return load_index(kept), []
-    index, damage = build_index(paths, [os.path.basename(s) for s in shards])
+        with contextlib.suppress(DataError):  # a damaged one is made again
+            if kept.is_file() and (index := load_index(kept)).shards.tolist() == names:
+                return index, []
+    index, damage = build_index(paths, names)
     if keep_index and not damage:
         _keep_index(index, places)
     return index, damage

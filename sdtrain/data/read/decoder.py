@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from sdtrain.data.read.budget import DOWNLOAD_BYTES, PictureLimits
-from sdtrain.data.read.images import LIMITS, ImageRejected, decode_image, refuse_bytes
+from sdtrain.data.read.budget import DOWNLOAD_BYTES, LIMITS, PictureLimits
+from sdtrain.data.read.images import ImageRejected, decode_image, refuse_bytes
 from sdtrain.data.read.remote import fetch, is_remote
 from sdtrain.errors import DataError
 from sdtrain.files import open_regular

@@ -39,12 +39,16 @@ class Watch:
         self._begun, self._done = time.monotonic(), threading.Event()
         threading.Thread(target=self._run, daemon=True).start()
 
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._begun
+
     def stop(self) -> None:
         self._done.set()
 
     def _run(self) -> None:
         while not self._done.wait(WATCH_SEC):
-            if time.monotonic() - self._begun > DOWNLOAD_SEC + self.num_bytes / SLOWEST:
+            if self.seconds > DOWNLOAD_SEC + self.num_bytes / SLOWEST:
                 self.is_over = True
                 for one in self.sockets:
                     _end(one)
@@ -58,7 +62,7 @@ def _end(one: socket.socket) -> None:
 
 
 def http_chunks(url: str) -> Iterator[bytes]:
-    """Raises OSError or HTTPException when it ends early, is too slow, or is anything but a plain answer."""
+    """Raises OSError when it ends early, is too slow, or is anything but a plain answer."""
     with _watched() as watch, _opened(url, watch) as answer:
         announced = answer.headers.get("Content-Length")
         while chunk := answer.read1(CHUNK):
@@ -73,12 +77,12 @@ def _watched() -> Iterator[Watch]:
     watch = Watch()
     try:
         yield watch
-    except Exception:
+    except Exception as error:  # http.client raises many types on hostile answers
         if watch.is_over:
-            raise OSError(
-                f"{watch.num_bytes} bytes in {time.monotonic() - watch._begun:.0f} s are too slow"
-            ) from None
-        raise
+            raise OSError(f"too slow: {watch.num_bytes} bytes in {watch.seconds:.0f} s") from None
+        if isinstance(error, OSError):
+            raise
+        raise OSError(str(error) or type(error).__name__) from None
     finally:
         watch.stop()
 

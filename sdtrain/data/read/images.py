@@ -28,9 +28,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from sdtrain.data.read.budget import PAGES, SCANS, PictureLimits, TooSlow, read_within, within
+from sdtrain.data.read.budget import LIMITS, PAGES, SCANS, PictureLimits, TooSlow, read_within, within
 
-LIMITS = PictureLimits()
 MAX_PIXELS = LIMITS.pixels
 MIN_SIDE = 4
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from sdtrain.data.read.budget import PictureLimits
-from sdtrain.data.read.images import LIMITS, decode_image, read_file
+from sdtrain.data.read.budget import LIMITS, PictureLimits
+from sdtrain.data.read.images import decode_image, read_file
 from sdtrain.files import write_bytes
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"

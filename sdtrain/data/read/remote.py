@@ -15,7 +15,6 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.client import HTTPException
 from pathlib import Path
 
 from sdtrain.data.read.budget import DOWNLOAD_BYTES
@@ -69,7 +68,7 @@ def fetch(
         with _locked(path.with_name(f".lock-{path.name}")):
             if not path.exists():
                 _download(url, path, sha256, most)
-    except (OSError, HTTPException, ValueError) as error:
+    except (OSError, ValueError) as error:
         if isinstance(error, DataError):
             raise
         reason = printable(str(error))[:200]
