@@ -68,6 +68,8 @@ def http_chunks(url: str) -> Iterator[bytes]:
         while chunk := answer.read1(CHUNK):
             watch.num_bytes += len(chunk)
             yield chunk
+        if watch.is_over or not watch.num_bytes:  # a connection that ends in a header looks like an empty answer
+            raise OSError("the server sends nothing")
         if announced is not None and int(announced) != watch.num_bytes:
             raise OSError(f"the connection ended after {watch.num_bytes} of {int(announced)} bytes")
 
