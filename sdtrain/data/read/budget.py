@@ -21,8 +21,6 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +38,7 @@ DOWNLOAD_BYTES = 1 << 38  # a shard of which no manifest says the size
 DOWNLOAD_SEC = 120.0
 SLOWEST = 50_000  # bytes a second
 STALL_SEC = 60.0
+TIMER = int(signal.ITIMER_VIRTUAL)
 
 
 @dataclass(frozen=True)
@@ -62,21 +61,27 @@ class TooSlow(BaseException):
     """The time of a `within` block is up. No Exception, so that no library takes it for one of its own."""
 
 
-@contextmanager
-def within(seconds: float) -> Iterator[None]:
+class within:
     """Raise TooSlow when the block has used so much processor time; a machine under load makes nothing too slow.
 
-    Signals reach the main thread alone: in any other one nothing is limited.
+    Signals reach the main thread alone: in any other one nothing is limited. Not nested; microseconds count here.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    signal.signal(signal.SIGVTALRM, _time_is_up)
-    signal.setitimer(signal.ITIMER_VIRTUAL, seconds, 1.0)  # again each second, in case a library has swallowed it
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+
+    _ready = False
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds if threading.current_thread() is threading.main_thread() else 0.0
+
+    def __enter__(self) -> None:
+        if self._seconds:
+            if not within._ready:
+                signal.signal(signal.SIGVTALRM, _time_is_up)
+                within._ready = True
+            signal.setitimer(TIMER, self._seconds, 1.0)  # again each second, in case a library has swallowed it
+
+    def __exit__(self, *_: object) -> None:
+        if self._seconds:
+            signal.setitimer(TIMER, 0)
 
 
 def _time_is_up(*_: object) -> None:
