@@ -64,11 +64,11 @@ def render_forecast(found: dict[str, Any], name: str) -> str:
 
 def warnings(config: Config, dataset: Dataset, total_img: int) -> list[str]:
     """Sentences; none of them keeps a run from working."""
-    from sdtrain.data.read.dataset import open_dataset
+    from sdtrain.data.read.dataset import open_dataset, reading
 
     photographs, own = dataset, config.data
     if config.eval_img and own.val:
-        photographs = open_dataset(own.val, cache=own.cache, keep_index=False, allow_pipe=own.allow_pipe)
+        photographs = open_dataset(own.val, keep_index=False, **reading(own))
     return [*_never(config, total_img), *_few(config, photographs.num_samples), *_arithmetic(config)]
 
 

@@ -25,10 +25,9 @@ def check_data(config: Config, keep_index: bool = True) -> Dataset:
 
     Raises `DataError` for too few samples or labels that are not there, `ConfigError` for a resolution that cannot be.
     """
-    from sdtrain.data.read.dataset import open_dataset
+    from sdtrain.data.read.dataset import open_dataset, reading
 
-    permission = {"allow_pipe": config.data.allow_pipe}
-    dataset = open_dataset(config.data.train, cache=config.data.cache, keep_index=keep_index, **permission)
+    dataset = open_dataset(config.data.train, keep_index=keep_index, **reading(config.data))
     if config.data.labels and not dataset.num_classes:
         raise DataError(
             f"{dataset.source} has no class labels and data.labels is true; pack it with --labels folder (a folder for "

@@ -105,14 +105,14 @@ class Source:
     """Batches of the configured data, or noise of the same shape when it cannot be read."""
 
     def __init__(self, config: Config, resolution: int | None, device: torch.device) -> None:
-        from sdtrain.data.read.dataset import open_dataset
+        from sdtrain.data.read.dataset import open_dataset, reading
 
         self.config, self.device = config, device
         self.dataset: Dataset | None = None
         self.class_counts: Sequence[int] = ()
         self.note = "noise instead of images: waiting for data is not measured"
         try:
-            dataset = open_dataset(config.data.train, cache=config.data.cache, allow_pipe=config.data.allow_pipe)
+            dataset = open_dataset(config.data.train, **reading(config.data))
         except (DataError, OSError):
             dataset = None
         wanted = resolution or config.data.resolution or (dataset.resolution if dataset else None)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdtrain.commands.eval_rows import DECIMALS, append, compare, last_row
+from sdtrain.data.read.budget import PictureLimits
 from sdtrain.errors import EXIT_OK, ConfigError, WeightsError
 from sdtrain.metrics.table import METRICS, Settings
 
@@ -56,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: a GPU where there is one)")
     add("--split", help="a name for the real images, kept in the row; super-resolution: test or val (default: test)")
     add("--allow-pipe", action="store_true", help="run the commands of pipe: sources")
+    add("--max-image-mb", type=int, default=512, metavar="MB", help="memory one picture may cost (default: 512)")
     add("--cache", type=Path, help="where statistics of real images are kept (default: the weights cache)")
     add("--json", type=Path, metavar="FILE", help="append the result as one JSON row")
     add("--against", type=Path, metavar="FILE", help="compare with the last row of a --json file of the same protocol")
@@ -158,7 +160,7 @@ def subject(args: argparse.Namespace, device: Any) -> tuple[Callable[[list[int]]
     from sdtrain.metrics.evaluate import subset
     from sdtrain.metrics.images import batches, open_images
 
-    images = open_images(args.path, args.allow_pipe)
+    images = open_images(args.path, args.allow_pipe, PictureLimits(megabytes=args.max_image_mb))
     chosen = subset(images.num_samples, args.num)  # not the first ones: folders are often sorted by class
 
     def read(indices: list[int]) -> Tensor:
@@ -180,7 +182,7 @@ def evaluator(args: argparse.Namespace, info: dict[str, Any], device: Any) -> An
     if most is not None and args.num is not None and args.num > most:
         raise ConfigError(f"--num {args.num} is more than the {most} images of {args.path}; ask for fewer.")
     return Evaluator(
-        open_images(args.real, args.allow_pipe),
+        open_images(args.real, args.allow_pipe, PictureLimits(megabytes=args.max_image_mb)),
         metrics=args.metrics,
         num_fake=args.num or most or 50_000,
         num_real=args.num_real,

@@ -95,10 +95,10 @@ def folder_of_inputs(args: argparse.Namespace, config: Any) -> Path:
     if args.real is None:
         return run_folder
     from sdtrain.config.compare import config_hash
-    from sdtrain.data.read.dataset import open_dataset
+    from sdtrain.data.read.dataset import open_dataset, reading
     from sdtrain.weights import cache_folder
 
-    photos = open_dataset(args.real, cache=config.data.cache, allow_pipe=config.data.allow_pipe).hash
+    photos = open_dataset(args.real, **reading(config.data)).hash
     return (args.cache or cache_folder() / "statistics") / f"lq-{photos[:16]}-{config_hash(config)[:16]}"
 
 

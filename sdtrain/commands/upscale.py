@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sdtrain.data.read.budget import LIMITS, PictureLimits, available_bytes
 from sdtrain.errors import EXIT_OK, EXIT_USER_ERROR, ConfigError, DataError, UserError, WeightsError
 from sdtrain.files import why_unwritable
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 SMALLEST_TILE = 64
 FACTORS = (4.0, 64.0)
+RESULT_BYTES = 60  # a pixel: float32 as the network gives it, weighed, clipped and rounded, then as it is written
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,6 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: a GPU where there is one)")
     parser.add_argument(
         "--weights", choices=("ema", "raw"), default="ema", help="which weights of a run, or of a file that has both"
+    )
+    parser.add_argument(
+        "--max-image-mb", type=int, default=512, metavar="MB", help="memory one picture may cost (default: 512)"
     )
     parser.add_argument(
         "--seed", type=int, default=0, help="GCFSR: chooses the noise; the same seed gives the same picture"
@@ -162,12 +167,12 @@ def _reason(error: Exception) -> str:
 
 def _num_pixels(path: Path) -> int:
     """From the header, for the progress bar; 0 for a file that will be refused."""
-    from PIL import Image
+    from sdtrain.data.read.images import ImageRejected, size_of_image
 
     try:
-        with Image.open(path) as image:
-            return image.width * image.height
-    except Exception:  # the reader that decides says why; here only the estimate suffers
+        width, height = size_of_image(path)
+        return width * height
+    except (ImageRejected, OSError):  # the reader that decides says why; here only the estimate suffers
         return 0
 
 
@@ -176,7 +181,7 @@ def _one(job: Job, upscaler: Upscaler, progress: Callable[[int], object]) -> Non
 
     if job.target.exists() and job.target.samefile(job.source):
         raise DataError("the result would replace its own input; choose another --out")
-    picture = read_picture(job.source)
+    picture = read_picture(job.source, upscaler.limits)
     result = upscaler(picture, progress)
     job.target.parent.mkdir(parents=True, exist_ok=True)
     write_picture(job.target, result)
@@ -195,6 +200,7 @@ class Upscaler:
     factor: float | None = None
     seed: int = 0
     path: Path = field(default_factory=Path)
+    limits: PictureLimits = LIMITS
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> Upscaler:
@@ -216,6 +222,7 @@ class Upscaler:
             raise ConfigError(f"{file} holds {found.kind}, which draws images from noise; use `sdtrain sample`")
         overlap = auto_overlap(net) if args.overlap == "auto" else int(args.overlap)
         same = dict(scale=args.scale, factor=args.factor, seed=args.seed, path=file)
+        same["limits"] = PictureLimits(megabytes=args.max_image_mb)
         return cls(net.to(device), found, device, args.tile, min(overlap, args.tile // 2), **same)
 
     def __call__(self, picture: Any, progress: Callable[[int], object] = lambda pixels: None) -> Any:
@@ -226,6 +233,7 @@ class Upscaler:
 
         image = torch.from_numpy(picture.rgb.copy()).permute(2, 0, 1)
         height, width = image.shape[-2:]
+        refuse_result(height, width, max(self.scale or 0, getattr(self.net, "scale", 1)))
         out = self._face(image) if self.found.kind == "gcfsr" else self._photo(image, progress)
         if self.scale is not None:
             size = (max(1, round(height * self.scale)), max(1, round(width * self.scale)))
@@ -278,6 +286,16 @@ class Upscaler:
         if FACTORS[0] <= full / side <= FACTORS[1]:
             return full / side
         raise DataError(f"a {side} px face is no reduction by 4 to 64 of {full} px; say --factor, how blurred it is")
+
+
+def refuse_result(height: int, width: int, scale: float) -> None:
+    """Raise DataError for a result that would not fit into the memory that is free."""
+    need, free = int(RESULT_BYTES * height * width * scale**2), available_bytes()
+    if need > free:
+        raise DataError(
+            f"its result of {width * scale:.0f}x{height * scale:.0f} pixels needs {need >> 20} MB of memory, "
+            f"{free >> 20} MB are free; cut it into pieces"
+        )
 
 
 def resized(image: Tensor, size: tuple[int, ...]) -> Tensor:

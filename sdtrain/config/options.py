@@ -93,6 +93,8 @@ class Data:
     """Let sources `pipe:COMMAND` run their command; counts on the command line alone (or --allow-pipe), in no file."""
     max_bad: Fraction = 0.001
     """Share of samples that may be unreadable before the run stops with an error."""
+    max_image_mb: Count = 512
+    """[MB] Memory that one picture may cost, its file included; one that needs more counts as unreadable."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -47,6 +47,16 @@ class Statistics:
         self.rows = {name: [state[f"rows.{name}"]] for name in self.rows}
         return self
 
+    def check(self, widths: dict[str, int], count: int) -> None:
+        """Raise ValueError unless these are finite numbers of `count` images."""
+        for name, width in widths.items():
+            own = self.sums[name]
+            rows = [len(kept) for kept in self.rows.get(name, ())]
+            if own.count != count or own.outer.shape != (width, width) or rows not in ([], [count]):
+                raise ValueError(f"its sums of {name} are those of other images")
+            if not (own.sum.isfinite().all() and own.outer.isfinite().all()):
+                raise ValueError(f"its sums of {name} are not finite")
+
 
 def warn_if_collapsed(real: Statistics, fake: Statistics) -> None:
     """Identical samples have no spread: the distances are then finite but mean little."""

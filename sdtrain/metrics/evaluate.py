@@ -10,6 +10,7 @@ twice.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from sdtrain.metrics.images import batches
 from sdtrain.metrics.protocol import fingerprint
 from sdtrain.metrics.table import Settings
 from sdtrain.rng import generator
+
+log = logging.getLogger("sdtrain")
 
 SampleFn = Callable[[list[int]], Tensor]
 
@@ -101,9 +104,10 @@ class Evaluator:
         """Statistics of the real images, from memory, the cache, or the images. Collective."""
         if self._real is None:
             path = self._cache_path()
-            have = path is not None and path.is_file()
-            if agree_max(int(not have), self.device) == 0:
-                self._real = self._load(path)  # type: ignore[arg-type]
+            kept = self._load(path) if path is not None and path.is_file() else None
+            if agree_max(int(kept is None), self.device) == 0:
+                assert kept is not None
+                self._real = kept
             else:
                 self._real = self._collect(f"real {self.split}", self.indices, self._read)
                 if path is not None and is_main():
@@ -205,11 +209,18 @@ class Evaluator:
         }
         return Path(self.cache) / f"real-{fingerprint(what)}.safetensors"
 
-    def _load(self, path: Path) -> Statistics:
+    def _load(self, path: Path) -> Statistics | None:
+        """What was kept; None for a damaged file, which is then made again."""
         from safetensors.torch import load_file
 
         widths = {name: net.width for name, net in self.extractors().items()}
-        return Statistics(widths, self.settings.kept()).load(load_file(path), self.device)
+        try:
+            found = Statistics(widths, self.settings.kept()).load(load_file(path), self.device)
+            found.check(widths, len(self.indices))
+            return found
+        except Exception as error:  # the reader raises many types; none of them is worth a run
+            log.warning("%s is damaged (%s) and made again", path, str(error)[:100])
+            return None
 
     def _save(self, path: Path, found: Statistics) -> None:
         from safetensors.torch import save

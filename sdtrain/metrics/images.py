@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sdtrain.data.read.budget import LIMITS, PictureLimits
 from sdtrain.errors import DataError
+from sdtrain.files import sha256_of_file
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,7 @@ class ImageFolder:
     files: tuple[Path, ...]
     hash: str
     resolution: int | None
+    limits: PictureLimits = LIMITS
 
     @property
     def num_samples(self) -> int:
@@ -31,7 +34,9 @@ class ImageFolder:
         return f"{self.source}: {self.num_samples} images, {self.resolution or 'mixed'} px, {self.hash[:12]}"
 
 
-def open_images(source: str | Path | list[str], allow_pipe: bool = False) -> Any:
+def open_images(
+    source: str | Path | list[str], allow_pipe: bool = False, limits: PictureLimits = LIMITS
+) -> Any:
     """A packed data set, a pattern of shards or a list of those, or a folder of images.
 
     Raises DataError when there is nothing to read.
@@ -40,16 +45,16 @@ def open_images(source: str | Path | list[str], allow_pipe: bool = False) -> Any
     from sdtrain.data.read.images import is_image_name
 
     if isinstance(source, list):
-        return open_dataset(source, allow_pipe=allow_pipe)
+        return open_dataset(source, allow_pipe=allow_pipe, limits=limits)
     folder = Path(source)
     if not folder.is_dir() or (folder / "manifest.json").is_file() or any(folder.glob("*.tar")):
-        return open_dataset(str(source), allow_pipe=allow_pipe)
+        return open_dataset(str(source), allow_pipe=allow_pipe, limits=limits)
     files = tuple(sorted(path for path in folder.rglob("*") if path.is_file() and is_image_name(path.name)))
     if not files:
         raise DataError(
             f"{folder} holds neither shards nor images; give a packed data set or a folder of PNG or JPEG files."
         )
-    return ImageFolder(str(source), files, _hash(folder, files), _resolution(files))
+    return ImageFolder(str(source), files, _hash(folder, files), _resolution(files), limits)
 
 
 def batches(images: Any, indices: Sequence[int], batch_size: int, workers: int = 2) -> Iterator[Tensor]:
@@ -69,7 +74,7 @@ def _read(images: ImageFolder, i: int) -> Tensor:
 
     path = images.files[i]
     try:
-        picture = load_image(path)[0]
+        picture = load_image(path, images.limits)[0]
     except (OSError, ImageRejected) as error:
         raise DataError(f"{path} cannot be read ({error}); delete or replace it.") from None
     if picture.size != (images.resolution, images.resolution):
@@ -83,16 +88,23 @@ def _read(images: ImageFolder, i: int) -> Tensor:
 def _hash(folder: Path, files: tuple[Path, ...]) -> str:
     digest = hashlib.sha256()
     for path in files:
-        digest.update(str(path.relative_to(folder)).encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+        digest.update(str(path.relative_to(folder)).encode() + b"\0" + bytes.fromhex(_sha256(path)))
     return digest.hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    try:
+        return sha256_of_file(path)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}); delete or replace it.") from None
 
 
 def _resolution(files: tuple[Path, ...]) -> int | None:
     """The side of the first image; the others are checked when they are read."""
-    from PIL import Image
+    from sdtrain.data.read.images import ImageRejected, size_of_image
 
     try:
-        with Image.open(files[0]) as picture:
-            return picture.width if picture.width == picture.height else None
-    except OSError as error:
+        width, height = size_of_image(files[0])
+        return width if width == height else None
+    except (OSError, ImageRejected) as error:
         raise DataError(f"{files[0]} cannot be read ({error}); delete or replace it.") from None

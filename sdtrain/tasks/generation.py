@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from sdtrain.contracts import Task
-from sdtrain.data.read.dataset import Dataset, open_dataset
+from sdtrain.data.read.dataset import Dataset, open_dataset, reading
 from sdtrain.engine.ranks import barrier, is_main
 from sdtrain.files import fault_point, save_tensors, write_bytes
 from sdtrain.metrics.evaluate import Evaluator
@@ -107,7 +107,7 @@ class GenerationTask(Task):
         source = getattr(data, split)
         if source is None:
             return self.run.dataset
-        return open_dataset(source, cache=data.cache, allow_pipe=data.allow_pipe)
+        return open_dataset(source, **reading(data))
 
     def keep_best(self, values: Mapping[str, Any]) -> None:
         """best/ holds the weights with the lowest `metrics.select_by`, and the metrics that chose them."""

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sdtrain.data.degrade.chain import fixed_lq
 from sdtrain.data.degrade.resize_matlab import gcfsr_test_input, gcfsr_test_small, imresize
-from sdtrain.data.read.dataset import open_dataset
+from sdtrain.data.read.dataset import open_dataset, reading
 from sdtrain.data.read.reader import read_image
 from sdtrain.engine.ranks import barrier, is_main, rank, sum_over_ranks, world
 from sdtrain.errors import DataError
@@ -56,7 +56,7 @@ class ValidationList:
         self.config, self.split, self.inputs, self.device = config, split, inputs, device
         self.options = config.validation
         source = getattr(config.data, split)
-        self.data = open_dataset(source, cache=config.data.cache, allow_pipe=config.data.allow_pipe)
+        self.data = open_dataset(source, **reading(config.data))
         if self.data.num_samples < 2:
             raise DataError(f"data.{split} {source} holds {self.data.num_samples} image; FID needs at least 2")
         self.faces = config.model.generator.kind == "gcfsr"

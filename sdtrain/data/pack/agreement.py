@@ -27,16 +27,24 @@ def manifest_findings(manifest: dict[str, Any]) -> list[Finding]:
     return [(MANIFEST_NAME, "", f"{reason}; {REINDEX}") for reason in found]
 
 
-def index_findings(folder: Path, manifest: dict[str, Any], shards: dict[str, list[Sample]]) -> list[Finding]:
+def index_findings(
+    folder: Path, manifest: dict[str, Any], shards: dict[str, list[Sample]], sizes: dict[str, int]
+) -> list[Finding]:
     """The index must say what undamaged tars say, or training reads the wrong bytes."""
     try:
         index = load_index(folder / INDEX_NAME)
     except DataError as error:
         return [(INDEX_NAME, "", str(error))]
-    listed = {shard["name"] for shard in manifest["shards"]}
+    listed = [shard["name"] for shard in manifest["shards"]]
     number = {name: n for n, name in enumerate(index.shards.tolist())}
-    findings = [
-        (INDEX_NAME, name, f"shard is listed, but not in the manifest; {REINDEX}") for name in number.keys() - listed
+    strangers = number.keys() - set(listed)
+    findings = [(INDEX_NAME, name, f"shard is listed, but not in the manifest; {REINDEX}") for name in strangers]
+    if not findings and listed != index.shards.tolist():
+        findings.append((INDEX_NAME, "", f"it lists other shards than the manifest, or in another order; {REINDEX}"))
+    findings += [
+        (INDEX_NAME, name, f"it says that the shard has {size} bytes, the shard has {actual}; {REINDEX}")
+        for name, size in zip(index.shards.tolist(), index.shard_sizes.tolist(), strict=True)
+        if size != (actual := sizes.get(name, size))
     ]
     return findings + [
         (INDEX_NAME, name, f"index differs from the shard; {REINDEX}")

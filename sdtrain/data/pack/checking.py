@@ -9,7 +9,7 @@ import os
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,9 @@ from sdtrain.data.pack.agreement import (
 )
 from sdtrain.data.pack.packing import start_worker
 from sdtrain.data.read import remote
+from sdtrain.data.read.budget import LIMITS, PictureLimits
 from sdtrain.data.read.dataset import PROBES, common_side, packed_folder, read_at
-from sdtrain.data.read.images import ImageRejected, decode_image
+from sdtrain.data.read.images import ImageRejected, decode_image, refuse_bytes
 from sdtrain.data.read.index import Sample, label_of, samples_of
 from sdtrain.data.read.manifest import read_manifest
 from sdtrain.data.read.patterns import expand
@@ -42,6 +43,7 @@ class Task:
     count: int = -1
     num_classes: int = -1
     decode: bool = True
+    limits: PictureLimits = LIMITS
 
     @property
     def name(self) -> str:
@@ -49,7 +51,13 @@ class Task:
 
 
 def check_source(
-    source: str, *, resolution: int, decode: bool, workers: int, allow_pipe: bool = False
+    source: str,
+    *,
+    resolution: int,
+    decode: bool,
+    workers: int,
+    allow_pipe: bool = False,
+    limits: PictureLimits = LIMITS,
 ) -> tuple[list[Finding], dict[str, Any]]:
     """All findings (shard, member, reason) of a packed folder or a pattern. Raises DataError when nothing matches."""
     folder = packed_folder(source, remote.default_cache())
@@ -58,13 +66,14 @@ def check_source(
         tasks, findings = _packed_tasks(source, folder, manifest, decode)
     else:
         tasks, findings = _loose_tasks(source, decode, allow_pipe), []
-    results = _run(tasks, workers)
+    results = _run([replace(task, limits=limits) for task in tasks], workers)
     for _, found in results:
         findings.extend(found)
     if folder:
         whole = {task.name: samples for task, (samples, found) in zip(tasks, results, strict=True) if not found}
         findings.extend(manifest_findings(manifest))
-        findings.extend(index_findings(folder, manifest, whole))
+        sizes = {task.name: os.path.getsize(task.path) for task in tasks if task.name in whole}
+        findings.extend(index_findings(folder, manifest, whole, sizes))
     samples = [(task.name, sample) for task, (found, _) in zip(tasks, results, strict=True) for sample in found]
     if side := resolution or (manifest["resolution"] if folder else _side_of_first(samples)):
         findings.extend(size_findings(samples, side))
@@ -85,13 +94,13 @@ def _worst_first(findings: list[Finding]) -> list[Finding]:
 def _packed_tasks(
     source: str, folder: Path, manifest: dict[str, Any], decode: bool
 ) -> tuple[list[Task], list[Finding]]:
-    num_classes = len(manifest["label_names"])
+    num_classes, cache = len(manifest["label_names"]), remote.default_cache()
     tasks, findings = [], []
     for shard in manifest["shards"]:
         path = folder / shard["name"]
         try:
             if remote.is_remote_folder(source):
-                path = remote.fetch(source + shard["name"], remote.default_cache(), shard["sha256"])
+                path = remote.fetch(source + shard["name"], cache, shard["sha256"], most=shard["size"])
         except DataError as error:
             findings.append((shard["name"], "", str(error)))
             continue
@@ -193,6 +202,7 @@ def _pixel_damage(task: Task, sample: Sample) -> list[tuple[str, str]]:
 
 def _size_of(task: Task, member: Member) -> tuple[tuple[int, int] | None, list[tuple[str, str]]]:
     try:
-        return decode_image(read_at(task.path, member.offset, member.size))[0].size, []
+        refuse_bytes(member.size, task.limits)
+        return decode_image(read_at(task.path, member.offset, member.size), task.limits)[0].size, []
     except (ImageRejected, EOFError) as error:
         return None, [(member.name, str(error))]

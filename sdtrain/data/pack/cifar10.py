@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from sdtrain.data.read.budget import MB, read_within
 from sdtrain.errors import EXIT_OK, EXIT_USER_ERROR, DataError, UserError
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -35,9 +36,10 @@ def export_cifar10(batches: Path, out: Path) -> int:
 
 def _rows(path: Path) -> np.ndarray:
     try:
-        rows = np.fromfile(path, np.uint8)
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}); unpack cifar-10-binary.tar.gz there") from None
+        rows = np.frombuffer(read_within(path, 64 * MB), np.uint8)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise DataError(f"{path} cannot be read ({reason}); unpack cifar-10-binary.tar.gz there") from None
     if len(rows) == 0 or len(rows) % ROW or rows[::ROW].max() >= len(CLASSES):
         raise DataError(f"{path} is not a whole batch of the binary version of CIFAR-10; unpack the archive again")
     return rows.reshape(-1, ROW)

@@ -52,6 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--shard-count", type=int, default=0, metavar="N", help="exactly this many shards (default: from --shard-mb)")
     bombs = "reject larger images, which may be decompression bombs (default: %(default)s)"
     add("--max-pixels", type=int, default=1 << 26, metavar="N", help=bombs)
+    large = "reject images that would cost more memory than this, their file included (default: %(default)s)"
+    add("--max-image-mb", type=int, default=512, metavar="MB", help=large)
     add("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a core, here %(default)s)")
     add("--overwrite", action="store_true", help="replace shards made with other choices, once the new ones are whole")
     reindex = "rebuild index and manifest of the shard folder SOURCE from its tars alone"
@@ -95,8 +97,10 @@ def check_arguments(args: argparse.Namespace) -> None:
         )
     if not 1 <= args.quality <= 100:
         raise DataError(f"--quality {args.quality} is not between 1 and 100")
-    if args.shard_mb < 1 or args.shard_count < 0 or args.max_pixels < 1:
-        raise DataError("--shard-mb and --max-pixels must be at least 1, --shard-count must not be negative")
+    if min(args.shard_mb, args.max_pixels, args.max_image_mb) < 1 or args.shard_count < 0:
+        raise DataError(
+            "--shard-mb, --max-pixels and --max-image-mb must be at least 1, --shard-count must not be negative"
+        )
     if args.stride < 0 or (args.stride and not args.tile):
         raise DataError(f"--stride {args.stride} needs --tile N and a positive number of pixels")
     if Path(args.source).resolve() == Path(args.out).resolve():
@@ -203,6 +207,7 @@ def _shape(args: argparse.Namespace) -> Shape:
         format=args.format,
         quality=args.quality,
         max_pixels=args.max_pixels,
+        max_image_mb=args.max_image_mb,
     )
 
 
@@ -228,13 +233,13 @@ def _other_plan(out: Path, plan: str) -> str:
 
 
 def _plan_in(path: Path) -> str:
-    import json
+    from sdtrain.data.read.manifest import read_json
 
     try:
-        found = json.loads(path.read_text())
-    except ValueError:
+        found = read_json(path)
+        return str(found.get("plan") or found.get("pack", {}).get("plan", ""))
+    except (ValueError, AttributeError, RecursionError):
         return "damaged"
-    return found.get("plan") or found.get("pack", {}).get("plan", "")
 
 
 def _complete(out: Path, jobs: list[Job]) -> dict[str, Any]:
@@ -284,6 +289,7 @@ def _summary(out: Path, manifest: dict[str, Any], num_files: int) -> None:
     total_mb = sum(shard["size"] for shard in manifest["shards"]) / MB
     shards = f"{len(manifest['shards'])} shards, {total_mb:.1f} MB, hash {manifest['hash'][:12]}"
     print(f"{out}: {manifest['count']} images in {shards}")
-    for reason, count in manifest["converted"].items():
+    for reason, count in manifest.get("converted", {}).items():
         print(f"  converted to RGB: {count} ({reason})")
-    print("\n".join(report(manifest["rejected"], num_files)), end="\n" * bool(manifest["rejected"]))
+    for line in report(manifest.get("rejected", ()), num_files):
+        print(line)

@@ -17,8 +17,6 @@ import os
 import shutil
 import signal
 import threading
-import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -30,10 +28,11 @@ from typing import Any
 
 from sdtrain.data.pack.shaping import Shape, key_of, pieces
 from sdtrain.data.pack.sources import SourceFile, SourceReader
+from sdtrain.data.read.budget import LIMITS
 from sdtrain.data.read.dataset import dataset_of, refuse_empty
 from sdtrain.data.read.images import ImageRejected, hush
 from sdtrain.data.read.index import INDEX_NAME, build_index
-from sdtrain.data.read.manifest import MANIFEST_NAME, hash_of, is_plain_name, read_manifest
+from sdtrain.data.read.manifest import MANIFEST_NAME, hash_of, is_plain_name, read_json, read_manifest
 from sdtrain.data.read.remote import default_cache, verified
 from sdtrain.data.read.tars import ShardWriter
 from sdtrain.errors import DataError
@@ -42,6 +41,7 @@ from sdtrain.files import sha256_of_file, write_json
 FORMAT = "sdtrain-shards/1"
 MARKERS = ".pack"
 POLL_SEC = 0.2
+MARKER = {"plan", "name", "size", "sha256", "count", "converted", "rejected", "labels"}
 STOP = -(1 << 62)  # a counter below zero tells the processes to leave
 _counter: Any = None
 
@@ -71,7 +71,10 @@ class Job:
 def plan_jobs(source: Path, out: Path, files: Sequence[SourceFile], shape: Shape, num_shards: int) -> list[Job]:
     """Cut the files into runs of nearly equal length. The cut depends on the source and the choices alone."""
     listing = [(f.name, f.size, f.label) for f in files]
-    plan = hashlib.sha256(json.dumps([listing, asdict(shape), num_shards]).encode()).hexdigest()
+    choices = asdict(shape)
+    if shape.max_image_mb == LIMITS.megabytes:
+        del choices["max_image_mb"]  # plans of folders that were made before there was a choice stay the same
+    plan = hashlib.sha256(json.dumps([listing, choices, num_shards]).encode()).hexdigest()
     cuts = [len(files) * n // num_shards for n in range(num_shards + 1)]
     bounds = list(zip(cuts, cuts[1:], strict=False))
     return [Job(n, a, tuple(files[a:b]), str(source), str(out), shape, plan) for n, (a, b) in enumerate(bounds)]
@@ -87,7 +90,7 @@ def estimated_bytes(files: Sequence[SourceFile], shape: Shape) -> float:
 
 def run_job(job: Job) -> dict[str, Any]:
     """Write one shard and its marker; returns the marker. Bad images are noted in it and left out."""
-    reader, writer = SourceReader(Path(job.source)), ShardWriter(job.path)
+    reader, writer = SourceReader(Path(job.source), job.shape.limits), ShardWriter(job.path)
     converted: Counter[str] = Counter()
     rejected: list[tuple[str, str]] = []
     count, labels = 0, Counter[int]()
@@ -114,8 +117,6 @@ def run_job(job: Job) -> dict[str, Any]:
 def _bytes_of(reader: SourceReader, file: SourceFile, job: Job) -> bytes:
     try:
         return reader.read(file.name)
-    except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:  # damaged, encrypted, unknown
-        raise ImageRejected(f"damaged zip entry: {error}") from None
     except OSError as error:
         raise DataError(
             f"{job.source}/{file.name} cannot be read ({error.strerror or error}); "
@@ -135,10 +136,10 @@ def _add(writer: ShardWriter, key: str, made: list[tuple[str, bytes]], label: in
 def finished(job: Job) -> dict[str, Any] | None:
     """The marker of a job that was completed earlier and whose shard is intact, else None."""
     try:
-        marker = json.loads(job.marker.read_text())
-    except (OSError, ValueError):
-        return None
-    if marker.get("plan") != job.plan:
+        marker = read_json(job.marker)
+        if marker.keys() != MARKER or marker["plan"] != job.plan:
+            return None
+    except (OSError, ValueError, AttributeError, RecursionError):
         return None
     # A crash while the shards took their places leaves some of them there already.
     places = (job.path, Path(job.out) / job.path.name)
@@ -279,8 +280,8 @@ def reindex(folder: Path) -> tuple[dict[str, Any], list[tuple[str, str, str]]]:
         {"name": name, "size": os.path.getsize(path), "sha256": sha256_of_file(path), "count": count}
         for name, path, count in zip(names, paths, counts, strict=True)
     ]
-    label_names = old.get("label_names") or found.label_names
-    resolution = old.get("resolution") or found.resolution
+    label_names = max(old.get("label_names", ()), found.label_names, key=len)
+    resolution = found.resolution or old.get("resolution")
     kept = {key: old[key] for key in ("label_counts", "pack", "converted", "rejected") if key in old}
     manifest = manifest_of(shards, resolution, label_names) | kept
     index.save(folder / INDEX_NAME)

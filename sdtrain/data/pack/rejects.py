@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+from sdtrain.data.read.tars import printable
 from sdtrain.errors import DataError
 
 Rejected = Sequence[Sequence[str]]  # (file, reason) each; what stands before the colon of a reason is its kind
@@ -13,6 +14,7 @@ CURES = {
     "not square": "--crop center takes the middle square",
     "too small": "--enlarge accepts them for --resolution, a smaller --tile for tiles",
     "decompression bomb": "--max-pixels N accepts larger ones",
+    "too large": "--max-image-mb N accepts those that need more memory",
 }
 
 
@@ -68,4 +70,4 @@ def _cure(kind: str) -> str:
 
 def _example(pair: Sequence[str]) -> str:
     detail = pair[1].partition(":")[2].partition("(")[0].strip()
-    return f"{pair[0]}: {detail}" if detail else pair[0]
+    return printable(f"{pair[0]}: {detail}" if detail else pair[0])[:300]

@@ -10,6 +10,7 @@ from pathlib import PurePosixPath
 
 from PIL import Image
 
+from sdtrain.data.read.budget import LIMITS, PictureLimits
 from sdtrain.data.read.images import ImageRejected, decode_image
 
 # All of Pillow's filters widen with the reduction (they antialias); "nearest" does not.
@@ -36,12 +37,17 @@ class Shape:
     stride: int = 0
     format: str = "png"
     quality: int = 95
-    max_pixels: int = 1 << 26
+    max_pixels: int = LIMITS.pixels
+    max_image_mb: int = LIMITS.megabytes
+
+    @property
+    def limits(self) -> PictureLimits:
+        return PictureLimits(self.max_pixels, self.max_image_mb)
 
 
 def pieces(data: bytes, shape: Shape) -> tuple[list[tuple[str, bytes]], tuple[str, ...]]:
     """What one file becomes: ([(extension, encoded bytes)], conversions). Raises ImageRejected with the reason."""
-    image, notes = decode_image(data, shape.max_pixels)
+    image, notes = decode_image(data, shape.limits)
     kept = KEPT_FORMATS.get(_format_of(data), "") if shape.format == "keep" and not notes else ""
     if shape.tile:
         return [encode(tile, shape) for tile in tiles(image, shape.tile, shape.stride)], notes

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from sdtrain.data.read.images import is_image_name
+from sdtrain.data.read.budget import LIMITS, LIST_BYTES, PictureLimits, read_within
+from sdtrain.data.read.images import ImageRejected, is_image_name, read_file, refuse_bytes
+from sdtrain.data.read.tars import printable
 from sdtrain.errors import DataError
 
 
@@ -26,7 +28,7 @@ def list_source(source: Path) -> list[SourceFile]:
         raise DataError(f"{source} does not exist; give a folder of images or a zip archive")
     if source.is_dir():
         files = _folder_files(source)
-    elif zipfile.is_zipfile(source):
+    elif source.is_file() and zipfile.is_zipfile(source):
         files = _zip_files(source)
     else:
         raise DataError(f"{source} is neither a folder nor a zip archive; unpack it first")
@@ -47,24 +49,43 @@ def _folder_files(folder: Path) -> list[SourceFile]:
 
 
 def _zip_files(path: Path) -> list[SourceFile]:
-    with zipfile.ZipFile(path) as archive:
-        return [
-            SourceFile(i.filename, i.file_size)
-            for i in archive.infolist()
-            if not i.is_dir() and is_image_name(i.filename)
-        ]
+    with open_zip(path) as archive:
+        entries = [entry for entry in archive.infolist() if is_image_name(entry.filename)]
+    return [SourceFile(entry.filename, entry.file_size) for entry in entries]
+
+
+def open_zip(path: Path) -> zipfile.ZipFile:
+    """An archive to read. Raises DataError for a damaged one."""
+    try:
+        return zipfile.ZipFile(path)
+    except Exception as error:  # zipfile raises many types on hostile bytes; every one means "unusable file"
+        raise DataError(
+            f"{path} is a damaged zip archive ({printable(str(error))[:200]}); make or fetch it again"
+        ) from None
 
 
 class SourceReader:
     """Reads files of a source by name; each process opens its own."""
 
-    def __init__(self, source: Path) -> None:
-        self._source = source
-        self._archive = None if source.is_dir() else zipfile.ZipFile(source)
+    def __init__(self, source: Path, limits: PictureLimits = LIMITS) -> None:
+        self._source, self._limits = source, limits
+        self._archive = None if source.is_dir() else open_zip(source)
 
     def read(self, name: str) -> bytes:
-        """Raises OSError, or zipfile.BadZipFile for a damaged entry."""
-        return self._archive.read(name) if self._archive else (self._source / name).read_bytes()
+        """Raises OSError, or ImageRejected for a damaged or encrypted entry and for more bytes than are allowed."""
+        if self._archive is None:
+            return read_file(self._source / name, self._limits)
+        info = self._archive.getinfo(name)
+        refuse_bytes(info.file_size, self._limits)
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # those that unfold step by step
+            raise ImageRejected(f"damaged zip entry: its compression (kind {info.compress_type}) is not supported")
+        try:
+            with self._archive.open(info) as entry:
+                return entry.read(info.file_size + 1)  # not all of it, which unfolds what the table keeps quiet about
+        except OSError:
+            raise
+        except Exception as error:  # damaged, encrypted, unknown
+            raise ImageRejected(f"damaged zip entry: {printable(str(error))[:200]}") from None
 
 
 def select(files: Sequence[SourceFile], listed: str | None, excluded: str | None) -> list[SourceFile]:
@@ -88,11 +109,10 @@ def select(files: Sequence[SourceFile], listed: str | None, excluded: str | None
 
 def _names_in(path: str) -> set[str]:
     try:
-        lines = Path(path).read_text().splitlines()
-    except OSError as error:
-        raise DataError(
-            f"list {path} cannot be read ({error.strerror}); give a text file with one name a line"
-        ) from None
+        lines = read_within(path, LIST_BYTES).decode().splitlines()
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)[:200]
+        raise DataError(f"list {path} cannot be read ({reason}); give a text file with one name a line") from None
     return {line.strip() for line in lines if line.strip() and not line.startswith("#")}
 
 
@@ -104,7 +124,7 @@ def _all_found(names: set[str], files: Sequence[SourceFile], path: str) -> None:
     known = {f.name for f in files} | {PurePosixPath(f.name).name for f in files}
     missing = sorted(names - known)
     if missing:
-        shown = ", ".join(missing[:3])
+        shown = ", ".join(printable(name[:80]) for name in missing[:3])
         raise DataError(
             f"list {path} names {len(missing)} files that the source lacks ({shown}); names are paths inside it"
         )

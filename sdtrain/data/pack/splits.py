@@ -15,7 +15,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
-from sdtrain.data.pack.sources import SourceReader, list_source
+from sdtrain.data.pack.sources import SourceFile, SourceReader, list_source
+from sdtrain.data.read.budget import LIST_BYTES, read_within
 from sdtrain.data.read.images import ImageRejected, decode_image
 from sdtrain.errors import EXIT_OK, EXIT_USER_ERROR, DataError, UserError
 from sdtrain.files import write_bytes
@@ -46,7 +47,7 @@ def celeba_parts(names: Sequence[str], folder: Path) -> dict[str, list[str]]:
     `folder` holds the table of CelebAMask-HQ (HQ number, CelebA number, CelebA file) and CelebA's own partition
     (file, 0 to 2). The number of an image stands at the end of its name. Raises DataError for what does not fit.
     """
-    part_of = {words[0]: int(words[1]) for words in _table(folder / CELEBA_PARTITION, 2)}
+    part_of = {words[0]: int(words[1]) for words in _table(folder / CELEBA_PARTITION, 2) if words[1] in ("0", "1", "2")}
     file_of = {words[0]: words[2] for words in _table(folder / CELEBA_MAPPING, 3) if words[0].isdigit()}
     parts: dict[str, list[str]] = {part: [] for part in CELEBA_PARTS}
     for name in names:
@@ -60,9 +61,11 @@ def celeba_parts(names: Sequence[str], folder: Path) -> dict[str, list[str]]:
 
 def _table(path: Path, columns: int) -> list[list[str]]:
     try:
-        rows = [line.split() for line in path.read_text().splitlines() if line.strip()]
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}); the recipe says where it comes from") from None
+        text = read_within(path, LIST_BYTES).decode()
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)[:200]
+        raise DataError(f"{path} cannot be read ({reason}); the recipe says where it comes from") from None
+    rows = [line.split() for line in text.splitlines() if line.strip()]
     if any(len(row) != columns for row in rows):
         raise DataError(f"{path} does not have {columns} columns; the recipe says which file is meant")
     return rows
@@ -71,13 +74,12 @@ def _table(path: Path, columns: int) -> list[list[str]]:
 def large_enough(source: Path, min_side: int) -> list[str]:
     """Names of the usable images of a folder or zip whose sides are at least `min_side` pixels."""
     reader = SourceReader(source)
-    names = [file.name for file in list_source(source)]
-    return [name for name in names if min_side == 0 or _short_side(reader.read(name)) >= min_side]
+    return [file.name for file in list_source(source) if min_side == 0 or _short_side(reader, file) >= min_side]
 
 
-def _short_side(data: bytes) -> int:
+def _short_side(reader: SourceReader, file: SourceFile) -> int:
     try:
-        return min(decode_image(data)[0].size)
+        return min(decode_image(reader.read(file.name))[0].size)
     except ImageRejected:
         return 0
 
@@ -129,7 +131,7 @@ def _lists(args: argparse.Namespace) -> dict[str, list[str]]:
 
 def _sizes(texts: Sequence[str]) -> dict[str, int]:
     found = {part: count for part, _, count in (text.partition("=") for text in texts)}
-    wrong = [part for part, count in found.items() if not count.isdigit() or not re.fullmatch(r"[\w-]+", part)]
+    wrong = [part for part, count in found.items() if not re.fullmatch(r"[\w-]+=[0-9]{1,9}", f"{part}={count}")]
     if wrong:
         raise DataError(f"--held-out {wrong[0]}={found[wrong[0]]} is not NAME=COUNT, such as val=150")
     return {part: int(count) for part, count in found.items()}

@@ -18,16 +18,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--resolution", type=int, default=0, metavar="N", help="expected side (default: the manifest's)")
     add("--quick", action="store_true", help="check structure and digests, decode no image")
     add("--allow-pipe", action="store_true", help="run the commands of pipe: sources")
+    large = "memory that one picture may cost, as data.max_image_mb of the run (default: %(default)s)"
+    add("--max-image-mb", type=int, default=512, metavar="MB", help=large)
     add("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a core, here %(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print a table of damage, worst shard first; exit 0 when clean, 2 when not. Raises DataError without shards."""
     from sdtrain.data.pack.checking import check_source, totals
+    from sdtrain.data.read.budget import PictureLimits
     from sdtrain.files import write_json
 
     how = {"resolution": args.resolution, "decode": not args.quick, "workers": args.workers}
-    findings, about = check_source(args.source, allow_pipe=args.allow_pipe, **how)
+    limits = PictureLimits(megabytes=args.max_image_mb)
+    findings, about = check_source(args.source, allow_pipe=args.allow_pipe, limits=limits, **how)
     if args.report:
         rows = [{"shard": shard, "member": member, "reason": reason} for shard, member, reason in findings]
         write_json(Path(args.report), about | {"damage": rows, "damage_per_shard": dict(totals(findings))})

@@ -7,6 +7,7 @@ headers; the index is kept beside them or in the cache.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Iterable, Sequence
@@ -17,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from sdtrain.data.read import remote
-from sdtrain.data.read.images import ImageRejected, decode_image
+from sdtrain.data.read.budget import INDEX_BYTES, JSON_BYTES, LIMITS, PictureLimits
+from sdtrain.data.read.images import ImageRejected, decode_image, refuse_bytes
 from sdtrain.data.read.index import INDEX_NAME, Index, build_index, load_index
 from sdtrain.data.read.manifest import MANIFEST_NAME, read_manifest
 from sdtrain.data.read.patterns import expand
@@ -42,6 +44,7 @@ class Dataset:
     damage: tuple[tuple[str, str, str], ...] = ()
     manifest: dict[str, Any] = field(default_factory=dict)
     allow_pipe: bool = False
+    limits: PictureLimits = LIMITS
 
     @property
     def num_samples(self) -> int:
@@ -71,12 +74,18 @@ class Dataset:
         url = self.shards[shard]
         if remote.is_remote(url):
             digest = self.sha256[shard] if self.sha256 else ""
-            return remote.fetch(url, self.cache, digest, allow_pipe=self.allow_pipe)
+            most = int(self.index.shard_sizes[shard])
+            return remote.fetch(url, self.cache, digest, allow_pipe=self.allow_pipe, most=most)
         return Path(url)
 
-    def read(self, i: int) -> bytes:
-        """The stored bytes of sample i's image. Raises OSError, or EOFError when the shard is too short."""
-        return read_at(self.local_path(int(self.index.shard[i])), int(self.index.offset[i]), int(self.index.size[i]))
+    def read(self, i: int, *, lq: bool = False) -> bytes:
+        """The stored bytes of sample i's image, or of its partner.
+
+        Raises OSError, EOFError when the shard is too short, ImageRejected when they are too many, DataError.
+        """
+        offset, size = (self.index.lq_offset, self.index.lq_size) if lq else (self.index.offset, self.index.size)
+        refuse_bytes(int(size[i]), self.limits)
+        return read_at(self.local_path(int(self.index.shard[i])), int(offset[i]), int(size[i]))
 
     def describe(self) -> str:
         size = f"{self.resolution} px" if self.resolution else "mixed sizes"
@@ -104,19 +113,27 @@ def open_dataset(
     keep_index: bool = True,
     *,
     allow_pipe: bool = False,
+    limits: PictureLimits = LIMITS,
 ) -> Dataset:
     """Open a source. Raises DataError when nothing matches, nothing is usable, an index is stale or a label too large.
 
     Nothing is written with `keep_index=False`, except what must be fetched. `allow_pipe` lets `pipe:` run its command.
+    `limits` are what one picture may cost, here and wherever the data set is read.
     """
     sources = [str(source)] if isinstance(source, (str, Path)) else [str(s) for s in source]
     cache_dir = Path(cache) if cache else remote.default_cache()
-    parts = [_open_one(s, cache_dir, keep_index, allow_pipe) for s in sources]
+    parts = [_open_one(s, cache_dir, keep_index, allow_pipe, limits) for s in sources]
     if not parts:
         raise DataError("the list of data sources is empty; name a packed folder or a pattern of tars")
     dataset = parts[0] if len(parts) == 1 else _join(parts)
     refuse_empty(dataset)
-    return replace(dataset, allow_pipe=allow_pipe)
+    return replace(dataset, allow_pipe=allow_pipe, limits=limits)
+
+
+def reading(data: Any) -> dict[str, Any]:
+    """How `open_dataset` opens a source of a run: the options under `data` of its configuration."""
+    limits = PictureLimits(megabytes=data.max_image_mb)
+    return {"cache": data.cache, "allow_pipe": data.allow_pipe, "limits": limits}
 
 
 def refuse_empty(dataset: Dataset) -> None:
@@ -126,17 +143,19 @@ def refuse_empty(dataset: Dataset) -> None:
         raise DataError(f"{dataset.source} has no usable sample ({why}); run: sdtrain verify {dataset.source}")
 
 
-def _open_one(source: str, cache: Path, keep_index: bool, allow_pipe: bool) -> Dataset:
+def _open_one(source: str, cache: Path, keep_index: bool, allow_pipe: bool, limits: PictureLimits) -> Dataset:
     if folder := packed_folder(source, cache):
         return _open_packed(source, folder, cache)
-    return _open_loose(source, expand(source), cache, keep_index, allow_pipe)
+    shards = expand(source)
+    index, damage = _loose_index(shards, cache, keep_index, allow_pipe)
+    return dataset_of(source, shards, index, damage, cache, allow_pipe, limits)
 
 
 def packed_folder(source: str, cache: Path) -> Path | None:
     """Where manifest and index of a packed source lie, fetched when it is remote; None for a pattern of tars."""
     if remote.is_remote_folder(source):
-        remote.fetch(source + INDEX_NAME, cache)
-        return remote.fetch(source + MANIFEST_NAME, cache).parent
+        remote.fetch(source + INDEX_NAME, cache, most=INDEX_BYTES)
+        return remote.fetch(source + MANIFEST_NAME, cache, most=JSON_BYTES).parent
     return Path(source) if (Path(source) / MANIFEST_NAME).is_file() else None
 
 
@@ -197,11 +216,6 @@ def _size_damage(shards: list[str], index: Index) -> list[tuple[str, str, str]]:
     return damage
 
 
-def _open_loose(source: str, shards: list[str], cache: Path, keep_index: bool, allow_pipe: bool) -> Dataset:
-    index, damage = _loose_index(shards, cache, keep_index, allow_pipe)
-    return dataset_of(source, shards, index, damage, cache, allow_pipe)
-
-
 def dataset_of(
     source: str,
     shards: list[str],
@@ -209,6 +223,7 @@ def dataset_of(
     damage: list[tuple[str, str, str]],
     cache: Path,
     allow_pipe: bool = False,
+    limits: PictureLimits = LIMITS,
 ) -> Dataset:
     """Shards without a manifest: the resolution is that of the first images. Raises DataError for a label too large."""
     dataset = Dataset(
@@ -221,6 +236,7 @@ def dataset_of(
         cache=cache,
         damage=tuple(damage),
         allow_pipe=allow_pipe,
+        limits=limits,
     )
     _with_labels_below(dataset, len(index), "samples, more classes than samples")
     num_classes = int(index.label.max(initial=-1)) + 1
@@ -232,11 +248,12 @@ def _loose_index(
     shards: list[str], cache: Path, keep_index: bool, allow_pipe: bool
 ) -> tuple[Index, list[tuple[str, str, str]]]:
     paths = [remote.fetch(s, cache, allow_pipe=allow_pipe) if remote.is_remote(s) else Path(s) for s in shards]
-    places = _index_places(paths, cache)
+    places, names = _index_places(paths, cache), [os.path.basename(s) for s in shards]
     for kept in places:
-        if kept.is_file():
-            return load_index(kept), []
-    index, damage = build_index(paths, [os.path.basename(s) for s in shards])
+        with contextlib.suppress(DataError):  # a damaged one is made again
+            if kept.is_file() and (index := load_index(kept)).shards.tolist() == names:
+                return index, []
+    index, damage = build_index(paths, names)
     if keep_index and not damage:
         _keep_index(index, places)
     return index, damage
@@ -278,8 +295,8 @@ def _probed_resolution(dataset: Dataset) -> int | None:
     sizes = []
     for i in range(min(PROBES, dataset.num_samples)):
         try:
-            sizes.append(decode_image(dataset.read(i))[0].size)
-        except (OSError, EOFError, ImageRejected):
+            sizes.append(decode_image(dataset.read(i), dataset.limits)[0].size)
+        except (OSError, EOFError, ImageRejected, DataError):
             continue
     return common_side(sizes)
 

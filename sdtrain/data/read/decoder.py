@@ -6,11 +6,13 @@ import os
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from sdtrain.data.read.images import ImageRejected, decode_image
+from sdtrain.data.read.budget import DOWNLOAD_BYTES, LIMITS, PictureLimits
+from sdtrain.data.read.images import ImageRejected, decode_image, refuse_bytes
 from sdtrain.data.read.remote import fetch, is_remote
 from sdtrain.errors import DataError
 from sdtrain.files import open_regular
@@ -30,11 +32,24 @@ class Decoder:
     """
 
     def __init__(
-        self, shards: Sequence[str], sha256: Sequence[str], cache: str, pad: bool, allow_pipe: bool = False
+        self,
+        shards: Sequence[str],
+        sha256: Sequence[str],
+        cache: str,
+        pad: bool,
+        allow_pipe: bool = False,
+        limits: PictureLimits = LIMITS,
+        sizes: Sequence[int] = (),
     ) -> None:
-        self._allow_pipe = allow_pipe
+        self._allow_pipe, self._limits, self._sizes = allow_pipe, limits, sizes
         self._shards, self._sha256, self._cache, self._pad = shards, sha256, Path(cache), pad
         self._open: OrderedDict[int, int] = OrderedDict()
+
+    @classmethod
+    def of(cls, setup: dict[str, Any]) -> Decoder:
+        """The one that a pool describes to its processes, as JSON."""
+        more = {key: setup[key] for key in ("shards", "sha256", "cache", "pad", "allow_pipe", "sizes")}
+        return cls(**more, limits=PictureLimits(**setup["limits"]))
 
     def run(self, requests: np.ndarray, buffer: np.ndarray) -> list[tuple[int, str]]:
         """Carry out requests [n, NUM_COLUMNS]; returns (row, reason) for those that could not be."""
@@ -52,7 +67,7 @@ class Decoder:
 
     def _one(self, request: list[int], buffer: np.ndarray) -> None:
         dest, shard, offset, size, side, flip, crop_x, crop_y, align = request
-        image, _ = decode_image(self._read(shard, offset, size))
+        image, _ = decode_image(self._read(shard, offset, size), self._limits)
         if crop_x != NO_CROP:
             image = self._cropped(image, side, crop_x, crop_y, align)
         if image.size != (side, side):
@@ -75,6 +90,7 @@ class Decoder:
         return Image.fromarray(np.pad(np.asarray(image), ((0, below), (0, right), (0, 0)), mode="reflect"))
 
     def _read(self, shard: int, offset: int, size: int) -> bytes:
+        refuse_bytes(size, self._limits)
         for attempt in range(READ_ATTEMPTS):
             try:
                 data = os.pread(self._fd(shard), size, offset)
@@ -106,4 +122,5 @@ class Decoder:
         if not is_remote(name):
             return Path(name)
         digest = self._sha256[shard] if self._sha256 else ""
-        return fetch(name, self._cache, digest, allow_pipe=self._allow_pipe)
+        most = self._sizes[shard] if self._sizes else DOWNLOAD_BYTES
+        return fetch(name, self._cache, digest, allow_pipe=self._allow_pipe, most=most)

@@ -10,7 +10,8 @@
 | EXIF or TIFF orientation                          | converted: turned upright                                      |
 | animated, several pages                           | rejected                                                       |
 | a side under MIN_SIDE pixels                      | rejected                                                       |
-| more than MAX_PIXELS pixels (decompression bomb)  | rejected from the header, before any pixel is decoded          |
+| too many pixels, scans or MB (decompression bomb) | rejected from the header, before any pixel is decoded          |
+| too slow to decode                                | rejected when its time is up (the limits: budget.py)           |
 | 32-bit integer or floating point                  | rejected: the range of its values is unknown                   |
 | truncated, corrupt, not an image                  | rejected                                                       |
 """
@@ -18,14 +19,18 @@
 from __future__ import annotations
 
 import io
+import math
+import re
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
-# 67 million pixels are 200 MB of RGB: above any camera of the datasets, far below what hurts a worker.
-MAX_PIXELS = 1 << 26
+from sdtrain.data.read.budget import LIMITS, PAGES, SCANS, PictureLimits, TooSlow, read_within, within
+
+MAX_PIXELS = LIMITS.pixels
 MIN_SIDE = 4
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
 # Only raster formats that Pillow decodes by itself; EPS, for one, would start Ghostscript.
@@ -40,33 +45,58 @@ NAMES_OF_MODES = {
     "PA": "alpha",
 }
 TRUNCATED_WORDS = ("truncated", "premature", "unexpected end", "not enough image data")
+# Bytes a pixel as Pillow holds it; all other modes take 4.
+HELD = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2, "I;16N": 2}
+SCAN_HEADER = re.compile(rb"\xff\xda\x00[\x08\x0a\x0c\x0e]")
+PROGRESSIVE_HEADER = re.compile(rb"\xff\xc2\x00.\x08", re.DOTALL)
+STRIP_PIXELS = 1 << 20
 
 
 class ImageRejected(ValueError):
     """An image file that is not used; the text is the reason."""
 
 
-def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[Image.Image, tuple[str, ...]]:
+def decode_image(data: bytes, limits: PictureLimits = LIMITS) -> tuple[Image.Image, tuple[str, ...]]:
     """Decode a file's bytes to an 8-bit RGB image and the conversions it needed (empty for plain RGB).
 
     Raises ImageRejected with the reason.
     """
-    image = _open(data, max_pixels)
-    deep = image.format == "PNG" and len(data) > 24 and data[24] == 16
-    _load(image)
-    notes: list[str] = []
-    if _may_be_turned(image):
-        image = _upright(image, notes)
-    if image.mode != "RGB" or "transparency" in image.info:
-        image = _to_rgb(image, notes)
-    if deep and "16-bit" not in notes:
-        notes.append("16-bit")
-    return image, tuple(notes)
+    try:
+        with within(limits.seconds):
+            return _decode(data, limits)
+    except TooSlow:
+        raise ImageRejected(f"too slow: more than {limits.seconds:g} s of processor time") from None
+    except MemoryError:
+        raise ImageRejected("too large: there is not enough memory to decode it") from None
 
 
-def load_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> tuple[Image.Image, tuple[str, ...]]:
+def load_image(path: str | Path, limits: PictureLimits = LIMITS) -> tuple[Image.Image, tuple[str, ...]]:
     """`decode_image` of a file. Raises ImageRejected, or OSError when the file cannot be read."""
-    return decode_image(Path(path).read_bytes(), max_pixels)
+    return decode_image(read_file(path, limits), limits)
+
+
+def refuse_bytes(num_bytes: int, limits: PictureLimits = LIMITS) -> None:
+    """Raise ImageRejected for a file of so many bytes, before they are read."""
+    if num_bytes > limits.num_bytes:
+        raise ImageRejected(_too_large(f"its file has {num_bytes / (1 << 20):.0f} MB", limits))
+
+
+def read_file(path: str | Path, limits: PictureLimits = LIMITS) -> bytes:
+    """The bytes of a picture's file. Raises OSError, or ImageRejected when they alone are too many."""
+    try:
+        return read_within(path, limits.num_bytes)
+    except ValueError:
+        raise ImageRejected(_too_large("its file has more", limits)) from None
+
+
+def size_of_image(path: str | Path) -> tuple[int, int]:
+    """Width and height from the header of a picture. Raises ImageRejected or OSError."""
+    data = read_file(path)
+    try:
+        with within(LIMITS.seconds):
+            return _open(data, LIMITS).size
+    except TooSlow:
+        raise ImageRejected(f"too slow: more than {LIMITS.seconds:g} s of processor time") from None
 
 
 def to_chw(image: Image.Image) -> np.ndarray:
@@ -83,35 +113,127 @@ def is_image_name(name: str) -> bool:
     return name.lower().endswith(SUFFIXES)
 
 
-def _open(data: bytes, max_pixels: int) -> Image.Image:
+def _decode(data: bytes, limits: PictureLimits) -> tuple[Image.Image, tuple[str, ...]]:
+    image = _open(data, limits)
+    deep = image.format == "PNG" and len(data) > 24 and data[24] == 16
+    _refuse_large(image, len(data), _codec_bytes(image, data), limits)
+    _load(image)
+    notes: list[str] = []
+    try:
+        if _may_be_turned(image):
+            _refuse_large(image, len(data), 4 if _is_turned(image) else 0, limits)
+            image = _upright(image, notes)
+        if image.mode != "RGB" or "transparency" in image.info:
+            image = _to_rgb(image, notes)
+    except (ImageRejected, MemoryError):
+        raise
+    except Exception as error:
+        raise ImageRejected(f"corrupt: {_brief(error)}") from None
+    if deep and "16-bit" not in notes:
+        notes.append("16-bit")
+    return image, tuple(notes)
+
+
+def _open(data: bytes, limits: PictureLimits) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise ImageRejected(f"decompression bomb: more than {max_pixels} pixels") from None
+        raise ImageRejected(f"decompression bomb: more than {limits.pixels} pixels") from None
     except Exception as error:  # Pillow's plugins raise many types on hostile bytes; every one means "unusable file"
         raise ImageRejected(_why_unreadable(data, error)) from None
     width, height = image.size
-    if width * height > max_pixels:
-        raise ImageRejected(f"decompression bomb: {width}x{height} is more than {max_pixels} pixels")
+    if width * height > limits.pixels:
+        raise ImageRejected(f"decompression bomb: {width}x{height} is more than {limits.pixels} pixels")
     if min(width, height) < MIN_SIDE:
         raise ImageRejected(f"too small: {width}x{height} has a side under {MIN_SIDE} pixels")
     _refuse_several_pages(image)
+    _refuse_scans(image, data)
     return image
 
 
 def _refuse_several_pages(image: Image.Image) -> None:
-    # MPO is a JPEG with a preview attached; its first picture is the photograph.
     try:
-        pages = 1 if image.format in ("JPEG", "MPO") else getattr(image, "n_frames", 1)
+        pages = _num_pages(image)
     except Exception as error:
         raise ImageRejected(f"corrupt: {_brief(error)}") from None
     if pages > 1:
-        raise ImageRejected(f"animated: {pages} frames or pages")
+        raise ImageRejected(f"animated: {pages}{'+' * (pages == PAGES)} frames or pages")
+
+
+def _num_pages(image: Image.Image) -> int:
+    # MPO is a JPEG with a preview attached; its first picture is the photograph.
+    if image.format in ("JPEG", "MPO"):
+        return 1
+    if image.format != "TIFF":
+        return int(getattr(image, "n_frames", 1))
+    pages = 1
+    try:  # each step looks through all directories before it
+        while pages < PAGES:
+            image.seek(pages)
+            pages += 1
+    except EOFError:
+        image.seek(0)
+    return pages
+
+
+def _refuse_scans(image: Image.Image, data: bytes) -> None:
+    """Each scan goes over the whole picture, and can have a few bytes."""
+    if image.format == "TIFF" and image.info.get("compression") == "jpeg" and PROGRESSIVE_HEADER.search(data):
+        raise ImageRejected("decompression bomb: progressive JPEG inside a TIFF")
+    scans = _num_scans(data) if image.format in ("JPEG", "MPO") else 0
+    if scans > SCANS:
+        raise ImageRejected(f"decompression bomb: {scans} scans, no camera makes more than {SCANS}")
+
+
+def _num_scans(data: bytes) -> int:
+    scans = data.count(b"\xff\xda")
+    return scans if scans <= SCANS else len(SCAN_HEADER.findall(data))
+
+
+def _codec_bytes(image: Image.Image, data: bytes) -> float:
+    """What is held for a pixel beside the picture: by the decoder, or afterwards by the conversion."""
+    converted = 0 if image.mode == "RGB" and "transparency" not in image.info else 4
+    if image.format in ("JPEG", "MPO"):
+        return max(converted, _coefficient_bytes(getattr(image, "layer", ())) if _num_scans(data) > 1 else 0)
+    if image.format == "TIFF":
+        return max(converted, _chunk_bytes(image))
+    return 8 if image.format == "WEBP" else converted
+
+
+def _coefficient_bytes(layers: tuple[tuple[int, int, int, int], ...]) -> float:
+    """A JPEG in several scans keeps 2 bytes for every value of every channel until the last has been read."""
+    areas = [wide * high for _, wide, high, _ in layers]
+    return 2 * sum(areas) / max([*areas, 1])
+
+
+def _chunk_bytes(image: Image.Image) -> float:
+    """A TIFF is unpacked in strips or tiles, which can be as large as they like."""
+    tags = image.tag_v2  # type: ignore[attr-defined]
+    depth = sum(tags.get(258, (8,))) / 8 if isinstance(tags.get(258, (8,)), tuple) else 8
+    width, height = image.size
+    tile = tags.get(322, width), tags.get(323, min(tags.get(278, height), height))
+    if not all(isinstance(side, int) and side > 0 for side in tile):
+        return depth
+    return depth * tile[0] * tile[1] / (width * height)
+
+
+def _refuse_large(image: Image.Image, num_bytes: int, beside: float, limits: PictureLimits) -> None:
+    width, height = image.size
+    need = num_bytes + width * height * (HELD.get(image.mode, 4) + beside)
+    if need > limits.num_bytes:
+        what = f"{width}x{height} in mode {image.mode} needs {math.ceil(need / (1 << 20))} MB"
+        raise ImageRejected(_too_large(what, limits))
+
+
+def _too_large(what: str, limits: PictureLimits) -> str:
+    return f"too large: {what}, a picture may take {limits.megabytes} MB of memory"
 
 
 def _load(image: Image.Image) -> None:
     try:
         image.load()
+    except MemoryError:
+        raise
     except Exception as error:
         kind = "truncated" if any(word in str(error).lower() for word in TRUNCATED_WORDS) else "corrupt"
         raise ImageRejected(f"{kind}: {_brief(error)}") from None
@@ -121,10 +243,13 @@ def _may_be_turned(image: Image.Image) -> bool:
     return "exif" in image.info or "xmp" in image.info or image.format in ("TIFF", "MPO")
 
 
+def _is_turned(image: Image.Image) -> bool:
+    return image.getexif().get(0x0112, 1) not in (0, 1)
+
+
 def _upright(image: Image.Image, notes: list[str]) -> Image.Image:
     try:
-        turned = image.getexif().get(0x0112, 1) not in (0, 1)
-        if not turned:
+        if not _is_turned(image):
             return image
         upright = ImageOps.exif_transpose(image)
     except Exception as error:
@@ -139,18 +264,32 @@ def _to_rgb(image: Image.Image, notes: list[str]) -> Image.Image:
         raise ImageRejected(f"values of mode {mode} have no known range")
     if mode.startswith("I"):
         notes.append("16-bit")
-        high_byte = (np.asarray(image).astype(np.int64) >> 8).astype(np.uint8)
-        return Image.fromarray(high_byte).convert("RGB")
+        return _in_strips(image, _high_byte)
     if mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         notes.append("alpha")
-        return _over_white(image)
+        return _in_strips(image, _over_white)
     notes.append(NAMES_OF_MODES.get(mode, mode))
     return image.convert("RGB")
 
 
 def _fits_16_bits(image: Image.Image) -> bool:
-    values = np.asarray(image)
-    return bool(values.min() >= 0 and values.max() < 1 << 16)
+    low, high = image.getextrema()
+    return bool(low >= 0 and high < 1 << 16)  # type: ignore[operator]
+
+
+def _in_strips(image: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    """A conversion a few rows at a time, so that what it needs on its way stays small."""
+    rows = max(1, STRIP_PIXELS // image.width)
+    if rows >= image.height:
+        return convert(image)
+    out = Image.new("RGB", image.size)
+    for top in range(0, image.height, rows):
+        out.paste(convert(image.crop((0, top, image.width, min(top + rows, image.height)))), (0, top))
+    return out
+
+
+def _high_byte(image: Image.Image) -> Image.Image:
+    return Image.fromarray((np.asarray(image).astype(np.int32) >> 8).astype(np.uint8)).convert("RGB")
 
 
 def _over_white(image: Image.Image) -> Image.Image:

@@ -11,17 +11,19 @@ import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
-from sdtrain.data.read.tars import Member, scan_tar
+from sdtrain.data.read.budget import INDEX_BYTES
+from sdtrain.data.read.tars import Member, printable, scan_tar
 from sdtrain.errors import DataError
 from sdtrain.files import open_regular, write_bytes
 
 IMAGE_EXTS = ("png", "jpg", "jpeg", "webp", "bmp", "tif", "tiff", "gif", "ppm")
 INDEX_NAME = "index.npz"
-FIELDS = ("shards", "shard_sizes", "key_bytes", "key_ends", "shard", "offset", "size", "label", "lq_offset", "lq_size")
+TYPES = {"shard_sizes": "i8", "key_bytes": "u1", "key_ends": "i8", "shard": "i4", "offset": "i8", "size": "i8"}
+TYPES |= {"label": "i4", "lq_offset": "i8", "lq_size": "i8"}
+FIELDS = ("shards", *TYPES)
 
 
 @dataclass(frozen=True)
@@ -55,40 +57,52 @@ class Index:
 def load_index(path: Path) -> Index:
     """Raises DataError when the file is damaged, of another kind, or points outside the shards it lists."""
     try:
-        with open(open_regular(path), "rb") as file:
-            _refuse_compressed(file)
-            with np.load(file, allow_pickle=False) as arrays:
-                index = Index(**{name: arrays[name] for name in FIELDS})
+        with open(open_regular(path), "rb") as file, zipfile.ZipFile(file) as archive:
+            index = Index(**_arrays(archive))
         wrong = _inconsistency(index)
         if wrong:
             raise ValueError(wrong)
-    except (OSError, ValueError, KeyError, EOFError, MemoryError, OverflowError, zipfile.BadZipFile) as error:
+    except Exception as error:  # zipfile and numpy raise many types on hostile bytes; every one means "unusable file"
         raise DataError(
-            f"{path} is not a usable index ({error}); rebuild it with: sdtrain pack --reindex {path.parent}"
+            f"{path} is not a usable index ({printable(str(error))[:200]}); rebuild it with: sdtrain pack --reindex "
+            f"{path.parent}"
         ) from None
     return index
 
 
-def _refuse_compressed(file: BinaryIO) -> None:
+def _arrays(archive: zipfile.ZipFile) -> dict[str, np.ndarray]:
+    entries = [archive.getinfo(f"{name}.npy") for name in FIELDS]
     # A small compressed file can unfold to any size; ours are stored as they are.
-    with zipfile.ZipFile(file) as archive:
-        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-            raise ValueError("its arrays are compressed")
-    file.seek(0)
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise ValueError("its arrays are compressed")
+    if sum(entry.file_size for entry in entries) > INDEX_BYTES:
+        raise ValueError(f"more than {INDEX_BYTES >> 20} MB")
+    return {name: _array(archive.read(entry)) for name, entry in zip(FIELDS, entries, strict=True)}
+
+
+def _array(data: bytes) -> np.ndarray:
+    """The array of a .npy file, as a view: its shape and type must be those of the bytes that follow the header."""
+    file = io.BytesIO(data)
+    version = np.lib.format.read_magic(file)
+    header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = header(file)
+    if dtype.kind not in "iuU":
+        raise ValueError("an array is of another type")
+    return np.frombuffer(data, dtype, offset=file.tell()).reshape(shape)
 
 
 def _inconsistency(index: Index) -> str:
     """What makes the arrays no index, or ""."""
     rows = ("shard", "offset", "size", "label", "lq_offset", "lq_size")
-    numbers = (*rows, "shard_sizes", "key_bytes", "key_ends")
-    kinds = [getattr(index, name).dtype.kind in "iu" for name in numbers] + [index.shards.dtype.kind == "U"]
+    index.shards.tolist()  # characters that there are, or ValueError
+    kinds = [getattr(index, name).dtype == kind for name, kind in TYPES.items()] + [index.shards.dtype.kind == "U"]
     if not all(kinds) or any(getattr(index, name).ndim != 1 for name in FIELDS):
         return "an array is of another type"
     lengths = {len(getattr(index, name)) for name in (*rows, "key_ends")}
     if len(lengths) > 1 or len(index.shards) != len(index.shard_sizes):
         return "arrays differ in length"
-    ends = np.concatenate([[0], index.key_ends.astype(np.int64)])
-    if (np.diff(ends) < 0).any() or ends[-1] != len(index.key_bytes):
+    ends = np.concatenate([[0], index.key_ends, [len(index.key_bytes)]])
+    if (ends[1:] < ends[:-1]).any() or (len(index) and ends[-2] != ends[-1]):
         return "the cuts between keys are wrong"
     if len(index) and not (0 <= index.shard.min() and index.shard.max() < len(index.shards)):
         return "a sample lies in a shard that is not listed"

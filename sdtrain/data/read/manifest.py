@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sdtrain.data.read.budget import JSON_BYTES, JSON_ITEMS, read_within
+from sdtrain.data.read.tars import printable
 from sdtrain.errors import DataError
-from sdtrain.files import open_regular
 
 MANIFEST_NAME = "manifest.json"
 LARGEST_SIDE = 1 << 16
@@ -19,24 +20,49 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a packed folder, of the right types, its shards under plain names. Raises DataError."""
     path = folder / MANIFEST_NAME
     try:
-        with open(open_regular(path)) as file:
-            manifest = json.load(file)
+        manifest = read_json(path)
         shards = [_shard(entry) for entry in manifest["shards"]]
         known = {
             "shards": shards,
-            "label_names": [str(name) for name in manifest.get("label_names") or ()],
+            "label_names": [str(name) for name in _list(manifest.get("label_names"))],
             "hash": str(manifest["hash"]),
             "resolution": _side(manifest.get("resolution")),
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
-        raise DataError(f"{path} is damaged ({error!r}); run: sdtrain pack --reindex {folder}") from None
+        reason = printable(f"{error!r}")[:200]
+        raise DataError(f"{path} is damaged ({reason}); run: sdtrain pack --reindex {folder}") from None
     strange = [shard["name"] for shard in shards if not is_plain_name(shard["name"])]
     if strange:
         raise DataError(
             f"{path} names the shard {strange[0][:80]!r}, which is no plain file name; "
             f"shards lie beside their manifest, run: sdtrain pack --reindex {folder}"
         )
-    return {**manifest, **known}
+    return {key: value for key, value in manifest.items() if _has_form(key, value)} | known
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file within its budget. Raises OSError, ValueError (also for another encoding) and RecursionError."""
+    data = read_within(path, JSON_BYTES)
+    if sum(data.count(mark) for mark in (b",", b"[", b"{")) > JSON_ITEMS:
+        raise ValueError(f"more than {JSON_ITEMS} items")
+    return json.loads(data.decode())
+
+
+def _list(value: Any) -> list[Any]:
+    if value is None or isinstance(value, list):
+        return value or []
+    raise ValueError(f"a list was expected, not {value!r:.40}")
+
+
+def _has_form(key: str, value: Any) -> bool:
+    """Whether what is told about the making of the shards, on which no run depends, can be read."""
+    if key == "rejected":
+        return isinstance(value, list) and all(_is_pair(pair) for pair in value)
+    return isinstance(value, {"pack": dict, "converted": dict, "label_counts": list}.get(key, object))
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(text, str) for text in value)
 
 
 def _shard(entry: dict[str, Any]) -> dict[str, Any]:

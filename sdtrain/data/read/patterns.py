@@ -5,11 +5,14 @@ from __future__ import annotations
 import glob
 import os
 import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from sdtrain.data.read.budget import SHARDS
 from sdtrain.data.read.remote import is_remote
 from sdtrain.errors import DataError
 
+MOST_BRACES = 100
 BRACE = re.compile(r"\{([^{}]*)\}")
 
 
@@ -19,8 +22,14 @@ def expand(source: str) -> list[str]:
         _refuse_unfinished(Path(source))
         source = os.path.join(glob.escape(source), "*.tar")
     found: list[str] = []
+    tried = 0
+    if source.count("{") > MOST_BRACES or "\0" in source:
+        raise DataError(f"{source[:80]!r} is no pattern of shards; give one with at most {MOST_BRACES} braces")
     for pattern in [source] if source.startswith("pipe:") and not BRACE.search(source) else _braces(source):
         found.extend([pattern] if is_remote(pattern) else _matches(pattern))
+        tried += 1
+        if tried > SHARDS:
+            raise DataError(f"{source[:80]} stands for more than {SHARDS} names; is one of its numbers too large?")
     if not found:
         raise DataError(
             f"no shard matches {source} (looked from {os.getcwd()}); check the path, or make shards with: sdtrain pack"
@@ -39,14 +48,18 @@ def _refuse_unfinished(folder: Path) -> None:
         raise DataError(f"packing into {folder} has not finished; repeat the command that began it")
 
 
-def _braces(pattern: str) -> list[str]:
+def _braces(pattern: str) -> Iterator[str]:
     match = BRACE.search(pattern)
     if match is None:
-        return [pattern]
-    bounds = re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
-    if bounds:
-        width = len(bounds[1])
-        choices = [f"{n:0{width}d}" for n in range(int(bounds[1]), int(bounds[2]) + 1)]
-    else:
-        choices = match[1].split(",")
-    return [full for choice in choices for full in _braces(pattern[: match.start()] + choice + pattern[match.end() :])]
+        yield pattern
+        return
+    for choice in _choices(match[1]):
+        yield from _braces(pattern[: match.start()] + choice + pattern[match.end() :])
+
+
+def _choices(inside: str) -> Iterable[str]:
+    bounds = re.fullmatch(r"([0-9]{1,18})\.\.([0-9]{1,18})", inside)
+    if bounds is None:
+        return inside.split(",")
+    width = len(bounds[1])
+    return (f"{n:0{width}d}" for n in range(int(bounds[1]), int(bounds[2]) + 1))

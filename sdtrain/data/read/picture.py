@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from sdtrain.data.read.images import decode_image
+from sdtrain.data.read.budget import LIMITS, PictureLimits
+from sdtrain.data.read.images import decode_image, read_file
 from sdtrain.files import write_bytes
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -32,10 +33,10 @@ class Picture:
     icc_profile: bytes | None = None
 
 
-def read_picture(path: str | Path) -> Picture:
+def read_picture(path: str | Path, limits: PictureLimits = LIMITS) -> Picture:
     """Read a picture, turned upright. Raises ImageRejected with the reason, or OSError."""
-    data = Path(path).read_bytes()
-    image, notes = decode_image(data)
+    data = read_file(path, limits)
+    image, notes = decode_image(data, limits)
     if "16-bit" in notes:
         return _sixteen_bits(data, turned="EXIF rotation" in notes)
     opened = Image.open(io.BytesIO(data))

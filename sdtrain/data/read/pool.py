@@ -12,6 +12,7 @@ import sys
 import tempfile
 import threading
 import weakref
+from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
@@ -47,8 +48,9 @@ class Pool:
         self._buffer = np.frombuffer(self._memory, np.uint8)
         self._setup = {"fd": self._fd, "num_bytes": num_slots * slot_bytes, "shards": list(dataset.shards)}
         self._setup |= {"sha256": list(dataset.sha256), "cache": str(dataset.cache), "pad": pad}
-        self._setup |= {"allow_pipe": dataset.allow_pipe}
-        self.decoder = Decoder(dataset.shards, dataset.sha256, str(dataset.cache), pad, dataset.allow_pipe)
+        self._setup |= {"allow_pipe": dataset.allow_pipe, "limits": asdict(dataset.limits)}
+        self._setup |= {"sizes": dataset.index.shard_sizes.tolist()}
+        self.decoder = Decoder.of(self._setup)
         self._answers: queue.Queue[tuple[int, bytes]] = queue.Queue()
         self._pending: dict[int, int] = {}
         self._bad: dict[int, Bad] = {}

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sdtrain.data.read.dataset import Dataset, read_at
+from sdtrain.data.read.dataset import Dataset
 from sdtrain.data.read.images import ImageRejected, decode_image, to_chw
 from sdtrain.data.read.pool import Pool, requests_of
 from sdtrain.errors import DataError
@@ -26,11 +26,8 @@ def planes_of(pixels: np.ndarray, num: int, side: int) -> Tensor:
 
 def read_image(dataset: Dataset, i: int, *, lq: bool = False) -> Tensor:
     """Sample i as uint8 [3, H, W], any size. Raises DataError naming shard and key when it is unreadable."""
-    index = dataset.index
-    offset, size = (index.lq_offset[i], index.lq_size[i]) if lq else (index.offset[i], index.size[i])
     try:
-        data = read_at(dataset.local_path(int(index.shard[i])), int(offset), int(size))
-        return torch.from_numpy(to_chw(decode_image(data)[0]))
+        return torch.from_numpy(to_chw(decode_image(dataset.read(i, lq=lq), dataset.limits)[0]))
     except (OSError, EOFError, ImageRejected) as error:
         raise DataError(_unreadable(dataset, i, str(error))) from None
 

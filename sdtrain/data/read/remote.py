@@ -12,17 +12,19 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.client import HTTPException
 from pathlib import Path
 
+from sdtrain.data.read.budget import DOWNLOAD_BYTES
+from sdtrain.data.read.tars import printable
 from sdtrain.errors import DataError
 from sdtrain.files import AtomicFile, sha256_of_file
 
 SCHEMES = ("http://", "https://", "s3://", "gs://", "hf://", "pipe:")
 CHUNK = 1 << 20
-TIMEOUT_SEC = 60
+SPARE = 0.9  # of the free space, that a download may fill
 
 
 def is_remote(source: str) -> bool:
@@ -50,8 +52,13 @@ def cached_path(url: str, cache: Path) -> Path:
     return cache / hashlib.sha256(folder.encode()).hexdigest()[:16] / name
 
 
-def fetch(url: str, cache: Path, sha256: str = "", *, allow_pipe: bool = False) -> Path:
-    """Return the local copy of a remote file, fetching it if absent. Raises DataError when that fails."""
+def fetch(
+    url: str, cache: Path, sha256: str = "", *, allow_pipe: bool = False, most: int = DOWNLOAD_BYTES
+) -> Path:
+    """Return the local copy of a remote file, fetching it if absent.
+
+    Raises DataError when that fails, also for more than `most` bytes; nothing is then left in the cache.
+    """
     check_pipe(url, allow_pipe)
     path = cached_path(url, cache)
     if path.exists():
@@ -60,12 +67,13 @@ def fetch(url: str, cache: Path, sha256: str = "", *, allow_pipe: bool = False) 
         path.parent.mkdir(parents=True, exist_ok=True)
         with _locked(path.with_name(f".lock-{path.name}")):
             if not path.exists():
-                _download(url, path, sha256)
-    except (OSError, HTTPException, ValueError) as error:
+                _download(url, path, sha256, most)
+    except (OSError, ValueError) as error:
         if isinstance(error, DataError):
             raise
+        reason = printable(str(error))[:200]
         raise DataError(
-            f"fetching {url} into {cache} failed ({error}); check the address and the cache folder"
+            f"fetching {url} into {cache} failed ({reason}); check the address and the cache folder"
         ) from None
     return path
 
@@ -81,11 +89,15 @@ def _locked(path: Path) -> Iterator[None]:
         os.close(fd)
 
 
-def _download(url: str, path: Path, sha256: str) -> None:
+def _download(url: str, path: Path, sha256: str, most: int) -> None:
     file = AtomicFile(path)
     digest = hashlib.sha256()
+    left = min(most, int(shutil.disk_usage(path.parent).free * SPARE))
     try:
         for chunk in _chunks(url):
+            left -= len(chunk)
+            if left < 0:
+                raise OSError("it has more bytes than it should, or than there is space for")
             file.write(chunk)
             digest.update(chunk)
         if sha256 and digest.hexdigest() != sha256:
@@ -103,15 +115,9 @@ def _chunks(url: str) -> Iterator[bytes]:
     if not url.startswith(("http://", "https://")):
         yield from _gopen_chunks(url)
         return
-    from urllib.request import urlopen
+    from sdtrain.data.read.download import http_chunks
 
-    with urlopen(url, timeout=TIMEOUT_SEC) as stream:
-        announced, num_bytes = int(stream.headers.get("Content-Length") or -1), 0
-        while chunk := stream.read(CHUNK):
-            num_bytes += len(chunk)
-            yield chunk
-    if announced not in (-1, num_bytes):
-        raise OSError(f"the connection ended after {num_bytes} of {announced} bytes")
+    yield from http_chunks(url)
 
 
 def _gopen_chunks(url: str) -> Iterator[bytes]:

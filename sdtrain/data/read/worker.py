@@ -24,7 +24,7 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
     setup = json.loads(requests.readline())
     memory = mmap.mmap(setup["fd"], setup["num_bytes"])
     buffer = np.frombuffer(memory, np.uint8)
-    decoder = Decoder(setup["shards"], setup["sha256"], setup["cache"], setup["pad"], setup["allow_pipe"])
+    decoder = Decoder.of(setup)
     while line := requests.readline():
         task = json.loads(line)
         rows = np.frombuffer(requests.read(task["num"] * NUM_COLUMNS * 8), np.int64).reshape(-1, NUM_COLUMNS)

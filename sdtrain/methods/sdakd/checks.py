@@ -173,13 +173,13 @@ def _exists(path: str) -> bool:
 
 def overlaps(config: Loaded, train: Dataset) -> list[str]:
     """Images that two of the lists train, val and test share, byte for byte."""
-    from sdtrain.data.read.dataset import open_dataset
+    from sdtrain.data.read.dataset import open_dataset, reading
 
     sets = {"train": train}
     for split in ("val", "test"):
         source = getattr(config.data, split)
         if source:
-            sets[split] = open_dataset(source, cache=config.data.cache, allow_pipe=config.data.allow_pipe)
+            sets[split] = open_dataset(source, **reading(config.data))
     found = []
     names = list(sets)
     for i, one in enumerate(names):
