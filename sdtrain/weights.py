@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from sdtrain.errors import WeightsError
-from sdtrain.files import sha256_of_file
+from sdtrain.files import load_tensors, sha256_of_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -193,16 +193,18 @@ def _looks_whole(file: BinaryIO, path: Path) -> bool:
 
 def _read(name: str, path: Path) -> dict[str, Tensor]:
     import torch
+    from safetensors import SafetensorError
+
+    from sdtrain.interop.safe_pickle import read_checkpoint
 
     try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch, zip and pickle readers raise many kinds for a damaged or unsafe file
+        with path.open("rb") as file:
+            pickled = file.read(2) in (b"PK", b"\x80\x02")  # the content decides, not the ending
+        content = read_checkpoint(path).tree if pickled else load_tensors(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        reason = str(error).removeprefix(f"{path}: ").removeprefix(f"{path} ")
         raise WeightsError(
-            f"{path} cannot be read as {name} weights ({type(error).__name__}); it is damaged or holds more than "
+            f"{path} cannot be read as {name} weights ({reason}); it is damaged or holds more than "
             f"tensors. Delete it and run `sdtrain fetch-weights {name}`, or copy it again."
         ) from error
     while isinstance(content, dict) and (

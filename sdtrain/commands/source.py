@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sdtrain.config.words import clip, is_address
 from sdtrain.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -36,8 +37,6 @@ def of_run(source: Any, option: str) -> Any:
 
     Raises ConfigError for an address or a command: a run folder may come from anyone.
     """
-    from sdtrain.config.words import clip, is_address
-
     found = next((one for one in (source if isinstance(source, list) else [source]) if is_address(one)), None)
     if found:
         raise ConfigError(

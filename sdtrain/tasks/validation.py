@@ -98,6 +98,8 @@ class ValidationList:
 
         if is_main() and not self.path.is_file():
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            if self.path.parent.is_symlink():
+                raise DataError(f"{self.path.parent} is a link: nothing is written through it; take it away")
             made = {f"{i:05d}/{s.name}": self._degraded(i, s) for i in range(len(self)) for s in self.settings}
             write_bytes(self.path, save(made))
         barrier()
