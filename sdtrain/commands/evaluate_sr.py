@@ -100,8 +100,9 @@ def folder_of_inputs(args: argparse.Namespace, config: Any) -> Path:
     from sdtrain.data.read.dataset import open_dataset
     from sdtrain.weights import cache_folder
 
-    photos = hashlib.sha256(open_dataset(args.real, allow_pipe=args.allow_pipe).hash.encode()).hexdigest()
-    return (args.cache or cache_folder() / "statistics") / f"lq-{photos[:16]}-{config_hash(config)[:16]}"
+    photos = open_dataset(args.real, cache=config.data.cache, allow_pipe=config.data.allow_pipe).hash
+    named = hashlib.sha256(photos.encode()).hexdigest()[:16]  # a manifest may say anything, a path among others
+    return (args.cache or cache_folder() / "statistics") / f"lq-{named}-{config_hash(config)[:16]}"
 
 
 def report(row: dict[str, Any], plain: dict[str, float], source: str) -> None:
