@@ -303,7 +303,7 @@ def test_no_name_steers_the_terminal(name: str, capsys: pytest.CaptureFixture[st
 
 
 def test_what_is_text_is_shown_as_it_is_and_progress_bars_go_on(capsys: pytest.CaptureFixture[str]) -> None:
-    plain = "Grüße, 顔\tcafé 🙂\nnext"
+    plain = "Gr\u00fc\u00dfe, \u9854\tcaf\u00e9 \U0001f642\nnext"
     assert visible(plain) == plain
     run_command(lambda: print("\r50 %\rtwo", end="") or 0)
     assert capsys.readouterr().out == "\r50 %\\rtwo"
