@@ -13,6 +13,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 import signal
 import stat
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
+TEMPORARY = re.compile(r"\.[0-9a-f]{16}\.tmp")
 _passed: dict[str, int] = {}  # how often each boundary has been crossed, counted only in fault tests
 
 
@@ -45,7 +47,7 @@ class AtomicFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
+        self._temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")  # as TEMPORARY says
         self._file = open(self._temporary, "xb")
 
     def write(self, data: bytes | memoryview) -> None:
@@ -90,9 +92,10 @@ def sync_folder(path: Path) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what killed writers left in a folder that nobody else writes to."""
-    for stale in folder.glob(".*.tmp"):
-        stale.unlink(missing_ok=True)
+    """Remove what killed writers left in a folder that nobody else writes to; nothing through a link to a folder."""
+    for stale in () if folder.is_symlink() else folder.glob(".*.tmp"):
+        if TEMPORARY.fullmatch(stale.name):
+            stale.unlink(missing_ok=True)
 
 
 def open_regular(path: str | Path) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import math
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from typing import Any
 
 from sdtrain.commands.results import METRICS, RISING, Written, better, grouped, series
 from sdtrain.commands.tables import shortened
+from sdtrain.files import write_bytes
 
 COLUMNS = 3
 PANELS = 60
@@ -23,12 +25,21 @@ Line = tuple[str, str, Points]  # group, stage, points
 
 
 def new_figure(width: float, height: float) -> Any:
+    import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    matplotlib.rcdefaults()  # a matplotlibrc in the working folder could hand every text to LaTeX
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+def save(figure: Any, file: Path) -> None:
+    """Write a PNG whole; a link in its place is replaced, not followed. Raises OSError."""
+    data = io.BytesIO()
+    figure.savefig(data, dpi=110, format="png")
+    write_bytes(file, data.getbuffer())
 
 
 def curves(runs: Sequence[Written], file: Path, smooth: int | None, notes: list[str]) -> bool:
@@ -55,7 +66,7 @@ def curves(runs: Sequence[Written], file: Path, smooth: int | None, notes: list[
     for ax in axes[len(panels) :]:
         ax.set_visible(False)
     legend(figure, colours, list(dict.fromkeys(stage for lines in panels.values() for _, stage, _ in lines)), abreast)
-    figure.savefig(file, dpi=110)
+    save(figure, file)
     return True
 
 
@@ -220,4 +231,4 @@ def quadrants(found: dict[str, Any], name: str, file: Path) -> None:
     text = figure.suptitle("")
     text.set_parse_math(False)
     text.set_text(f"{shortened([name], 80)[name]} at {count(found['seen_img'])} images: {found['num_latents']} latents")
-    figure.savefig(file, dpi=110)
+    save(figure, file)

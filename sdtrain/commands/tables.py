@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
-BLANK = re.compile(r"[\x00-\x20\x7f-\x9f\u2028\u2029]+")  # line ends and what steers a terminal
+# line ends, what steers a terminal, what turns the direction of writing
+BLANK = re.compile(r"[\x00-\x20\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]+")
 IN_MARKDOWN = str.maketrans(
     {c: f"\\{c}" for c in "\\*[]~$#!"} | {"|": "&#124;", "`": "&#96;", "<": "&lt;", ">": "&gt;", "&": "&amp;"}
 )

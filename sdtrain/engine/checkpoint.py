@@ -171,8 +171,11 @@ def _cannot_write(folder: Path, problem: str, needed: int) -> str:
 def retain(root: Path, keep: int) -> None:
     """Delete the oldest complete checkpoints beyond `keep`, and leftovers of interrupted saves.
 
-    A checkpoint that is a link belongs to somebody else: it neither counts nor goes.
+    A checkpoint that is a link belongs to somebody else: it neither counts nor goes, nor does anything behind a root
+    that is one.
     """
+    if root.is_symlink():
+        return
     sweep(root)
     for leftover in root.glob(".writing-*"):
         if leftover.is_symlink():

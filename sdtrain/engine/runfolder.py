@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 
+OWN = ("checkpoints", "snapshots", "samples", "best", "inputs", "tensorboard", "metrics.jsonl")
+
 
 class RunFolder:
     """Paths and writers of one run."""
@@ -58,6 +60,8 @@ class RunFolder:
             raise RunError(f"{self.path}: the run folder cannot be written ({problem}); choose another with --out")
 
     def _try_to_write(self) -> str | None:
+        if link := next((name for name in OWN if (self.path / name).is_symlink()), None):
+            return f"{link} is a link, and a run writes and deletes in its own folder alone: link the whole folder"
         try:
             for sub in ("checkpoints", "samples", "best"):
                 (self.path / sub).mkdir(parents=True, exist_ok=True)

@@ -42,6 +42,6 @@ def cut_back(root: Path, seen_img: int) -> None:
 
 def _remove_later(root: Path, seen_img: int) -> None:
     for folder in root.glob("img_*"):
-        if folder.name > f"img_{seen_img:09d}":
+        if folder.name > f"img_{seen_img:09d}" and not (folder.is_symlink() or root.is_symlink()):
             (folder / MARKER).unlink(missing_ok=True)  # from here on it does not count
             shutil.rmtree(folder)

@@ -151,6 +151,8 @@ def checked_members(source: str, archive: zipfile.ZipFile, total_bytes: int) -> 
                 source, f"is a zip whose member {info.filename!r} is compressed or encrypted; torch writes neither"
             )
         name = str(PurePosixPath(*path.parts[1:]))
+        if name == "constants.pkl" or path.parts[1] == "code":
+            raise refuse(source, f"is a TorchScript archive, a program and not a state dict (member {info.filename!r})")
         if name in members:
             raise refuse(source, f"is a zip that has {info.filename!r} twice")
         roots.add(path.parts[0])

@@ -60,7 +60,7 @@ def package_heads(net: Net = "vgg") -> dict[str, Tensor]:
         raise WeightsError(
             "LPIPS needs the linear heads of the package lpips, which is not installed; run `pip install lpips`."
         )
-    return torch.load(
+    return torch.load(  # a file of an installed package, whose code could run as well
         Path(spec.origin).parent / "weights" / "v0.1" / f"{net}.pth", map_location="cpu", weights_only=True
     )
 

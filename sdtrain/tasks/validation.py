@@ -52,11 +52,19 @@ Upscale = Callable[[int, Setting], Tensor]  # (image number, setting) -> uint8 [
 class ValidationList:
     """One split: `hq(i)` and `lq(i, setting)` as uint8, and `measure(upscale)`."""
 
-    def __init__(self, config: Loaded, split: str, inputs: Inputs, folder: Path, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: Loaded,
+        split: str,
+        inputs: Inputs,
+        folder: Path,
+        device: torch.device,
+        keep_index: bool = True,
+    ) -> None:
         self.config, self.split, self.inputs, self.device = config, split, inputs, device
         self.options = config.validation
         source = getattr(config.data, split)
-        self.data = open_dataset(source, **reading(config.data))
+        self.data = open_dataset(source, keep_index=keep_index, **reading(config.data))
         if self.data.num_samples < 2:
             raise DataError(f"data.{split} {source} holds {self.data.num_samples} image; FID needs at least 2")
         self.faces = config.model.generator.kind == "gcfsr"
@@ -89,6 +97,8 @@ class ValidationList:
 
         if is_main() and not self.path.is_file():
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            if self.path.parent.is_symlink():
+                raise DataError(f"{self.path.parent} is a link: nothing is written through it; take it away")
             made = {f"{i:05d}/{s.name}": self._degraded(i, s) for i in range(len(self)) for s in self.settings}
             write_bytes(self.path, save(made))
         barrier()

@@ -15,7 +15,8 @@ import numpy as np
 from PIL import Image
 
 from sdtrain.data.read.budget import MB, read_within
-from sdtrain.errors import EXIT_OK, EXIT_USER_ERROR, DataError, UserError
+from sdtrain.errors import EXIT_OK, EXIT_USER_ERROR, DataError
+from sdtrain.exits import run_command
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 SIDE = 32
@@ -50,11 +51,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if len(words) != 2:
         print("usage: python -m sdtrain.data.pack.cifar10 BATCHES OUT", file=sys.stderr)
         return EXIT_USER_ERROR
-    try:
-        print(f"{words[1]}: {export_cifar10(Path(words[0]), Path(words[1]))} images")
-    except UserError as error:
-        print(f"sdtrain: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
+    return run_command(lambda: _export(Path(words[0]), Path(words[1])))
+
+
+def _export(batches: Path, out: Path) -> int:
+    print(f"{out}: {export_cifar10(batches, out)} images")
     return EXIT_OK
 
 

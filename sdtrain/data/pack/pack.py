@@ -160,6 +160,8 @@ def _tidied(out: Path, jobs: list[Job]) -> Iterator[None]:
     from sdtrain.data.pack.packing import MARKERS
 
     staged = out / MARKERS
+    if staged.is_symlink():
+        staged.unlink()  # whoever filled OUT may have led it elsewhere
     made = [folder for folder in (out, *out.parents) if not folder.exists()]
     if any(_plan_in(marker) != jobs[0].plan for marker in staged.glob("*.json")):
         shutil.rmtree(staged)

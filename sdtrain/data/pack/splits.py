@@ -18,7 +18,8 @@ from pathlib import Path, PurePosixPath
 from sdtrain.data.pack.sources import SourceFile, SourceReader, list_source
 from sdtrain.data.read.budget import LIST_BYTES, read_within
 from sdtrain.data.read.images import ImageRejected, decode_image
-from sdtrain.errors import EXIT_OK, EXIT_USER_ERROR, DataError, UserError
+from sdtrain.errors import EXIT_OK, DataError
+from sdtrain.exits import run_command
 from sdtrain.files import write_bytes
 
 
@@ -106,11 +107,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--celeba", type=Path, metavar="FOLDER", help=f"of {CELEBA_MAPPING} and {CELEBA_PARTITION}")
     args = parser.parse_args(argv)
-    try:
-        lists = _lists(args)
-    except UserError as error:
-        print(f"sdtrain: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
+    return run_command(lambda: _run(args))
+
+
+def _run(args: argparse.Namespace) -> int:
+    lists = _lists(args)
     print(f"{args.out}: " + ", ".join(f"{part} {len(names)}" for part, names in lists.items()))
     return EXIT_OK
 

@@ -23,6 +23,7 @@ from sdtrain.data.read.images import ImageRejected, decode_image, refuse_bytes
 from sdtrain.data.read.index import INDEX_NAME, Index, build_index, load_index
 from sdtrain.data.read.manifest import MANIFEST_NAME, read_manifest
 from sdtrain.data.read.patterns import expand
+from sdtrain.data.read.tars import printable
 from sdtrain.errors import DataError
 from sdtrain.files import open_regular
 
@@ -66,8 +67,8 @@ class Dataset:
         return len(self.index) > 0 and bool((self.index.lq_size > 0).all())
 
     def locate(self, i: int) -> tuple[str, str]:
-        """(shard, key) of a sample, as named in reports."""
-        return os.path.basename(self.shards[self.index.shard[i]]), self.index.key(i)
+        """(shard, key) of a sample, as named in reports: on one line each."""
+        return printable(os.path.basename(self.shards[self.index.shard[i]])), printable(self.index.key(i))
 
     def local_path(self, shard: int) -> Path:
         """The shard as a local file, fetched when it is remote."""
