@@ -166,12 +166,13 @@ class Run(Trainer):
         checkpoint, and for training data that is not the checkpoint's unless `allow` names its key.
         """
         checkpoint, refused = newest(self.folder.checkpoints)
+        now = self.origin  # as it is before anything is read
         if checkpoint is None:
             refuse_to_start_over(self.folder.path, refused)
         else:
             with state_of(checkpoint) as state:
                 if "origin" in state:  # earlier versions have not written it
-                    compare_origin(state["origin"], self.origin, allow, checkpoint.path.name)
+                    compare_origin(state["origin"], now, allow, checkpoint.path.name)
             self.restore(checkpoint)
         cut_back(self.folder.snapshots, self.seen_img)
         return refused

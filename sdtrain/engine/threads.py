@@ -1,4 +1,7 @@
-"""How many threads a rank computes with: what the user asked for, else its share of the cores."""
+"""How many threads a rank computes with: what the user asked for, else its share of the cores.
+
+The number decides bits on a CPU: weight gradients of convolutions are sums that are split over threads.
+"""
 
 from __future__ import annotations
 
