@@ -47,7 +47,7 @@ def test_each_step_on_another_number_of_ranks_is_the_run_of_one_rank_bit_for_bit
     out = "to".join(map(str, worlds))
     for step, ranks in enumerate(worlds, 5 - len(worlds)):
         jobs = [{"args": args(place, out, step)}]
-        if ranks == 2:  # while the launch is there: the data dies under two ranks
+        if ranks == 2 and len(worlds) == 3:  # while the launch is there: the data dies under two ranks
             command = ["sh", "-c", 'rm "$0/001.tar"', str(place / "dying")]
             dying = args(place, f"{out}_dying", 4, "dying")
             jobs.append({"args": dying, "meanwhile": {"time": 2, "command": command}})
