@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tiny import make_shards, rows, run_jobs, tensors, tiny_config, unequal, write_config
+from tiny import make_shards, rows, run_jobs, tensors, tiny_config, unequal, worst, write_config
 
 from sdtrain.engine.checkpoint import verify
 
@@ -57,4 +57,6 @@ def test_each_step_on_another_number_of_ranks_is_the_run_of_one_rank_bit_for_bit
             assert [rank["code"] for rank in told[1]["ranks"]] == [2, 2], told
             assert verify(place / f"{out}_dying" / "checkpoints" / f"img_{2 * BATCH:09d}") is None
     assert unequal(tensors(alone, 4 * BATCH), tensors(place / out, 4 * BATCH)) == []
-    assert rows(alone) == rows(place / out)
+    deviation = worst(rows(alone), rows(place / out))  # of means, whose float64 sums are grouped by rank
+    print("worst deviation:", deviation)
+    assert deviation[0] <= 1e-12
