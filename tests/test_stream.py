@@ -165,6 +165,7 @@ def test_bad_samples_are_replaced_and_no_other_sample_moves(shards: Path) -> Non
     bad = [int(expected[0].indices[row]) for row in (3, 6)]
     for i in bad:
         damage_byte(Path(dataset.shards[dataset.index.shard[i]]), int(dataset.index.offset[i]) + 3)
+    dataset = open_dataset(shards)  # one that knows no other content
     for workers in (0, 2):
         found = batches(dataset, 10, workers=workers, max_bad=0.1)
         for step, (batch, was) in enumerate(zip(found, expected, strict=True)):

@@ -15,6 +15,7 @@ import json
 import os
 import resource
 import signal
+import subprocess
 import sys
 import tarfile
 import time
@@ -100,7 +101,10 @@ def write_config(path: Path, config: dict[str, Any]) -> Path:
 
 
 def run_jobs(folder: Path, jobs: list[dict[str, Any]], ranks: int = 1) -> list[dict[str, Any]]:
-    """Run jobs {args, env, signal, nan, limit}; returns {code, said} of each, or {ranks: [...]} on several."""
+    """Run jobs {args, before, env, signal, nan, limit, meanwhile}.
+
+    Returns {code, said} of each, or {ranks: [...]} on several.
+    """
     from conftest import run_python, run_ranks
 
     file = folder / f"jobs_{ranks}_{len(list(folder.glob('jobs_*')))}.json"
@@ -237,8 +241,26 @@ def limited(job: dict[str, Any]) -> Any:
     return wrapped("sdtrain.run", "Run.save", make)
 
 
+def disturbed(job: dict[str, Any], rank: int) -> Any:
+    """Run a command in the n-th step, on the first rank, before the others go on."""
+    wish, calls = job["meanwhile"], [0]
+
+    def make(original: Any) -> Any:
+        def call(*args: Any) -> Any:
+            calls[0] += 1
+            if calls[0] == wish["time"] and rank == 0:
+                subprocess.run(wish["command"], check=True)
+            return original(*args)
+
+        return call
+
+    return wrapped("sdtrain.loop", "advance", make)
+
+
 def do(job: dict[str, Any], rank: int) -> dict[str, Any]:
     """One run of main.py in this process."""
+    if "before" in job and rank == 0:
+        subprocess.run(["sh", "-ec", job["before"]], check=True)
     from sdtrain.main import main
 
     notes: dict[str, Any] = {}
@@ -247,6 +269,8 @@ def do(job: dict[str, Any], rank: int) -> dict[str, Any]:
             stack.enter_context(signalled(job, rank))
         if "nan" in job:
             stack.enter_context(poisoned(job, rank, notes))
+        if "meanwhile" in job:
+            stack.enter_context(disturbed(job, rank))
         if "limit" in job:
             stack.enter_context(limited(job))
         try:

@@ -95,6 +95,8 @@ class Data:
     """Share of samples that may be unreadable before the run stops with an error."""
     max_image_mb: Count = 512
     """[MB] Memory that one picture may cost, its file included; one that needs more counts as unreadable."""
+    check: Literal["quick", "full"] = "quick"
+    """How a resumed run compares the shards with those of its checkpoint: sizes and some pieces, or every byte."""
 
 
 @dataclass(frozen=True, kw_only=True)
