@@ -17,13 +17,14 @@ import secrets
 import signal
 import stat
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+MAX_JSON, MAX_ROW = 1 << 24, 1 << 20  # bytes of a file, of a line; what we write is far below
 _passed: dict[str, int] = {}  # how often each boundary has been crossed, counted only in fault tests
 
 
@@ -102,6 +103,42 @@ def open_regular(path: str | Path) -> int:
         return fd
     os.close(fd)
     raise OSError(errno.EINVAL, "not a regular file", str(path))
+
+
+def parse_json(text: bytes | str) -> Any:
+    """The value of a JSON text. Raises ValueError, also for one that is nested too deeply."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def read_json(path: Path) -> Any:
+    """The value of a JSON file. Raises OSError, ValueError for what is no JSON or longer than MAX_JSON bytes."""
+    with open(open_regular(path), "rb") as file:
+        data = file.read(MAX_JSON + 1)
+    if len(data) > MAX_JSON:
+        raise ValueError(f"it is longer than {MAX_JSON} bytes")
+    return parse_json(data)
+
+
+def read_rows(path: Path) -> Iterator[dict[str, Any] | None]:
+    """The JSON objects of a file, one a line; None for a line that holds none or is too long. Raises OSError."""
+    with open(open_regular(path), "rb") as file:
+        while line := file.readline(MAX_ROW):
+            whole = len(line) < MAX_ROW
+            while len(line) == MAX_ROW and not line.endswith(b"\n"):
+                line = file.readline(MAX_ROW)  # the rest of it
+            if line.strip() or not whole:
+                yield _row(line) if whole else None
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = parse_json(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) else None
 
 
 def sha256_of_file(path: str | Path) -> str:

@@ -7,7 +7,6 @@ otherwise, ADA's p start afresh, as the official StyleGAN2-ADA does on `--resume
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from sdtrain.contracts import Method, Net
 from sdtrain.errors import WeightsError
+from sdtrain.files import read_json
 from sdtrain.interop.loading import OFFICIAL_SUFFIXES, load_network
 from sdtrain.interop.network import Network, as_tuples
 
@@ -182,5 +182,8 @@ def _p_of_file(path: Path) -> float | None:
 
 
 def _p_of_run(path: Path) -> float | None:
-    state = _file(path, "G").parent / "state.json"
-    return json.loads(state.read_text()).get("method", {}).get("p") if state.is_file() else None
+    try:
+        p = read_json(_file(path, "G").parent / "state.json")["method"]["p"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return float(p) if isinstance(p, (int, float)) and 0 <= p <= 1 else None

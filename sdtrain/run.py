@@ -14,6 +14,7 @@ from sdtrain.contracts import Stage, State, Task
 from sdtrain.data.read.dataset import Dataset
 from sdtrain.data.read.stream import Batch, Stream
 from sdtrain.engine.checkpoint import Checkpoint, newest, save_checkpoint
+from sdtrain.engine.fitting import wrong_slots, wrong_state
 from sdtrain.engine.meter import Meter
 from sdtrain.engine.preempt import StopRequest
 from sdtrain.engine.ranks import agree_max, gather_objects, world
@@ -59,7 +60,9 @@ class Run(Trainer):
         self.enter(stage, None if inside else self.task.hand_over())
         if inside is not None:
             for name, player in self.engine.players.items():
-                player.load_state(inside.tensors(f"{name}.optim"))
+                slots = inside.tensors(f"{name}.optim")
+                inside.refuse(wrong_slots(player.named, slots))
+                player.load_state(slots)
             self.engine.meter.load_state(Meter.shared_out(inside.state["meters"], world()), self.device)
         self.timer.restart()
 
@@ -112,7 +115,12 @@ class Run(Trainer):
         save_snapshot(self.folder.snapshots, self.seen_img, nets)
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Take up the position and every tensor of a checkpoint; players follow in `begin`."""
+        """Take up the position and every tensor of a checkpoint; players follow in `begin`.
+
+        Raises `RunError` for one that is whole, but not of this run.
+        """
+        stages = [stage.name for stage in self.method.stages]
+        checkpoint.refuse(wrong_state(checkpoint.state, self.method.state(), stages, self.config.batch_size))
         self.step = checkpoint.state["step"]
         self.best, self.skipped = checkpoint.state["best"], checkpoint.state["skipped"]
         self.last_tick_img = checkpoint.state["last_tick_img"]

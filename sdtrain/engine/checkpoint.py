@@ -39,6 +39,7 @@ from sdtrain.files import (
 )
 
 MARKER = "complete.json"
+TO_DO = "move this folder away to go on from the checkpoint before it"
 
 
 def digest(path: Path) -> dict[str, Any]:
@@ -53,8 +54,19 @@ class Checkpoint:
     state: dict[str, Any]
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """Those of one file, [...] by official name, on the CPU."""
-        return load_tensors(self.path / f"{name}.safetensors")
+        """Those of one file, [...] by official name, on the CPU. Raises `RunError` for one that cannot be read."""
+        from safetensors import SafetensorError
+
+        try:
+            return load_tensors(self.path / f"{name}.safetensors")
+        except (SafetensorError, OSError, ValueError) as error:
+            reason = str(error)[:200]
+        raise RunError(f"{self.path / name}.safetensors is no file of tensors ({reason}); {TO_DO}")
+
+    def refuse(self, wrong: str | None) -> None:
+        """Raise `RunError` with what is wrong with its state, unless nothing is."""
+        if wrong:
+            raise RunError(f"{self.path} is whole, but not of this run: {wrong}; {TO_DO}")
 
     def has(self, name: str) -> bool:
         return (self.path / f"{name}.safetensors").exists()
