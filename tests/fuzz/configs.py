@@ -178,6 +178,6 @@ def explain(path: Path) -> None:
 CLASSES = {
     "configuration text": Inputs(texts, read),
     "configuration values": Inputs(values, read),
-    "--set": Inputs(overrides, override),
+    "overrides": Inputs(overrides, override),
     "config KEY": Inputs(words, explain),
 }

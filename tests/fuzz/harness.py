@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import faulthandler
 import json
 import os
 import resource
@@ -161,6 +162,7 @@ def _child(name: str, inputs: Inputs, numbers: list[int], seed: int, room: Path,
     code = 0
     try:
         os.setsid()
+        faulthandler.disable()
         _seclude(room, inputs)
         for number in numbers:
             why, grown_mb = _one(Random(f"{seed} {name} {number}"), inputs, room, number)

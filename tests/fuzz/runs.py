@@ -141,9 +141,8 @@ def figures(chance: Random, folder: Path) -> Path:
         (run / "metrics.jsonl").write_bytes(text_of_rows(chance))
         tree = changed(chance, PLAN) if chance.random() < 0.5 else PLAN
         (run / "plan.json").write_text(json.dumps(tree), errors="replace")
-        (run / "checkpoints" / chance.choice(("img_000000032", "img_99999999999999999999", "img_²", "img_-1"))).mkdir(
-            parents=True, exist_ok=True
-        )
+        place = chance.choice(("img_000000032", "img_99999999999999999999", "img_\u00b2", "img_-1"))
+        (run / "checkpoints" / place).mkdir(parents=True, exist_ok=True)
         for marker in run.glob("checkpoints/*"):
             (marker / "complete.json").write_text('{"files": []}')
     if chance.random() < 0.1:
@@ -248,7 +247,7 @@ def spoil(chance: Random, run: Path) -> None:
     inner = place / "img_000000032"
     edit = chance.randrange(8)
     if edit == 0:
-        other = chance.choice(("img_99999999999999999999", "img_²²", "img_", "img_-5", "img_abc", "img_1e3", "img_ 32"))
+        other = chance.choice(("img_99999999999999999999", "img_\u00b2\u00b2", "img_", "img_-5", "img_1e3", "img_ 32"))
         shutil.copytree(inner, place / other, symlinks=True, ignore=lambda *_: [])
     elif edit == 1:
         (inner / "complete.json").unlink(missing_ok=True)
