@@ -13,6 +13,10 @@ class DataError(UserError):
     """Shards, images or labels that cannot be used."""
 
 
+class ShardChanged(DataError):
+    """A shard that was replaced, changed or deleted while it was being read from."""
+
+
 class WeightsError(UserError):
     """A weights file that is missing, damaged or of another network."""
 

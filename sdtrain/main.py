@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from sdtrain.config.keys import Config
     from sdtrain.engine.preempt import StopRequest
+    from sdtrain.finetune import Initial
     from sdtrain.run import Run
 
 log = logging.getLogger("sdtrain")
@@ -33,6 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--allow-pipe", action="store_true", help="run the commands of pipe: sources (--set data.allow_pipe=true)")
     add("--plan", action="store_true", help="print what the run would need and do, touch nothing")
     add("--allow", action="append", default=[], metavar="KEY", help="resume although this key has changed")
+    begin_again = "begin again: move the run that is there into OUT/before-DATE-TIME, delete nothing; "
+    add("--restart", action="store_true", help=begin_again + "a requeued job goes on all the same")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -51,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     from sdtrain.engine.preempt import StopRequest
 
     with StopRequest(out / "checkpoints") as stop:
-        return train(config, out, args.allow, stop)
+        return train(config, out, args.allow, stop, restart=args.restart and not started_again())
 
 
 def show_plan(config: Config, out: Path) -> int:
@@ -68,21 +71,39 @@ def show_plan(config: Config, out: Path) -> int:
     return code
 
 
-def train(config: Config, out: Path, allow: list[str], stop: StopRequest) -> int:
-    """Check everything that can be checked cheaply, join the other ranks, resume, train."""
-    from sdtrain.plan import check_data, check_initial, check_weights_needed, make_plan
+def started_again() -> bool:
+    """Whether Slurm or torchrun repeats a command by itself, which then goes on even if it says --restart."""
+    return any(os.environ.get(f"{who}_RESTART_COUNT", "0") != "0" for who in ("SLURM", "TORCHELASTIC"))
+
+
+def train(config: Config, out: Path, allow: list[str], stop: StopRequest, restart: bool) -> int:
+    """Check everything that can be checked cheaply, join the other ranks, take the folder, train."""
+    from sdtrain.plan import check_data, check_initial, check_weights_needed
 
     dataset = check_data(config)
     used = check_weights_needed(config)
-    check_folder(config, out, allow)
-    initial = None if has_checkpoints(out) else check_initial(config, dataset)
+    if not restart:
+        check_folder(config, out, allow)
+    initial = check_initial(config, dataset) if restart or not has_checkpoints(out) else None
     device = start(config)
-    from sdtrain.loop import train as train_loop
+    from sdtrain.engine.lock import FolderLock
+    from sdtrain.engine.restart import set_aside
     from sdtrain.run import Run
 
-    run = Run(config, out, device, dataset)
+    with FolderLock(out):
+        if restart and (aside := set_aside(out)):
+            log.info("--restart: the run that was here was moved into %s", aside)
+        return go_on(Run(config, out, device, dataset), allow, initial, used, stop)
+
+
+def go_on(run: Run, allow: list[str], initial: Initial | None, used: dict[str, Any], stop: StopRequest) -> int:
+    """Resume, or begin from `initial`, write down what is used, and train."""
+    from sdtrain.loop import train as train_loop
+    from sdtrain.plan import check_initial, make_plan
+
+    config, dataset = run.config, run.dataset
     run.folder.create()
-    refused = run.resume()
+    refused = run.resume(allow)
     if run.checkpoint is None and (initial := initial or check_initial(config, dataset)):
         run.start_from(initial)
         used |= {f"init.{role}": start for role, start in initial.described.items()}
@@ -107,8 +128,10 @@ def simulate(config: Any, out: Path, only_plan: bool) -> int:
 def start(config: Config) -> torch.device:
     """The process group and logging. Returns this rank's device."""
     from sdtrain.engine.ranks import is_main, start_ranks
+    from sdtrain.engine.threads import set_threads
 
     device = start_ranks(tf32=config.tf32)
+    set_threads()
     level = logging.INFO if is_main() else logging.WARNING
     logging.basicConfig(level=level, format="%(asctime)s  %(message)s", datefmt="%H:%M:%S")
     return device
@@ -139,24 +162,29 @@ def check_folder(config: Config, out: Path, allow: list[str]) -> None:
 
 
 def write_down(run: Run, plan: dict[str, Any] | None, used: dict[str, Any]) -> None:
+    import torch
+
     from sdtrain.config.compare import dump
-    from sdtrain.engine.ranks import is_main
+    from sdtrain.engine.ranks import gather_objects, is_main
     from sdtrain.files import write_bytes
 
+    run.folder.note_environment(used, gather_objects(torch.get_num_threads()))
     if is_main():
         write_bytes(run.folder.path / "config.yaml", dump(run.config).encode())
-        run.folder.note_environment(used)
     if plan is not None:
         run.folder.write_json("plan.json", plan)
 
 
 def announce(run: Run, refused: list[str]) -> None:
     """Say where the run starts, with what, and why newer checkpoints were not used."""
-    from sdtrain.engine.ranks import world
+    from sdtrain.engine.ranks import is_main, world
+    from sdtrain.engine.threads import warning
     from sdtrain.loop import count
 
     for reason in refused:
         log.warning("checkpoint %s", reason)
+    if is_main() and (sentence := warning()):
+        log.warning("%s", sentence)
     log.info("%s on %d rank(s), %s", run.dataset.describe(), world(), run.device)
     ghosts = (run.config.num_ghosts, run.config.ghost_batch, run.ghosts_at_once)
     log.info("%d ghosts of %d images a step, %d here at once", *ghosts)

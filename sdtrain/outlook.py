@@ -10,6 +10,7 @@ from statistics import mean, median
 from typing import TYPE_CHECKING, Any
 
 from sdtrain.engine.launcher import wants_cpu
+from sdtrain.engine.threads import warning
 from sdtrain.files import read_rows
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def warnings(config: Config, dataset: Dataset, total_img: int) -> list[str]:
     photographs, own = dataset, config.data
     if config.eval_img and own.val:
         photographs = open_dataset(own.val, cache=own.cache, keep_index=False, allow_pipe=own.allow_pipe)
-    return [*_never(config, total_img), *_few(config, photographs.num_samples), *_arithmetic(config)]
+    return [*_never(config, total_img), *_few(config, photographs.num_samples), *_arithmetic(config), *_threads()]
 
 
 def _never(config: Config, total_img: int) -> Iterator[str]:
@@ -106,6 +107,11 @@ def _few(config: Config, num_photographs: int) -> Iterator[str]:
             f"rfid of {m.num_fake} generated images in {m.seeds} random networks: its spread makes choosing weights a "
             f"lottery; take metrics.num_fake {FEW_FAKES} and metrics.seeds {FEW_SEEDS} or more"
         )
+
+
+def _threads() -> Iterator[str]:
+    if sentence := warning():
+        yield sentence
 
 
 def _arithmetic(config: Config) -> Iterator[str]:

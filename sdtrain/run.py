@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -13,13 +15,17 @@ from sdtrain.config.keys import Config
 from sdtrain.contracts import Stage, State, Task
 from sdtrain.data.read.dataset import Dataset
 from sdtrain.data.read.stream import Batch, Stream
-from sdtrain.engine.checkpoint import Checkpoint, newest, save_checkpoint
+from sdtrain.engine.checkpoint import STATE, Checkpoint, newest, save_checkpoint
 from sdtrain.engine.fitting import wrong_slots, wrong_state
 from sdtrain.engine.meter import Meter
+from sdtrain.engine.origin import compare_origin, origin_of
+from sdtrain.engine.player import BasePlayer
 from sdtrain.engine.preempt import StopRequest
 from sdtrain.engine.ranks import agree_max, gather_objects, world
+from sdtrain.engine.restart import refuse_to_start_over
 from sdtrain.engine.runfolder import RunFolder
 from sdtrain.engine.snapshots import cut_back, save_snapshot, snapshot_positions
+from sdtrain.errors import DataError, RunError
 from sdtrain.finetune import Initial, apply_initial
 from sdtrain.trainer import Trainer
 
@@ -60,10 +66,12 @@ class Run(Trainer):
         self.enter(stage, None if inside else self.task.hand_over())
         if inside is not None:
             for name, player in self.engine.players.items():
-                slots = inside.tensors(f"{name}.optim")
-                inside.refuse(wrong_slots(player.named, slots))
-                player.load_state(slots)
-            self.engine.meter.load_state(Meter.shared_out(inside.state["meters"], world()), self.device)
+                found = inside.shapes(f"{name}.optim")
+                inside.require_fit(f"{name}.optim", slots_of(player, found))
+                inside.refuse(wrong_slots(found))
+                player.load_state(inside.tensors(f"{name}.optim"))
+            with state_of(inside) as state:
+                self.engine.meter.load_state(Meter.shared_out(state["meters"], world()), self.device)
         self.timer.restart()
 
     def batches(self) -> Iterator[Batch]:
@@ -85,9 +93,24 @@ class Run(Trainer):
         with stream:
             while self.seen_img < self.stage.end_img:
                 with self.timer.section("data", host=True):
-                    batch = next(stream)
+                    batch = self.next_of(stream)
                 yield batch
                 self.bad_samples = stream.bad
+
+    def next_of(self, stream: Stream) -> Batch:
+        """The next batch. Raises `DataError` on every rank when one cannot have its images; the state is saved then."""
+        problem, batch = "", None
+        try:
+            batch = next(stream)
+        except DataError as error:
+            problem = str(error)
+        if not agree_max(batch is None, self.device):
+            assert batch is not None
+            return batch
+        problem = next(filter(None, gather_objects(problem)))
+        if self.step and (self.checkpoint is None or self.checkpoint.state["step"] != self.step):
+            problem += f"; {self.save()} was kept"
+        raise DataError(f"{problem}; the same command goes on from the newest checkpoint")
 
     def save(self) -> Path:
         """Write a checkpoint of this position with all ranks."""
@@ -100,6 +123,7 @@ class Run(Trainer):
             "seen_img": self.seen_img,
             "stage": self.stage.name,
             "world_size": world(),
+            "origin": self.origin,
             "meters": {str(r): m for r, m in enumerate(gather_objects(self.engine.meter.state()))},
             "method": self.method.state(),
             "best": self.best,
@@ -115,19 +139,19 @@ class Run(Trainer):
         save_snapshot(self.folder.snapshots, self.seen_img, nets)
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Take up the position and every tensor of a checkpoint; players follow in `begin`.
-
-        Raises `RunError` for one that is whole, but not of this run.
-        """
+        """Take up the position and every tensor of a checkpoint; players follow in `begin`. Raises `RunError`."""
         stages = [stage.name for stage in self.method.stages]
         checkpoint.refuse(wrong_state(checkpoint.state, self.method.state(), stages, self.config.batch_size))
-        self.step = checkpoint.state["step"]
-        self.best, self.skipped = checkpoint.state["best"], checkpoint.state["skipped"]
-        self.last_tick_img = checkpoint.state["last_tick_img"]
-        for name in self.nets:
-            if name not in self.method.given:
-                self.nets[name].load(checkpoint.tensors(name), f"{checkpoint.path.name}/{name}")
-        self.method.load_state(checkpoint.state["method"])
+        with state_of(checkpoint) as state:
+            self.step, self.last_tick_img, self.skipped = (int(state[n]) for n in ("step", "last_tick_img", "skipped"))
+            self.best = dict(state["best"])
+        own = [name for name in self.nets if name not in self.method.given]
+        for name in own:  # all are looked at before any is replaced
+            checkpoint.require_fit(name, {key: value.shape for key, value in self.nets[name].state().items()})
+        for name in own:
+            self.nets[name].load(checkpoint.tensors(name), f"{checkpoint.path.name}/{name}")
+        with state_of(checkpoint) as state:
+            self.method.load_state(state["method"])
         if checkpoint.has("best"):
             self.task.load_tensors(checkpoint.tensors("best"))
         files = {ghost: f"ghosts_{ghost:04d}" for ghost in self.ghosts}
@@ -135,13 +159,24 @@ class Run(Trainer):
         self.method.load_ghost_state(mine, self.device)
         self.checkpoint = checkpoint
 
-    def resume(self) -> list[str]:
+    @cached_property
+    def origin(self) -> State:
+        """What decides numbers besides the configuration; first asked for by all ranks together."""
+        return origin_of(self.config, self.dataset, self.device)
+
+    def resume(self, allow: Sequence[str] = ()) -> list[str]:
         """Load the newest complete checkpoint, if there is one, and forget later snapshots.
 
-        Returns why newer checkpoints were refused.
+        Returns why newer checkpoints were refused. Raises `RunError` when there is a run without a complete
+        checkpoint, and for training data that is not the checkpoint's unless `allow` names its key.
         """
         checkpoint, refused = newest(self.folder.checkpoints)
-        if checkpoint is not None:
+        if checkpoint is None:
+            refuse_to_start_over(self.folder.path, refused)
+        else:
+            with state_of(checkpoint) as state:
+                if "origin" in state:  # earlier versions have not written it
+                    compare_origin(state["origin"], self.origin, allow, checkpoint.path.name)
             self.restore(checkpoint)
         cut_back(self.folder.snapshots, self.seen_img)
         return refused
@@ -153,3 +188,19 @@ class Run(Trainer):
     def stop_agreed(self) -> int:
         """The stop signal that any rank has received, 0 when none has: the same answer on all ranks."""
         return agree_max(self.stop.signal, self.device)
+
+
+@contextmanager
+def state_of(checkpoint: Checkpoint) -> Iterator[State]:
+    """The state of a checkpoint; what it lacks, or holds in another form, is a `RunError`."""
+    try:
+        yield checkpoint.state
+    except (KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
+        found = f"{checkpoint.path / STATE} does not fit this run ({error!r})"
+        raise RunError(f"{found}: another version wrote it, or it is damaged") from error
+
+
+def slots_of(player: BasePlayer, found: Mapping[str, Sequence[int]]) -> dict[str, Sequence[int]]:
+    """The shapes that a player has for those PARAMETER/SLOT of a file which belong to it; a count of steps has none."""
+    own = {key: player.named.get(key.rpartition("/")[0]) for key in found}
+    return {key: found[key] and list(p.shape) for key, p in own.items() if p is not None}

@@ -17,7 +17,7 @@ MAX_NAME = 100  # characters; file systems take 255 bytes, and files of a run ad
 # Keys that may differ between a run folder and the command that resumes it: they change no weight.
 HARMLESS = (
     *("name", "total_img", *INTERVALS, "keep_checkpoints", "ghosts_at_once", "on_nonfinite", "tensorboard", "metrics"),
-    *("data.workers", "data.prefetch", "data.cache", "data.max_bad", "data.val", "data.test"),
+    *("data.workers", "data.prefetch", "data.cache", "data.max_bad", "data.check", "data.val", "data.test"),
     *("data.allow_pipe", "weights.inception", "weights.alex", "weights.vgg16", "sd.log", "snapshots"),
 )
 

@@ -93,6 +93,8 @@ class Data:
     """Let sources `pipe:COMMAND` run their command; counts on the command line alone (or --allow-pipe), in no file."""
     max_bad: Fraction = 0.001
     """Share of samples that may be unreadable before the run stops with an error."""
+    check: Literal["quick", "full"] = "quick"
+    """How a resumed run compares the shards with those of its checkpoint: sizes and some pieces, or every byte."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,14 +14,14 @@ A checkpoint is written into `.writing-img_...`, synced and renamed; a reader be
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sdtrain.contracts import Tensors
@@ -30,6 +30,7 @@ from sdtrain.errors import RunError
 from sdtrain.files import (
     fault_point,
     load_tensors,
+    read_json,
     save_tensors,
     sha256_of_file,
     sweep,
@@ -39,7 +40,7 @@ from sdtrain.files import (
 )
 
 MARKER = "complete.json"
-TO_DO = "move this folder away to go on from the checkpoint before it"
+STATE = "state.json"
 
 
 def digest(path: Path) -> dict[str, Any]:
@@ -54,19 +55,37 @@ class Checkpoint:
     state: dict[str, Any]
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """Those of one file, [...] by official name, on the CPU. Raises `RunError` for one that cannot be read."""
-        from safetensors import SafetensorError
-
+        """Those of one file, [...] by official name, on the CPU. Raises `RunError` when it cannot be read."""
         try:
             return load_tensors(self.path / f"{name}.safetensors")
-        except (SafetensorError, OSError, ValueError) as error:
-            reason = str(error)[:200]
-        raise RunError(f"{self.path / name}.safetensors is no file of tensors ({reason}); {TO_DO}")
+        except (OSError, SafetensorError) as error:
+            raise RunError(f"{self.path}/{name}.safetensors cannot be read ({error})") from None
+
+    def shapes(self, name: str) -> dict[str, list[int]]:
+        """Those of one file's tensors by official name, from its header alone. Raises `RunError` as `tensors`."""
+        path = self.path / f"{name}.safetensors"
+        try:
+            with safe_open(path, framework="pt") as file:
+                return {key: list(file.get_slice(key).get_shape()) for key in file.keys()}
+        except (OSError, SafetensorError) as error:
+            raise RunError(f"{path} cannot be read ({error})") from None
+
+    def require_fit(self, name: str, wanted: Mapping[str, Sequence[int]]) -> None:
+        """Raise `RunError` unless one file has these names and shapes; nothing is loaded."""
+        found, own = self.shapes(name), {key: list(shape) for key, shape in wanted.items()}
+        wrong = [key for key in own if own[key] != found.get(key)] + [key for key in found if key not in own]
+        if wrong:
+            key = wrong[0]
+            what = f"{key} is {found.get(key, 'absent')} in the file and {own.get(key, 'absent')} in this run"
+            raise RunError(
+                f"{self.path}/{name}.safetensors holds something else: {what}, and {len(wrong) - 1} more tensors "
+                "differ; nothing was loaded: put the right file back, or take the configuration that it was made with"
+            )
 
     def refuse(self, wrong: str | None) -> None:
-        """Raise `RunError` with what is wrong with its state, unless nothing is."""
+        """Raise `RunError` with what is wrong with it, unless nothing is."""
         if wrong:
-            raise RunError(f"{self.path} is whole, but not of this run: {wrong}; {TO_DO}")
+            raise RunError(f"{self.path} is whole, but not of this run: {wrong}; move it away to go on without it")
 
     def has(self, name: str) -> bool:
         return (self.path / f"{name}.safetensors").exists()
@@ -146,8 +165,8 @@ def _write_files(
         names.append(f"{name}.safetensors")
         fault_point("mid-save")
     if state is not None:
-        write_json(folder / "state.json", state)
-        names.append("state.json")
+        write_json(folder / STATE, state)
+        names.append(STATE)
     return {name: digest(folder / name) for name in names}
 
 
@@ -203,38 +222,60 @@ def retain(root: Path, keep: int) -> None:
 
 def verify(path: Path) -> str | None:
     """Why this folder is not a complete checkpoint, or None."""
-    marker = path / MARKER
-    if not marker.exists():
+    if not os.path.lexists(path / MARKER):
         return "it has no marker: the save was interrupted"
     try:
-        files = json.loads(marker.read_text())["files"]
-    except (ValueError, KeyError, OSError) as error:
+        files = read_object(path / MARKER).get("files")
+    except ValueError as error:
         return f"its marker is unreadable ({error})"
-    for name, expected in files.items():
-        if not (path / name).exists():
-            return f"{name} is missing"
-        if digest(path / name) != expected:
-            return f"{name} does not match its digest"
-    return None
+    if not isinstance(files, dict) or not files:
+        return "its marker lists no files"
+    return next((wrong for name, expected in files.items() if (wrong := _misfit(path, name, expected))), None)
+
+
+def _misfit(folder: Path, name: str, expected: object) -> str | None:
+    """What is wrong with a file that a marker lists, or None."""
+    if "/" in name or not name.isprintable() or name in ("", ".", ".."):
+        return f"its marker lists {name[:80]!r}, which is no plain file name"
+    try:
+        found = digest(folder / name)
+    except FileNotFoundError:
+        return f"{name} is missing"
+    except OSError as error:
+        return f"{name} cannot be read ({error.strerror})"
+    return None if found == expected else f"{name} does not match its digest"
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file that somebody may have damaged. Raises ValueError with the reason in a few words."""
+    try:
+        found = read_json(path)
+    except OSError as error:
+        raise ValueError(error.strerror) from None
+    except ValueError as error:
+        raise ValueError(f"no JSON: {str(error)[:80]}") from None
+    if not isinstance(found, dict):
+        raise ValueError("no JSON object")
+    return found
 
 
 def newest(root: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint that verifies, and why each newer one was refused; the same on all ranks."""
-    found: tuple[str | None, list[str]] = (None, [])
+    found: tuple[str | None, dict[str, Any], list[str]] = (None, {}, [])
     if is_main():  # digests are read once, and ranks that saw a shared folder differently could not go on together
         found = _search(root)
-    name, refused = gather_objects(found)[0]
-    if name is None:
-        return None, refused
-    path = root / name
-    return Checkpoint(path, json.loads((path / "state.json").read_text())), refused
+    name, state, refused = gather_objects(found)[0]
+    return None if name is None else Checkpoint(root / name, state), refused
 
 
-def _search(root: Path) -> tuple[str | None, list[str]]:
+def _search(root: Path) -> tuple[str | None, dict[str, Any], list[str]]:
     refused: list[str] = []
     for path in sorted(root.glob("img_*"), reverse=True):
         reason = verify(path)
-        if reason is None:
-            return path.name, refused
+        try:
+            if reason is None:
+                return path.name, read_object(path / STATE), refused
+        except ValueError as error:
+            reason = f"its {STATE} is unreadable ({error})"
         refused.append(f"{path.name} is not used: {reason}")
-    return None, refused
+    return None, {}, refused

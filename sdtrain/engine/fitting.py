@@ -6,14 +6,12 @@ end in a traceback, or in a wrong step.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
-
-from torch import Tensor
 
 MOST = 1 << 53  # images, steps
 COUNTS = ("step", "seen_img", "last_tick_img", "skipped")
-SLOTS = ({"step", "exp_avg", "exp_avg_sq"}, {"momentum_buffer"}, set[str]())  # of Adam, of plain descent
+SLOTS = ({"step", "exp_avg", "exp_avg_sq"}, {"momentum_buffer"})  # of Adam, of plain descent
 Wrong = str | None
 
 
@@ -69,14 +67,11 @@ def is_best(value: object) -> bool:
     return all(isinstance(part, dict) and all(map(is_number, part.values())) for part in parts)
 
 
-def wrong_slots(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> Wrong:
-    """Why PARAMETER/SLOT -> [...] are no slots of an optimizer of these parameters [...], or None."""
+def wrong_slots(names: Iterable[str]) -> Wrong:
+    """Why these PARAMETER/SLOT are not what an optimizer holds of each parameter, or None."""
     slots: dict[str, set[str]] = {}
-    for name, value in tensors.items():
+    for name in names:
         key, _, slot = name.rpartition("/")
         slots.setdefault(key, set()).add(slot)
-        wanted = parameters[key].shape if key in parameters else value.shape
-        if not value.is_floating_point() or (value.numel() != 1 if slot == "step" else value.shape != wanted):
-            return f"{name[:80]} has another shape or type"
     strange = next((key for key, found in slots.items() if found not in SLOTS), None)
     return None if strange is None else f"{strange[:80]} has other slots"

@@ -10,6 +10,8 @@
       checkpoints/       see checkpoint.py
       snapshots/         see snapshots.py
       best/              best-by-validation weights and the metrics that chose them
+      before-DATE-TIME/  an earlier run, see restart.py
+      .lock              see lock.py
 
 Only the main rank writes.
 """
@@ -18,15 +20,19 @@ from __future__ import annotations
 
 import io
 import json
-import math
+import logging
+import os
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from sdtrain.engine.checkpoint import read_object
 from sdtrain.engine.precision import described
 from sdtrain.engine.ranks import gather_objects, is_main, world
+from sdtrain.engine.restart import lines_of, position
+from sdtrain.engine.threads import cores
 from sdtrain.errors import RunError
 from sdtrain.files import sweep, write_bytes, write_json
 
@@ -36,6 +42,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.utils.tensorboard import SummaryWriter
 
+log = logging.getLogger("sdtrain")
 
 
 class RunFolder:
@@ -74,10 +81,10 @@ class RunFolder:
         if not is_main():
             return
         if self.metrics.exists():
-            kept = [line for line in self.metrics.read_text().splitlines() if _position(line) <= resumed_img]
+            kept = [line for line in lines_of(self.metrics) if position(line) <= resumed_img]
             write_bytes(self.metrics, "".join(f"{line}\n" for line in kept).encode())
-            evals = [row for row in map(json.loads, kept) if row["kind"] == "eval"]
-            self._measured = {(row["seen_img"], row["split"]) for row in evals}
+            evals = [row for row in map(json.loads, kept) if row.get("kind") == "eval"]
+            self._measured = {(row["seen_img"], row.get("split")) for row in evals}
         self._rows = open(self.metrics, "a", encoding="utf-8")
         if self._tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -122,11 +129,25 @@ class RunFolder:
         if is_main():
             write_json(self.path / name, value, default=str)
 
-    def note_environment(self, weights: dict[str, Any]) -> None:
+    def note_environment(self, weights: dict[str, Any], threads: list[int]) -> None:
         """Add this start to environment.json; earlier starts are kept."""
+        if is_main():
+            self.write_json("environment.json", {"starts": [*self._starts(), environment(weights, threads)]})
+
+    def _starts(self) -> list[Any]:
+        """Earlier entries; a damaged file is kept beside the new one."""
         path = self.path / "environment.json"
-        starts = json.loads(path.read_text())["starts"] if path.exists() else []
-        self.write_json("environment.json", {"starts": [*starts, environment(weights)]})
+        if not os.path.lexists(path):
+            return []
+        try:
+            if isinstance(starts := read_object(path).get("starts"), list):
+                return starts
+            reason = "no list of starts"
+        except ValueError as error:
+            reason = str(error)
+        os.replace(path, aside := path.with_name("environment.json.damaged"))
+        log.warning("%s is damaged (%s); it is now %s, and a new one begins", path, reason, aside.name)
+        return []
 
     def close(self) -> None:
         for writer in (self._rows, self._board):
@@ -135,7 +156,8 @@ class RunFolder:
         self._rows = self._board = None
 
 
-def environment(weights: dict[str, Any]) -> dict[str, Any]:
+def environment(weights: dict[str, Any], threads: list[int]) -> dict[str, Any]:
+    """What this start runs on; `threads` of each rank."""
     import platform
     from importlib.metadata import PackageNotFoundError, version
 
@@ -152,6 +174,8 @@ def environment(weights: dict[str, Any]) -> dict[str, Any]:
         "python": platform.python_version(),
         "host": platform.node(),
         "world_size": world(),
+        "cores": cores(),
+        "threads": threads,
         "packages": {name: installed(name) for name in packages},
         "git_commit": git_commit(),
         "float32": described(),
@@ -170,14 +194,6 @@ def git_commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return found.stdout.strip() or None
-
-
-def _position(line: str) -> float:
-    """Where a row belongs; a row cut short by a crash belongs nowhere."""
-    try:
-        return float(json.loads(line)["seen_img"])
-    except (ValueError, KeyError):
-        return math.inf
 
 
 def _plain(value: Any) -> Any:

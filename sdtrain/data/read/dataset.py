@@ -11,6 +11,7 @@ import hashlib
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from sdtrain.errors import DataError
 from sdtrain.files import open_regular
 
 PROBES = 8
+Stamp = tuple[int, int]  # bytes and time of the last change [ns]
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,11 @@ class Dataset:
     def read(self, i: int) -> bytes:
         """The stored bytes of sample i's image. Raises OSError, or EOFError when the shard is too short."""
         return read_at(self.local_path(int(self.index.shard[i])), int(self.index.offset[i]), int(self.index.size[i]))
+
+    @cached_property
+    def stamps(self) -> list[Stamp]:
+        """Of each shard its size and time as they are when this is first asked; (-1, 0) of one that is no file here."""
+        return [(-1, 0) if remote.is_remote(url) else stamp_of(url) for url in self.shards]
 
     def describe(self) -> str:
         size = f"{self.resolution} px" if self.resolution else "mixed sizes"
@@ -244,14 +251,15 @@ def _loose_index(
 
 def _index_places(paths: list[Path], cache: Path) -> list[Path]:
     """Beside the shards, else in the cache. The name changes with any shard, so a stale index is never found."""
-    state = [(str(p.resolve()), *_size_and_time(p)) for p in paths]
+    state = [(str(p.resolve()), *stamp_of(p)) for p in paths]
     stamp = hashlib.sha256(repr(state).encode()).hexdigest()[:16]
     return [paths[0].parent / f".index-{stamp}.npz", cache / f"index-{stamp}.npz"]
 
 
-def _size_and_time(path: Path) -> tuple[int, int]:
+def stamp_of(file: str | Path | int) -> Stamp:
+    """Size and time of a file, or of an open one; (-1, 0) when there is none."""
     try:
-        found = path.stat()
+        found = os.stat(file)
     except OSError:
         return -1, 0  # a link to nothing
     return found.st_size, found.st_mtime_ns

@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from sdtrain.data.read.dataset import Stamp, stamp_of
 from sdtrain.data.read.images import ImageRejected, decode_image
 from sdtrain.data.read.remote import fetch, is_remote
-from sdtrain.errors import DataError
+from sdtrain.errors import DataError, ShardChanged
 from sdtrain.files import open_regular
 
 # A request is one row of int64: where the pixels go, where the bytes lie, and what happens between.
@@ -30,18 +31,30 @@ class Decoder:
     """
 
     def __init__(
-        self, shards: Sequence[str], sha256: Sequence[str], cache: str, pad: bool, allow_pipe: bool = False
+        self,
+        shards: Sequence[str],
+        sha256: Sequence[str],
+        cache: str,
+        pad: bool,
+        allow_pipe: bool = False,
+        stamps: Sequence[Stamp] = (),
     ) -> None:
-        self._allow_pipe = allow_pipe
+        """`stamps`: of each shard what it must keep; none = whatever is found is read."""
+        self._allow_pipe, self._stamps = allow_pipe, stamps
         self._shards, self._sha256, self._cache, self._pad = shards, sha256, Path(cache), pad
         self._open: OrderedDict[int, int] = OrderedDict()
 
     def run(self, requests: np.ndarray, buffer: np.ndarray) -> list[tuple[int, str]]:
-        """Carry out requests [n, NUM_COLUMNS]; returns (row, reason) for those that could not be."""
+        """Carry out requests [n, NUM_COLUMNS]; returns (row, reason) for those that could not be.
+
+        Raises `ShardChanged` when a shard is no longer what it was.
+        """
         bad = []
         for row, request in enumerate(requests.tolist()):
             try:
                 self._one(request, buffer)
+            except ShardChanged:
+                raise
             except (ImageRejected, OSError, EOFError, DataError) as error:
                 bad.append((row, str(error)[:200]))
         return bad
@@ -78,8 +91,10 @@ class Decoder:
         for attempt in range(READ_ATTEMPTS):
             try:
                 data = os.pread(self._fd(shard), size, offset)
+                self._require_unchanged(shard)
                 break
             except FileNotFoundError:
+                self._require_unchanged(shard)
                 raise EOFError("missing shard") from None
             except OSError:  # network file systems fail for a moment; a stale descriptor is opened afresh
                 self._forget(shard)
@@ -96,6 +111,20 @@ class Decoder:
             self._open[shard] = open_regular(self._path(shard))
         self._open.move_to_end(shard)
         return self._open[shard]
+
+    def _require_unchanged(self, shard: int) -> None:
+        """The file under the shard's name, and the open one where it has one, are what they were."""
+        was = tuple(self._stamps[shard]) if self._stamps else (-1, 0)
+        if was == (-1, 0):  # not there from the start, or fetched
+            return
+        fd = self._open.get(shard)
+        if fd is not None and os.fstat(fd).st_nlink and stamp_of(fd) == was:
+            return
+        self._forget(shard)  # another file may have taken the name, even one with the same bytes
+        if (now := stamp_of(self._shards[shard])) == was:
+            return
+        what = "was deleted" if now[0] < 0 else f"was changed or replaced ({was[0]} bytes then, {now[0]} now)"
+        raise ShardChanged(f"shard {self._shards[shard]} {what} while the run was reading it; put it back")
 
     def _forget(self, shard: int) -> None:
         if shard in self._open:

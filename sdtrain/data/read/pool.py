@@ -19,6 +19,7 @@ import numpy as np
 
 from sdtrain.data.read.dataset import Dataset
 from sdtrain.data.read.decoder import NUM_COLUMNS, Decoder
+from sdtrain.errors import ShardChanged
 
 STUCK_SEC = 1800.0
 Bad = list[tuple[int, str]]
@@ -47,8 +48,9 @@ class Pool:
         self._buffer = np.frombuffer(self._memory, np.uint8)
         self._setup = {"fd": self._fd, "num_bytes": num_slots * slot_bytes, "shards": list(dataset.shards)}
         self._setup |= {"sha256": list(dataset.sha256), "cache": str(dataset.cache), "pad": pad}
-        self._setup |= {"allow_pipe": dataset.allow_pipe}
-        self.decoder = Decoder(dataset.shards, dataset.sha256, str(dataset.cache), pad, dataset.allow_pipe)
+        self._setup |= {"allow_pipe": dataset.allow_pipe, "stamps": dataset.stamps}
+        given = (dataset.shards, dataset.sha256, str(dataset.cache), pad, dataset.allow_pipe, dataset.stamps)
+        self.decoder = Decoder(*given)
         self._answers: queue.Queue[tuple[int, bytes]] = queue.Queue()
         self._pending: dict[int, int] = {}
         self._bad: dict[int, Bad] = {}
@@ -79,7 +81,10 @@ class Pool:
                 self._send(number, {"ticket": ticket, "first": first, "num": len(part)}, part)
 
     def wait(self, ticket: int) -> Bad:
-        """Return when the pixels are there, with (row, reason) of those that are not. Raises WorkerError."""
+        """Return when the pixels are there, with (row, reason) of those that are not.
+
+        Raises WorkerError, and ShardChanged.
+        """
         if ticket in self._here:
             self._bad[ticket] = self.decoder.run(self._here.pop(ticket), self._buffer)
         while self._pending.get(ticket, 0):
@@ -131,6 +136,8 @@ class Pool:
         if not line:
             self._report_death(number)
         answer = json.loads(line)
+        if changed := answer.get("changed"):
+            raise ShardChanged(changed)
         self._pending[answer["ticket"]] -= 1
         self._bad[answer["ticket"]].extend((answer["first"] + row, reason) for row, reason in answer["bad"])
 

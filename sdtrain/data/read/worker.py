@@ -18,18 +18,24 @@ import numpy as np
 
 from sdtrain.data.read.decoder import NUM_COLUMNS, Decoder
 from sdtrain.data.read.images import hush
+from sdtrain.errors import ShardChanged
 
 
 def serve(requests: BinaryIO, answers: BinaryIO) -> None:
     setup = json.loads(requests.readline())
     memory = mmap.mmap(setup["fd"], setup["num_bytes"])
     buffer = np.frombuffer(memory, np.uint8)
-    decoder = Decoder(setup["shards"], setup["sha256"], setup["cache"], setup["pad"], setup["allow_pipe"])
+    given = (setup[key] for key in ("shards", "sha256", "cache", "pad", "allow_pipe", "stamps"))
+    decoder = Decoder(*given)
     while line := requests.readline():
         task = json.loads(line)
         rows = np.frombuffer(requests.read(task["num"] * NUM_COLUMNS * 8), np.int64).reshape(-1, NUM_COLUMNS)
-        bad = decoder.run(rows, buffer)
-        answers.write(json.dumps({"ticket": task["ticket"], "first": task["first"], "bad": bad}).encode() + b"\n")
+        answer = {"ticket": task["ticket"], "first": task["first"]}
+        try:
+            answer["bad"] = decoder.run(rows, buffer)
+        except ShardChanged as changed:
+            answer["changed"] = str(changed)
+        answers.write(json.dumps(answer).encode() + b"\n")
         answers.flush()
 
 
