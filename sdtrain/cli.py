@@ -10,6 +10,7 @@ from pathlib import Path
 
 from sdtrain import __version__
 from sdtrain.exits import part, run_command
+from sdtrain.terminal import show_fault
 
 PACKAGE = Path(__file__).resolve().parent
 
@@ -68,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def script() -> int:
     """The command as installed: `main`, then an orderly end of all ranks."""
+    sys.excepthook = show_fault
     return part(main())
 
 

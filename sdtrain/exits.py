@@ -11,10 +11,16 @@ import sys
 from collections.abc import Callable
 
 from sdtrain.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_USER_ERROR, UserError
+from sdtrain.terminal import text_only
 
 
 def run_command(command: Callable[[], int]) -> int:
-    """Call it and return an exit code; a `UserError` becomes one sentence on stderr."""
+    """Call it and return an exit code; a `UserError` becomes one sentence on stderr. Nothing steers the terminal."""
+    with text_only():
+        return _answered(command)
+
+
+def _answered(command: Callable[[], int]) -> int:
     try:
         return command()
     except UserError as error:

@@ -14,6 +14,7 @@ if __name__ == "__main__":  # run as a script: the repository root takes the pla
 
 from sdtrain.errors import EXIT_OK, EXIT_USER_ERROR, WeightsError
 from sdtrain.exits import part, run_command, tell
+from sdtrain.terminal import show_fault
 
 if TYPE_CHECKING:
     import torch
@@ -203,4 +204,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    sys.excepthook = show_fault
     sys.exit(part(main()))

@@ -55,7 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--workers", type=int, default=2, help="processes that decode shards (default: 2)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: a GPU where there is one)")
     add("--split", help="a name for the real images, kept in the row; super-resolution: test or val (default: test)")
-    add("--allow-pipe", action="store_true", help="run the commands of pipe: sources")
+    add("--data", metavar="DATA", help="training set of a run, for its classes (default: as its config.yaml says)")
+    add("--allow-pipe", action="store_true", help="run the commands of pipe: sources that are typed here")
     add("--cache", type=Path, help="where statistics of real images are kept (default: the weights cache)")
     add("--json", type=Path, metavar="FILE", help="append the result as one JSON row")
     add("--against", type=Path, metavar="FILE", help="compare with the last row of a --json file of the same protocol")
@@ -66,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     from sdtrain.commands.source import config_of
 
     path = Path(args.path)
-    config = config_of(path, args.allow_pipe) if is_generator(path) else None
+    config = config_of(path) if is_generator(path) else None
     if hasattr(config, "validation"):
         from sdtrain.commands import evaluate_sr
 
@@ -120,17 +121,19 @@ def fill_in(args: argparse.Namespace, config: Any) -> None:
     """Give what was not asked for: as the run measures itself, so that values compare with its own; else defaults."""
     defaults: dict[str, Any] = dict(DEFAULTS)
     if config is not None:
+        from sdtrain.commands.source import of_run
         from sdtrain.metrics.protocol import latents_seed
 
         m, w, data, split = config.metrics, config.weights, config.data, args.split or "test"
         real = data.test if split == "test" and data.test else data.val or data.train
         defaults |= {"metrics": ",".join(m.names), "num": m.num_fake, "num_real": m.num_real, "extractor": m.extractor}
         defaults |= {"tap": m.tap, "seeds": m.seeds, "batch_size": m.batch_size}
-        defaults |= {"seed": latents_seed(config.seed, split), "real": real}
+        defaults |= {"seed": latents_seed(config.seed, split), "real": args.real or of_run(real, "--real")}
         defaults |= {"pr_features": m.pr_features, "pr_precision": m.pr_precision}
         defaults |= {"inception": w.inception or "download", "vgg16": w.vgg16 or "download"}
         if w.inception == "random":  # as the run understands it
             defaults |= {"inception": "download", "extractor": "random-inception"}
+    args.real_is_typed = args.real is not None
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -152,7 +155,8 @@ def subject(args: argparse.Namespace, device: Any) -> tuple[Callable[[list[int]]
     if is_generator(path):
         from sdtrain.commands.source import Source, position_of
 
-        source = Source(path, device, seed=args.seed, weights=args.weights, allow_pipe=args.allow_pipe)
+        more = {"seed": args.seed, "weights": args.weights, "data": args.data, "allow_pipe": args.allow_pipe}
+        source = Source(path, device, **more)
         about = {"weights": "raw" if source.role == "G" else "ema", "file": str(source.file)}
         return source, {"latents_seed": source.seed, "row": about | position_of(source.file)}
     from sdtrain.metrics.evaluate import subset
@@ -180,7 +184,7 @@ def evaluator(args: argparse.Namespace, info: dict[str, Any], device: Any) -> An
     if most is not None and args.num is not None and args.num > most:
         raise ConfigError(f"--num {args.num} is more than the {most} images of {args.path}; ask for fewer.")
     return Evaluator(
-        open_images(args.real, args.allow_pipe),
+        open_images(args.real, args.allow_pipe, keep_index=args.real_is_typed),
         metrics=args.metrics,
         num_fake=args.num or most or 50_000,
         num_real=args.num_real,

@@ -7,12 +7,13 @@ values do not depend on how many there are.
 from __future__ import annotations
 
 import argparse
+import hashlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from sdtrain.commands.eval_rows import append, compare, last_row
-from sdtrain.commands.source import ROLE, file_of, position_of, run_folder_of
+from sdtrain.commands.source import ROLE, file_of, of_run, position_of, run_folder_of
 from sdtrain.errors import EXIT_OK, ConfigError, WeightsError
 from sdtrain.metrics.table import words
 
@@ -37,7 +38,8 @@ def run(args: argparse.Namespace, config: Any) -> int:
     if network.player != "Generator":
         raise ConfigError(f"{file} holds a discriminator, which enlarges nothing; give the file of a generator")
     inputs = make_inputs(config)
-    photos = ValidationList(config, args.split, inputs, folder_of_inputs(args, config), device)
+    folder = folder_of_inputs(args, config)
+    photos = ValidationList(config, args.split, inputs, folder, device, keep_index=args.real is not None)
     net: Any = network.build().to(device)
     values = photos.measure(lambda i, factor: photos.upscale(net, i, factor))
     plain = photos.measure(photos.bicubic)
@@ -63,7 +65,7 @@ def configured(args: argparse.Namespace, config: Any) -> Any:
     args.split = args.split or ("test" if args.real or config.data.test else "val")
     if args.split not in SPLITS:
         raise ConfigError(f"--split {args.split}: a run of super-resolution has {' and '.join(SPLITS)}")
-    source = args.real or getattr(config.data, args.split)
+    source = args.real or of_run(getattr(config.data, args.split), "--real")
     if source is None:
         raise ConfigError(f"the run has no data.{args.split}; say which photographs to measure on: --real SHARDS")
     names = tuple(args.metrics.split(",")) if args.metrics else config.validation.names
@@ -73,7 +75,7 @@ def configured(args: argparse.Namespace, config: Any) -> Any:
     extractor = "random-inception" if args.extractor == "random" else args.extractor or config.metrics.extractor
     config = replace(
         config,
-        data=replace(config.data, **{args.split: source}),
+        data=replace(config.data, **{args.split: source}, cache=None, allow_pipe=args.allow_pipe),
         validation=replace(config.validation, names=names),
         metrics=replace(config.metrics, extractor=extractor, tap=args.tap or config.metrics.tap),
         weights=replace(config.weights, inception=args.inception or config.weights.inception),
@@ -98,7 +100,7 @@ def folder_of_inputs(args: argparse.Namespace, config: Any) -> Path:
     from sdtrain.data.read.dataset import open_dataset
     from sdtrain.weights import cache_folder
 
-    photos = open_dataset(args.real, cache=config.data.cache, allow_pipe=config.data.allow_pipe).hash
+    photos = hashlib.sha256(open_dataset(args.real, allow_pipe=args.allow_pipe).hash.encode()).hexdigest()
     return (args.cache or cache_folder() / "statistics") / f"lq-{photos[:16]}-{config_hash(config)[:16]}"
 
 

@@ -40,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--interplay", action="store_true", help="Figure 6: images that L_SD and D like least and most")
     add("--interplay-latents", type=int, default=10_000, metavar="N", help="latents of --interplay (default: 10000)")
     add("--extremes", type=int, default=200, help="images kept at either end of L_SD (default: 200)")
+    add("--data", metavar="DATA", help="training set, for the classes of the runs (default: as each config.yaml says)")
     add("--lpips", metavar="SOURCE", help="VGG16 of LPIPS: a path, `download` or `random` (default: as the run)")
     add("--batch", type=int, default=16, help="images at once (default: 16)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: a GPU where there is one)")

@@ -56,7 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--mp4", action="store_true", help="the interpolation also as MP4 (needs the program ffmpeg)")
     add("--fps", type=int, default=30, help="frames a second of GIF and MP4 (default: 30)")
     add("--batch", type=int, default=16, help="images at once; changes no image (default: 16)")
-    add("--allow-pipe", action="store_true", help="run the commands of pipe: sources, to learn the classes of a run")
+    add("--data", metavar="DATA", help="training set of the run, for its classes (default: as its config.yaml says)")
+    add("--allow-pipe", action="store_true", help="run the command of --data pipe:COMMAND")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: a GPU where there is one)")
 
 
@@ -67,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
 
     device = pick_device(args.device)
     more = {"truncation": args.truncation, "truncation_cutoff": args.truncation_cutoff, "batch_size": args.batch}
-    more |= {"label": args.label, "allow_pipe": args.allow_pipe}
+    more |= {"label": args.label, "data": args.data, "allow_pipe": args.allow_pipe}
     source = Source(args.path, device, seed=args.seed, weights=args.weights, **more)
     if args.mixing_grid:
         made = mixing_grid(source, indices, args)

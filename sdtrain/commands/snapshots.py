@@ -125,7 +125,7 @@ def variation(run: Written, shares: Sequence[float], args: argparse.Namespace, n
     device = pick_device(args.device)
     folders = weights_at(run, shares, notes)
     lpips = lpips_of(run.path, args, device)
-    sources = [Source(folder, device) for folder in folders.values()]
+    sources = [Source(folder, device, data=args.data) for folder in folders.values()]
     distance = lambda x, y: lpips(x.to(device), y.to(device)).cpu()  # noqa: E731
     parts = []
     for first in range(0, args.latents, args.batch):
@@ -158,7 +158,8 @@ def interplay(run: Path, args: argparse.Namespace) -> dict[str, Any]:
     if checkpoint is None:
         raise RunError("; ".join([f"{run} has no complete checkpoint, and D is needed", *refused]))
     path = checkpoint.path
-    teacher, student = Source(path, device), Source(path, device, weights="raw")
+    teacher = Source(path, device, data=args.data)
+    student = Source(path, device, data=args.data, weights="raw")
     lpips, D = lpips_of(run, args, device), discriminator(path, teacher)
     distances = []
     for first in range(0, args.interplay_latents, args.batch):

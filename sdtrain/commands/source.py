@@ -23,13 +23,28 @@ def run_folder_of(path: Path) -> Path | None:
     return next((folder for folder in near if (folder / "config.yaml").is_file()), None)
 
 
-def config_of(path: Path, allow_pipe: bool = False) -> Any:
+def config_of(path: Path) -> Any:
     """The configuration of the run that `path` belongs to; None outside a run. Torch is not imported."""
-    from sdtrain.config.load import load_config
+    from sdtrain.config.load import load_written
 
     folder = run_folder_of(path)
-    given = ["data.allow_pipe=true"] if allow_pipe else []
-    return None if folder is None else load_config(folder / "config.yaml", given)
+    return None if folder is None else load_written(folder / "config.yaml")
+
+
+def of_run(source: Any, option: str) -> Any:
+    """Images that a run's own config.yaml names, as they are; `option` is where they could be typed instead.
+
+    Raises ConfigError for an address or a command: a run folder may come from anyone.
+    """
+    from sdtrain.config.words import clip, is_address
+
+    found = next((one for one in (source if isinstance(source, list) else [source]) if is_address(one)), None)
+    if found:
+        raise ConfigError(
+            f"the config.yaml of this run names the address or command '{clip(found)}', and a run folder may come from "
+            f"anyone, so nothing is fetched or run for it; type it yourself: {option} SOURCE"
+        )
+    return source
 
 
 def file_of(path: Path, weights: str) -> Path:
@@ -53,16 +68,20 @@ class Source:
         truncation: float | None = None,
         truncation_cutoff: int | None = None,
         batch_size: int = 32,
+        data: str | None = None,
         allow_pipe: bool = False,
     ) -> None:
-        """Raises WeightsError for weights that cannot be used, ConfigError for an option this generator has not."""
+        """`data`: the training set, for its classes; None = the one the run names, on this machine.
+
+        Raises WeightsError for weights that cannot be used, ConfigError for an option this generator has not.
+        """
         from sdtrain.interop.loading import load_network
 
         self.file = file_of(path, weights)
         network = load_network(self.file, ROLE[weights])
         if network.player != "Generator":
             raise ConfigError(f"{self.file} holds a discriminator, which makes no images; give the file of a generator")
-        self.config, self._allow_pipe = config_of(self.file), allow_pipe
+        self.config, self._data, self._allow_pipe = config_of(self.file), data, allow_pipe
         self.class_counts = self._class_counts(network.num_classes, label)
         net: Any = network.build()
         if not hasattr(net, "z_dim"):
@@ -85,7 +104,7 @@ class Source:
         if label is not None:
             chosen = self._class_number(label, num_classes)
             return [int(k == chosen) for k in range(num_classes)]
-        if num_classes and self.config is not None:
+        if num_classes and (self._data or self.config is not None):
             return self._training_set().class_counts
         return [1] * num_classes
 
@@ -96,7 +115,7 @@ class Source:
         if label.isascii() and label.isdigit() and int(label) < num_classes:
             return int(label)
         numbers = f"the classes 0 to {num_classes - 1}"
-        if label.lstrip("-").isdigit() or self.config is None:
+        if label.lstrip("-").isdigit() or not (self._data or self.config):
             raise ConfigError(f"--class {label}: {self.file} has {numbers}")
         names = list(self._training_set().label_names)
         if label in names:
@@ -108,7 +127,9 @@ class Source:
     def _training_set(self) -> Any:
         from sdtrain.data.read.dataset import open_dataset
 
-        return open_dataset(self.config.data.train, self.config.data.cache, allow_pipe=self._allow_pipe)
+        if self._data:
+            return open_dataset(self._data, allow_pipe=self._allow_pipe)
+        return open_dataset(of_run(self.config.data.train, "--data"), keep_index=False)
 
     def __call__(self, indices: Sequence[int]) -> Tensor:
         """uint8 images [N, 3, R, R] on the CPU."""

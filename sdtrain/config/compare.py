@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdtrain.config.find import read_with_bases
+from sdtrain.config.find import read_written
 from sdtrain.config.keys import HARMLESS, Config
 from sdtrain.config.words import report
 from sdtrain.config.yaml_source import Tree, dump_tree
@@ -79,7 +79,7 @@ def read_tree(path: Path) -> Tree:
 
     Raises ConfigError for a file that cannot be read as one.
     """
-    source = read_with_bases(path)
+    source = read_written(path)
     if source.problems:
         raise ConfigError(report(source.problems))
     return source.tree

@@ -13,6 +13,7 @@ from sdtrain.errors import ConfigError
 
 CONFIG_FOLDERS = (Path("configs"), Path(__file__).resolve().parents[2] / "configs")
 MAX_CHAIN = 20
+RUN_CONFIG = "config.yaml"  # what a run leaves behind is called so
 
 
 def find_config(path_or_name: str | Path) -> Path:
@@ -59,6 +60,17 @@ def read_file(path: Path) -> Source:
         reason = "it is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else error.strerror
         raise ConfigError(f"{shown}: cannot read this configuration: {reason}") from error
     return read_text(text, shown)
+
+
+def read_written(path: Path) -> Source:
+    """The config.yaml of a run folder: whole, as runs write it. ConfigError for one that extends another file."""
+    source = read_file(path)
+    if "base" in source.tree:
+        raise ConfigError(
+            f"{source.place(('base',))}: a run folder's {RUN_CONFIG} is written whole and extends no other file; "
+            "take 'base' out, or name the file with --cfg"
+        )
+    return source
 
 
 def read_with_bases(path: Path, seen: tuple[Path, ...] = ()) -> Source:

@@ -4,6 +4,10 @@
     config.sd.alpha, config.model.generator.kind, config.optimizer.G.lr
 
 A method adds its own top-level keys, a model the keys of its section: see `schema.py`. Torch is not imported.
+
+What a user names with --cfg or types is trusted, but for running commands. A run folder's config.yaml may come from
+anyone: it extends no other file, and the addresses it names are never fetched. The paths it names are read, never
+written: shards (data.*) and weights (weights.*) by readers that run nothing; its init and teacher are left alone.
 """
 
 from __future__ import annotations
@@ -20,10 +24,10 @@ from pydantic import TypeAdapter, ValidationError
 from sdtrain.config import messages
 from sdtrain.config import schema as config_schema
 from sdtrain.config.declare import ROLES
-from sdtrain.config.find import find_config, read_with_bases
+from sdtrain.config.find import RUN_CONFIG, find_config, read_with_bases, read_written
 from sdtrain.config.keys import Config, common_problems
 from sdtrain.config.schema import Schema
-from sdtrain.config.words import dotted, nearest, report, show
+from sdtrain.config.words import clip, dotted, is_address, nearest, report, show
 from sdtrain.config.yaml_source import KeyPath, Source, merge, parse_overrides
 from sdtrain.errors import ConfigError
 
@@ -39,7 +43,32 @@ def load_config(path_or_name: str | Path, overrides: Iterable[str] = (), world: 
     source.problems += _permissions(source)
     for override in parse_overrides(overrides):
         source = merge(source, override)
+    source.problems += _addresses(source, path)
     return resolve(source, world)
+
+
+def load_written(path: Path) -> Config:
+    """The config.yaml of a run folder that was named for its weights or rows. Raises ConfigError.
+
+    The addresses it may hold are kept as they are: `sdtrain.commands.source.of_run` refuses them where data is opened.
+    """
+    source = read_written(path)
+    source.problems += _permissions(source)
+    return resolve(source)
+
+
+def _addresses(source: Source, path: Path) -> Iterable[str]:
+    """An address in the config.yaml of a run folder counts no more when that file is named itself."""
+    data = source.tree.get("data")
+    for key, value in data.items() if isinstance(data, dict) else ():
+        place = source.place(("data", key))
+        typed = place.startswith("--set") or RUN_CONFIG not in (path.name, place.rpartition(":")[0].rpartition("/")[2])
+        found = next((v for v in (value if isinstance(value, list) else [value]) if is_address(v)), None)
+        if found and not typed:
+            yield (
+                f"{place}: data.{key} is the address or command '{clip(found)}', and a {RUN_CONFIG} belongs to a run "
+                f"folder, which may come from anyone: type it as --set data.{key}=..., or use a file of another name"
+            )
 
 
 def _permissions(source: Source) -> Iterable[str]:

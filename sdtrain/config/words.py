@@ -15,6 +15,13 @@ def clip(text: str, width: int = 80) -> str:
     return text if text.isprintable() else text.encode("unicode_escape").decode()
 
 
+def is_address(value: object) -> bool:
+    """Whether a value may name something to fetch or run: http://, s3://, pipe:, or braces that make one."""
+    if not isinstance(value, str):
+        return False
+    return "://" in value or value.startswith("pipe:") or ("{" in value and ":" in value)
+
+
 def dotted(path: Iterable[str]) -> str:
     return clip(".".join(path), 120)
 

@@ -13,6 +13,7 @@ from types import FrameType
 from typing import Any
 
 from sdtrain.errors import EXIT_INTERRUPTED
+from sdtrain.terminal import visible
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 PATIENCE_SEC = 3.0  # what Python may take to leave a library call by itself
@@ -87,7 +88,7 @@ class StopRequest:
 def say(sentence: str) -> None:
     """On the first rank alone: a launcher hands the signal to all of them."""
     if os.environ.get("RANK", "0") == "0":
-        os.write(2, f"sdtrain: {sentence}\n".encode())  # not print: a handler may stand inside one
+        os.write(2, f"sdtrain: {visible(sentence)}\n".encode())  # not print: a handler may stand inside one
 
 
 def leave(sentence: str) -> None:

@@ -82,9 +82,9 @@ def _of_config(path: Path, player: Player) -> dict[str, Any]:
     if folder is None:
         return {}
     from sdtrain.config.compare import to_tree
-    from sdtrain.config.load import load_config
+    from sdtrain.config.load import load_written
 
-    config = to_tree(load_config(folder / "config.yaml"))
+    config = to_tree(load_written(folder / "config.yaml"))
     section = dict(config.get("model", {}).get(player.lower()) or {})
     if "kind" not in section:
         return {}

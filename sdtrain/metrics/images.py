@@ -31,19 +31,20 @@ class ImageFolder:
         return f"{self.source}: {self.num_samples} images, {self.resolution or 'mixed'} px, {self.hash[:12]}"
 
 
-def open_images(source: str | Path | list[str], allow_pipe: bool = False) -> Any:
+def open_images(source: str | Path | list[str], allow_pipe: bool = False, keep_index: bool = True) -> Any:
     """A packed data set, a pattern of shards or a list of those, or a folder of images.
 
-    Raises DataError when there is nothing to read.
+    `keep_index=False` writes nothing beside the shards. Raises DataError when there is nothing to read.
     """
     from sdtrain.data.read.dataset import open_dataset
     from sdtrain.data.read.images import is_image_name
 
+    how: dict[str, Any] = {"allow_pipe": allow_pipe, "keep_index": keep_index}
     if isinstance(source, list):
-        return open_dataset(source, allow_pipe=allow_pipe)
+        return open_dataset(source, **how)
     folder = Path(source)
     if not folder.is_dir() or (folder / "manifest.json").is_file() or any(folder.glob("*.tar")):
-        return open_dataset(str(source), allow_pipe=allow_pipe)
+        return open_dataset(str(source), **how)
     files = tuple(sorted(path for path in folder.rglob("*") if path.is_file() and is_image_name(path.name)))
     if not files:
         raise DataError(

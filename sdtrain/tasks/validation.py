@@ -52,11 +52,20 @@ Upscale = Callable[[int, Setting], Tensor]  # (image number, setting) -> uint8 [
 class ValidationList:
     """One split: `hq(i)` and `lq(i, setting)` as uint8, and `measure(upscale)`."""
 
-    def __init__(self, config: Loaded, split: str, inputs: Inputs, folder: Path, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: Loaded,
+        split: str,
+        inputs: Inputs,
+        folder: Path,
+        device: torch.device,
+        keep_index: bool = True,
+    ) -> None:
         self.config, self.split, self.inputs, self.device = config, split, inputs, device
         self.options = config.validation
         source = getattr(config.data, split)
-        self.data = open_dataset(source, cache=config.data.cache, allow_pipe=config.data.allow_pipe)
+        own = config.data
+        self.data = open_dataset(source, cache=own.cache, keep_index=keep_index, allow_pipe=own.allow_pipe)
         if self.data.num_samples < 2:
             raise DataError(f"data.{split} {source} holds {self.data.num_samples} image; FID needs at least 2")
         self.faces = config.model.generator.kind == "gcfsr"
