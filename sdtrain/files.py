@@ -105,6 +105,11 @@ def open_regular(path: str | Path) -> int:
     raise OSError(errno.EINVAL, "not a regular file", str(path))
 
 
+def require_regular(path: Path) -> None:
+    """Raise OSError as `open_regular` does: for readers that open a file by its name, and would wait for a pipe."""
+    os.close(open_regular(path))
+
+
 def parse_json(text: bytes | str) -> Any:
     """The value of a JSON text. Raises ValueError, also for one that is nested too deeply."""
     try:
@@ -189,4 +194,5 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a .safetensors file, on the CPU. Raises OSError or SafetensorError for one that is not whole."""
     from safetensors.torch import load_file
 
+    require_regular(path)
     return load_file(path)

@@ -31,6 +31,7 @@ from sdtrain.files import (
     fault_point,
     load_tensors,
     read_json,
+    require_regular,
     save_tensors,
     sha256_of_file,
     sweep,
@@ -65,6 +66,7 @@ class Checkpoint:
         """Those of one file's tensors by official name, from its header alone. Raises `RunError` as `tensors`."""
         path = self.path / f"{name}.safetensors"
         try:
+            require_regular(path)
             with safe_open(path, framework="pt") as file:
                 return {key: list(file.get_slice(key).get_shape()) for key in file.keys()}
         except (OSError, SafetensorError) as error:

@@ -295,7 +295,8 @@ def resume(path: Path) -> None:
     """What a run does that goes on in this folder, up to its first step; then the plan's forecast."""
     run = template()
     main.has_checkpoints(path)
-    each(lambda: main.check_folder(run.config, path, []), lambda: forecast(path, 96))
+    forecast(path, 96)
+    main.check_folder(run.config, path, [])
     run.folder = RunFolder(path, tensorboard=False)
     run.checkpoint, run.step = None, 0
     run.folder.create()
