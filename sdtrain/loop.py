@@ -77,8 +77,10 @@ def tick(run: Run) -> None:
     losses = run.engine.meter.means()
     run.engine.meter.clear()
     seconds, sections = run.timer.read()
-    seconds -= sections.get("evaluate", 0.0)  # speed and ETA are those of training
+    seconds -= sections.get("evaluate", 0.0)  # speed is that of training
     run.timer.restart()
+    if passed := evaluations(run, run.last_tick_img, run.seen_img):
+        run.eval_seconds = sections.get("evaluate", 0.0) / passed
     images = (run.seen_img - run.last_tick_img) or run.config.batch_size
     run.last_tick_img = run.seen_img
     waits = [s.get("data", 0.0) / max(seconds, 1e-9) for s in gather_objects(sections)]
@@ -96,12 +98,19 @@ def tick(run: Run) -> None:
     progress(run, losses, perf)
 
 
+def evaluations(run: Run, begin_img: int, end_img: int) -> int:
+    """How many are due from `begin_img` on and before `end_img`; an evaluation follows the tick of its step."""
+    interval = run.task.eval_img
+    return (end_img - 1) // interval - (max(begin_img, 1) - 1) // interval if interval else 0
+
+
 def progress(run: Run, losses: dict[str, float], perf: dict[str, float]) -> None:
     """One line a tick: where, how fast, how long still, and the losses."""
     if not is_main():
         return
     total = run.method.stages[-1].end_img
     left = (total - run.seen_img) / 1000 * perf["sec_per_kimg"]
+    left += evaluations(run, run.seen_img, total + 1) * run.eval_seconds
     main = {n: v for n, v in losses.items() if n.count("/") == 1 and not n.endswith(("/loss", "_sign"))}
     log.info(
         "%s %s of %s (%.1f%%)  %.1f s/kimg  wait %.0f%%  ETA %s  %s",

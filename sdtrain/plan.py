@@ -137,6 +137,7 @@ def make_plan(
         },
         "steps": total_img // config.batch_size,
         "stages": _stages(method),
+        "select_by": getattr(config, "validation", config.metrics).select_by,
         "images_per_tick": config.log_img,
         "steps_per_tick": config.log_img // config.batch_size,
         "ghosts": config.num_ghosts,

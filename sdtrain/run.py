@@ -40,6 +40,7 @@ class Run(Trainer):
         self.dataset, self.resolution = dataset, resolution
         self.folder = RunFolder(out, config.tensorboard)
         self.skipped = self.last_tick_img = 0
+        self.eval_seconds = 0.0  # of the last evaluation; 0 = none yet
         self.bad_samples: Sequence[object] = ()
         self.best: dict[str, State] = {}  # by stage: what chose its best weights
         self.stop = StopRequest()

@@ -243,6 +243,15 @@ def test_inspect_prints_globals_arguments_and_tensors(capsys):
     assert "argparse.Namespace" in capsys.readouterr().out
 
 
+def test_inspect_reads_what_a_run_has_written(tmp_path, capsys):
+    list(import_file(SDGAN / "sg2_snapshot.pkl", tmp_path))
+    assert main(["import", str(tmp_path / "G_ema.safetensors"), "--inspect"]) == 0
+    of_file = capsys.readouterr().out
+    assert "safetensors, which holds no code" in of_file and "network     G_ema stylegan2 generator" in of_file
+    assert main(["import", str(tmp_path), "--inspect"]) == 0
+    assert capsys.readouterr().out == of_file
+
+
 def test_both_commands_explain_themselves_without_torch():
     code = "import sys, sdtrain.commands.importing, sdtrain.commands.exporting; assert 'torch' not in sys.modules"
     done = run_python("-c", code)

@@ -130,6 +130,30 @@ def test_the_report_has_the_best_evaluation_of_each_run_and_a_picture(tmp_path):
     assert np.asarray(Image.open(tmp_path / "page.png")).shape[1] > 1000
 
 
+def test_the_best_row_is_that_of_the_metric_that_chose_the_weights(tmp_path, undrawn):
+    values = {1: (9.0, 20.0), 2: (5.0, 30.0), 3: (4.0, 25.0)}
+    rows = [
+        {"kind": "eval", "seen_img": i, "stage": "naive", "fid": fid, "psnr_y": psnr, **of_split("val")}
+        for i, (fid, psnr) in values.items()
+    ]
+    by_psnr, by_fid = write(tmp_path / "by_psnr", rows), write(tmp_path / "by_fid", rows)
+    stages = [{"name": "naive", "end_img": 3}]
+    (by_psnr / "plan.json").write_text(json.dumps({"stages": stages, "select_by": "psnr_y"}))
+    said = page(tmp_path, by_psnr)
+    assert "each run by PSNR-Y" in said and "FID" not in said.split("| Run")[0]
+    assert "| by_psnr | student | naive | 2 | 5.000 | 30.000 |" in said
+    both = page(tmp_path, by_psnr, by_fid)
+    assert "or FID, whichever chose the run's weights" in both
+    assert "| by_psnr | student | naive | 2 |" in both and "| by_fid | student | naive | 3 |" in both
+
+
+@pytest.mark.parametrize("out, written", [("tables", "tables.md"), (".", "report.md")])
+def test_a_page_without_an_ending_is_markdown(out, written, tmp_path, undrawn, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["report", str(gan(tmp_path / "sd", [9.0])), "--out", out]) == 0
+    assert "9.000" in (tmp_path / written).read_text()
+
+
 def test_a_metric_that_should_be_high_is_best_where_it_is_highest(tmp_path, undrawn):
     rows = [{"kind": "eval", "seen_img": i, "stage": "naive", "psnr_y": 20 + i, **of_split("val")} for i in (1, 5, 2)]
     assert "| x | student | naive | 5 | 25.000 |" in page(tmp_path, write(tmp_path / "x", rows))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 from conftest import run_python
 from tiny import make_shards, rows, run_jobs, tensors, tiny_config, worst, write_config
 
+from sdtrain import loop
 from sdtrain.data.read.dataset import open_dataset
 from sdtrain.data.read.stream import Stream
 from sdtrain.rng import Draws
@@ -115,6 +117,15 @@ def test_invariant_3_ranks_read_the_samples_that_one_rank_would_read(place: Path
 
 def snapshot(folder: Path) -> set[str]:
     return {str(path) for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize(
+    "interval, begin, end, due",
+    [(8, 0, 8, 0), (8, 0, 9, 1), (8, 8, 17, 2), (8, 9, 16, 0), (6, 16, 25, 2), (0, 0, 9, 0)],
+)
+def test_time_that_is_left_counts_the_evaluations_that_are_due(interval: int, begin: int, end: int, due: int) -> None:
+    run: Any = SimpleNamespace(task=SimpleNamespace(eval_img=interval))
+    assert loop.evaluations(run, begin, end) == due
 
 
 def test_plan_prints_what_the_run_needs_and_writes_nothing(place: Path, tmp_path: Path) -> None:

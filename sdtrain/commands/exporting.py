@@ -184,7 +184,7 @@ def require_onnx() -> None:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise ConfigError(
-            f"export to onnx needs the packages onnx and onnxscript ({error}); pip install them"
+            f"export to onnx needs the packages onnx and onnxscript ({error}); pip install 'sdtrain[export]'"
         ) from error
 
 

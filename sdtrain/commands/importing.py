@@ -25,14 +25,12 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "file", type=Path, help="StyleGAN2-ADA, ProjectedGAN or R3GAN .pkl, StyleNAT .pt, super-resolution .pth"
-    )
+    what = "StyleGAN2-ADA, ProjectedGAN or R3GAN .pkl, StyleNAT .pt, super-resolution .pth; to --inspect also a run"
+    parser.add_argument("file", type=Path, help=what)
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder to write into")
     parser.add_argument("--role", action="append", choices=("G", "D", "G_ema"), help="only this network (repeatable)")
-    parser.add_argument(
-        "--inspect", action="store_true", help="print globals, networks, arguments and tensors; no writing"
-    )
+    what = "print globals, networks, arguments and tensors; no writing"
+    parser.add_argument("--inspect", action="store_true", help=what)
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="an option the file does not say (JSON value)"
     )
@@ -87,7 +85,10 @@ def describe(network: Network) -> str:
 
 
 def inspected(path: Path, options: dict[str, Any]) -> Iterator[str]:
-    """What a file holds, line by line: container, globals, networks with constructor arguments and tensors."""
+    """What a file or run holds, line by line: container, globals, networks with constructor arguments and tensors."""
+    if path.is_dir() or path.suffix == ".safetensors":
+        yield from _own(path)
+        return
     from sdtrain.files import sha256_of_file
     from sdtrain.interop.official import read_official
     from sdtrain.interop.safe_pickle import read_checkpoint
@@ -105,6 +106,16 @@ def inspected(path: Path, options: dict[str, Any]) -> Iterator[str]:
         yield from _top_level(content)
 
 
+def _own(path: Path) -> Iterator[str]:
+    from sdtrain.interop.loading import file_of_run, load_network
+
+    file = file_of_run(path, None) if path.is_dir() else path
+    network = load_network(file)
+    yield f"file        {file} ({file.stat().st_size:,} bytes)"
+    yield "container   safetensors, which holds no code"
+    yield from _network(network)
+
+
 def _networks(found: Official, content: Content) -> Iterator[str]:
     from sdtrain.interop.pickle_machine import Record
 
@@ -112,13 +123,17 @@ def _networks(found: Official, content: Content) -> Iterator[str]:
     yield from (f"{name:19} {json.dumps(value)}" for name, value in found.extras.items())
     for role, network in found.networks.items():
         yield ""
-        yield f"network     {describe(network)}"
         record = content.tree.get(role)
         if isinstance(record, Record):
             yield f"class       {record.name}"
             yield f"arguments   {json.dumps(_arguments(record))}"
-        yield f"options     {json.dumps(network.options)}"
-        yield from (f"  {name:60} {list(value.shape)!s:20} {value.dtype}" for name, value in network.state.items())
+        yield from _network(network)
+
+
+def _network(network: Network) -> Iterator[str]:
+    yield f"network     {describe(network)}"
+    yield f"options     {json.dumps(network.options)}"
+    yield from (f"  {name:60} {list(value.shape)!s:20} {value.dtype}" for name, value in network.state.items())
 
 
 def _arguments(record: Any) -> Any:

@@ -98,7 +98,7 @@ def style_of(stage: str) -> Any:
 
 def dress(ax: Any, panel: Panel, lines: list[Line]) -> None:
     """Titles, axes with their units, and a grid."""
-    from matplotlib.ticker import LogFormatter, MaxNLocator
+    from matplotlib.ticker import MaxNLocator
 
     split, key = panel
     values = [mean for _, _, points in lines for _, mean, _ in points]
@@ -112,8 +112,19 @@ def dress(ax: Any, panel: Panel, lines: list[Line]) -> None:
     ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     ax.xaxis.set_major_formatter(lambda x, _: count(x))
     if logarithmic:
-        ax.yaxis.set_major_formatter(LogFormatter())
-        ax.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.8)))
+        ax.yaxis.set_major_formatter(plain_numbers())
+        ax.yaxis.set_minor_formatter(plain_numbers(minor_thresholds=(1.5, 0.8)))
+
+
+def plain_numbers(**options: Any) -> Any:
+    """What labels a logarithmic axis: matplotlib's choice of numbers, written 0.5 and not 5e-01."""
+    from matplotlib.ticker import LogFormatter
+
+    class Plain(LogFormatter):
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            return super().__call__(x, pos) and f"{x:g}"
+
+    return Plain(**options)
 
 
 def draw(ax: Any, points: Points, colour: Any, style: Any, smooth: int | None, faint: float) -> None:
@@ -148,9 +159,8 @@ def mark_best(ax: Any, key: str, lines: Sequence[tuple[Points, Any, Any]]) -> No
         for _, value, colour, _ in found:
             ax.axhline(value, color=colour, linewidth=0.8, linestyle=(0, (1, 3)), alpha=0.6)
         handles = [Line2D([], [], color=colour, linestyle=style, **star) for _, _, colour, style in found]
-        corner = "lower right" if key in RISING else "upper right"
         numbers = [f"{value:.4g}" for _, value, _, _ in found]
-        ax.legend(handles, numbers, title="best", loc=corner, fontsize=8, handlelength=3)
+        ax.legend(handles, numbers, title="best", loc="best", fontsize=8, handlelength=3)
 
 
 def names_abreast(names: Sequence[str], inches: float) -> int:

@@ -1,6 +1,6 @@
-"""`sdtrain report RUN [RUN ...] --out PAGE.md`: curves and tables of the papers from what runs have written.
+"""`sdtrain report RUN [RUN ...]`: curves and tables of the papers from what runs have written.
 
-    PAGE.md, .html, .tex   the tables, with the pictures below in it (--out PAGE.png: the curves alone)
+    PAGE.md, .html, .tex   the tables, with the pictures below in it (--out PAGE.png: the curves alone); report.md
     PAGE.png               metrics and losses against images; runs whose names differ by seed become a mean with a band
     PAGE_interplay_RUN.png with --interplay: Figure 6 of SD-GAN, extremes of L_SD and D
 
@@ -10,6 +10,7 @@ A table holds numbers of one split and one protocol, a row those of one evaluati
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from sdtrain.commands import tables
-from sdtrain.commands.results import METRICS, RISING, Row, Written, chosen, comparable, conflicts, read_runs
+from sdtrain.commands.results import METRICS, RISING, Row, Written, chosen, comparable, conflicts, judge, read_runs
 from sdtrain.commands.tables import Table
 from sdtrain.errors import EXIT_OK, ConfigError, UserError
 
@@ -30,7 +31,8 @@ NAME_IN_FILE = 100  # characters of a run's name in the name of its picture
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("runs", nargs="+", type=Path, metavar="RUN", help="run folders, or files written by `sdtrain evaluate --json`")
-    add("--out", type=Path, required=True, metavar="PAGE", help="PAGE.md, .html, .tex: a page; .png: the curves alone")
+    what = "PAGE.md (or PAGE), .html, .tex: a page; .png: the curves alone (default: report.md)"
+    add("--out", type=Path, default=Path("report.md"), metavar="PAGE", help=what)
     add("--smooth", type=int, metavar="POINTS", help="points of the running mean drawn over a curve; 0 = none")
     add("--no-smooth", action="store_const", const=0, dest="smooth", help="no running mean")
     add("--variation", action="store_true", help="Table 3: how much images still change between saved weights")
@@ -68,6 +70,8 @@ def run(args: argparse.Namespace) -> int:
 
 def check(args: argparse.Namespace) -> None:
     """Raises ConfigError for everything that can be wrong with the arguments, before torch is imported."""
+    if not args.out.suffix:
+        args.out = args.out / "report.md" if os.path.isdir(args.out) else args.out.with_suffix(".md")
     if args.out.suffix not in (*tables.PAGES, ".png"):
         raise ConfigError(f"--out {args.out} ends in neither .md, .html, .tex (a page) nor .png (the curves)")
     if args.latents < 2 or args.batch < 1:
@@ -146,7 +150,7 @@ def table_of_metrics(split: str, entries: list[Entry]) -> Table:
         words += ["Network", "Stage"]
     about = {"Run": lambda e: title(e.run), "Network": lambda e: e.row.network, "Stage": lambda e: e.row.stage or "-"}
     lines = [[*(about[w](e) for w in words), images(e.row), *(cell(e.row, key) for key in keys)] for e in entries]
-    return Table(caption(split, rows), [*words, "images", *map(heading, keys)], lines, len(words))
+    return Table(caption(split, entries), [*words, "images", *map(heading, keys)], lines, len(words))
 
 
 def title(run: Written) -> str:
@@ -172,8 +176,9 @@ def cell(row: Row, key: str) -> str:
     return f"{row.values[key]:.{digits}f}{spread}"
 
 
-def caption(split: str, rows: Sequence[Row]) -> str:
+def caption(split: str, entries: Sequence[Entry]) -> str:
     """Which rows these are, and of how many images."""
+    rows = [entry.row for entry in entries]
     p = next((row.protocol for row in rows if row.protocol), {})
     if "num_images" in p:
         measured = f"{p['num_images']} images, low quality: {p.get('lq', '?')}"
@@ -181,9 +186,11 @@ def caption(split: str, rows: Sequence[Row]) -> str:
         measured = f"{p.get('num_fake', '?')} generated against {p.get('num_real', '?')} real images"
     if split != "val":
         return f"Split {split}: last evaluation of each run, {measured}."
-    key = next((METRICS[key] for key in METRICS if any(key in row.values for row in rows)), "")
+    keys = dict.fromkeys(judge([entry.row], entry.run.select_by) for entry in entries)
+    by = " or ".join(METRICS[key] for key in keys if key)
+    by += ", whichever chose the run's weights" if len(keys) > 1 else ""
     each = "each stage of each run" if any(row.stage for row in rows) else "each run"
-    return f"Split val: best evaluation of {each} by {key}, {measured}."
+    return f"Split val: best evaluation of {each} by {by}, {measured}."
 
 
 def of_each(runs: Sequence[Written], do: Callable[[Written], Any], notes: list[str]) -> list[tuple[Written, Any]]:

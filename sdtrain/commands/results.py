@@ -9,7 +9,7 @@ import re
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -53,6 +53,7 @@ class Written:
     # (split, or "" for losses; name; stage) -> images seen -> value
     curves: dict[tuple[str, str, str], dict[int, float]] = field(default_factory=dict)
     total_img: int | None = None
+    select_by: str | None = None  # what chose the weights of best/
     seen_img: int = 0
 
     @property
@@ -101,7 +102,8 @@ def read(path: Path, file: Path, name: str, notes: list[str]) -> list[Written]:
     left_out: Counter[str] = Counter()
     rows = objects(file, left_out)
     if path.is_dir():
-        found = [collect(Written(path, name, total_img=total_of(path), seen_img=saved_img(path)), rows, left_out)]
+        total, select_by = planned(path)
+        found = [collect(Written(path, name, [], {}, total, select_by, saved_img(path)), rows, left_out)]
     else:
         subjects: dict[str, list[dict[str, Any]]] = defaultdict(list)
         for row in rows:
@@ -143,13 +145,14 @@ def placed(row: dict[str, Any]) -> bool:
     return isinstance(seen, int) and not isinstance(seen, bool) and 0 <= seen < 1 << 53
 
 
-def total_of(run: Path) -> int | None:
-    """Images until the end of the last planned stage; None where the plan does not say."""
+def planned(run: Path) -> tuple[int | None, str | None]:
+    """Images until the end of the last stage and the metric that chooses weights; None where the plan does not say."""
     try:
-        total = read_json(run / "plan.json")["stages"][-1]["end_img"]
-        return total if isinstance(total, int) else None
-    except (OSError, ValueError, LookupError, TypeError):
-        return None
+        plan = read_json(run / "plan.json")
+        total, chooses = plan["stages"][-1]["end_img"], plan.get("select_by")
+        return total if isinstance(total, int) else None, chooses if chooses in METRICS else None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return None, None
 
 
 def saved_img(run: Path) -> int:
@@ -171,7 +174,7 @@ def collect(run: Written, rows: Iterable[dict[str, Any]], left_out: Counter[str]
             run.rows.extend(found)
             if row["kind"] == "eval" and found[0].seen_img is not None:
                 enter(run, found[0].split, found[0].stage, found[0].seen_img, found[0].values)
-    return Written(run.path, run.name, run.rows, run.curves, run.total_img, seen_img)
+    return replace(run, seen_img=seen_img)
 
 
 def enter(run: Written, split: str, stage: str, seen_img: int, values: dict[str, float]) -> None:
@@ -218,20 +221,27 @@ def evaluation(row: dict[str, Any], left_out: Counter[str]) -> list[Row]:
 def chosen(run: Written, split: str) -> list[Row]:
     """One row for each stage and network of a split: of validation the best, of anything else the last.
 
-    Best is by the first metric of METRICS that the stage has. What was tested is what validation had chosen.
+    Best is by the metric that chose the run's weights, where the stage has it, else by the first of METRICS.
+    What was tested is what validation had chosen.
     """
     parts: dict[tuple[str, str], list[Row]] = defaultdict(list)
     for row in run.rows:
         if row.split == split and row.values:
             parts[row.network, row.stage].append(row)
-    return [best(rows) if split == "val" else rows[-1] for rows in parts.values()]
+    return [best(rows, run.select_by) if split == "val" else rows[-1] for rows in parts.values()]
 
 
-def best(rows: Sequence[Row]) -> Row:
-    key = next((key for key in METRICS if any(key in row.values for row in rows)), None)
+def best(rows: Sequence[Row], select_by: str | None) -> Row:
+    key = judge(rows, select_by)
     if key is None:
         return rows[-1]
     return better(key)((row for row in rows if key in row.values), key=lambda row: row.values[key])
+
+
+def judge(rows: Iterable[Row], select_by: str | None) -> str | None:
+    """The metric that the best of these rows is best by; None where nothing was measured."""
+    measured = {key for row in rows for key in row.values}
+    return next((key for key in (select_by, *METRICS) if key in measured), None)
 
 
 def better(key: str) -> Any:

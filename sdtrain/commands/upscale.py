@@ -211,7 +211,9 @@ class Upscaler:
         require(file, found, player="Generator")
         if args.factor is not None and found.kind != "gcfsr":
             raise ConfigError(f"--factor is GCFSR's condition, but {file} holds a {title(found)}; leave it out")
-        net = found.build().requires_grad_(False)
+        net: Any = found.build().requires_grad_(False)
+        if hasattr(net, "z_dim"):
+            raise ConfigError(f"{file} holds {found.kind}, which draws images from noise; use `sdtrain sample`")
         overlap = auto_overlap(net) if args.overlap == "auto" else int(args.overlap)
         same = dict(scale=args.scale, factor=args.factor, seed=args.seed, path=file)
         return cls(net.to(device), found, device, args.tile, min(overlap, args.tile // 2), **same)

@@ -14,7 +14,7 @@ from sdtrain.metrics.sums import FeatureSums
 
 log = logging.getLogger("sdtrain")
 
-PROGRESS_SEC = 20.0
+PROGRESS_SEC = 10.0
 COLLAPSED = 1e-6
 
 
