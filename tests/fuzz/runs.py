@@ -32,7 +32,7 @@ from fuzz.configs import as_yaml  # noqa: E402
 from fuzz.harness import Inputs  # noqa: E402
 from fuzz.mutate import NAMES, changed, damaged, odd  # noqa: E402
 from sdtrain import main  # noqa: E402
-from sdtrain.commands import eval_rows, evaluate, report, results, sample, snapshots, source, tables  # noqa: E402
+from sdtrain.commands import eval_rows, evaluate, importing, report, results, sample, snapshots, source, tables  # noqa: E402  # noqa: E402
 from sdtrain.config.load import load_config  # noqa: E402
 from sdtrain.engine.runfolder import RunFolder  # noqa: E402
 from sdtrain.errors import UserError  # noqa: E402
@@ -51,7 +51,7 @@ ROWS: tuple[dict[str, Any], ...] = (
     {"kind": "baseline", "method": "bicubic", "split": "test", "fid_16": 50.0, "psnr_y": 20.1, "protocol": PROTOCOL},
     {"kind": "eval", "measured": "photos", "fid": 2.5, "kid": 0.001, "precision": 0.5, "protocol": PROTOCOL},
 )
-PLAN = {"name": "x", "stages": [{"name": "main", "end_img": 96, "trains": ["G"]}], "warnings": []}
+PLAN = {"name": "x", "select_by": "rfid", "stages": [{"name": "main", "end_img": 96, "trains": ["G"]}], "warnings": []}
 ENVIRONMENT = {"starts": [{"time": "2026-01-01", "world_size": 1, "packages": {"torch": "2.10"}, "weights": {}}]}
 
 
@@ -287,6 +287,7 @@ def read_folder(run: Path) -> None:
         lambda: sample.run(arguments(sample, str(run), "--out", str(out), "--num", "1", "--device", "cpu")),
         lambda: evaluate.run(arguments(evaluate, str(run), "--real", nowhere, "--device", "cpu", "--against", nowhere)),
         lambda: evaluate.subject(arguments(evaluate, str(run)), torch.device("cpu")),
+        lambda: list(importing.inspected(run, {})),
         lambda: [source.position_of(path) for path in run.rglob("*.safetensors")],
     )
 
