@@ -18,7 +18,7 @@ import secrets
 import signal
 import stat
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 TEMPORARY = re.compile(r"\.[0-9a-f]{16}\.tmp")
+MAX_JSON, MAX_ITEMS = 1 << 26, 4_000_000  # bytes of a file; commas and brackets in it, each of up to 100 bytes
+MAX_ROW = 1 << 20  # bytes of a line; what we write is far below
 _passed: dict[str, int] = {}  # how often each boundary has been crossed, counted only in fault tests
 
 
@@ -107,6 +109,55 @@ def open_regular(path: str | Path) -> int:
     raise OSError(errno.EINVAL, "not a regular file", str(path))
 
 
+def require_regular(path: Path) -> None:
+    """Raise OSError as `open_regular` does: for readers that open a file by its name, and would wait for a pipe."""
+    os.close(open_regular(path))
+
+
+def parse_json(text: bytes | str) -> Any:
+    """The value of a JSON text. Raises ValueError, also for one that is nested too deeply."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def read_within(path: str | Path, limit: int) -> bytes:
+    """A whole file. Raises OSError, also for a pipe or device, and ValueError for more than `limit` bytes."""
+    with open(open_regular(path), "rb") as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise ValueError(f"it is longer than {limit} bytes")
+    return data
+
+
+def read_json(path: Path, limit: int = MAX_JSON) -> Any:
+    """The value of a JSON file of at most `limit` bytes and MAX_ITEMS. Raises OSError, ValueError for anything else."""
+    data = read_within(path, limit)
+    if sum(data.count(mark) for mark in (b",", b"[", b"{")) > MAX_ITEMS:
+        raise ValueError(f"it has more than {MAX_ITEMS} items")
+    return parse_json(data)
+
+
+def read_rows(path: Path) -> Iterator[dict[str, Any] | None]:
+    """The JSON objects of a file, one a line; None for a line that holds none or is too long. Raises OSError."""
+    with open(open_regular(path), "rb") as file:
+        while line := file.readline(MAX_ROW):
+            whole = len(line) < MAX_ROW
+            while len(line) == MAX_ROW and not line.endswith(b"\n"):
+                line = file.readline(MAX_ROW)  # the rest of it
+            if line.strip() or not whole:
+                yield _row(line) if whole else None
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = parse_json(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) else None
+
+
 def sha256_of_file(path: str | Path) -> str:
     """Hex digest of a file of any size."""
     digest = hashlib.sha256()
@@ -155,4 +206,5 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a .safetensors file, on the CPU. Raises OSError or SafetensorError for one that is not whole."""
     from safetensors.torch import load_file
 
+    require_regular(path)
     return load_file(path)

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from sdtrain.contracts import Method, Net
 from sdtrain.errors import WeightsError
+from sdtrain.files import read_json
 from sdtrain.interop.loading import OFFICIAL_SUFFIXES, load_network
 from sdtrain.interop.network import Network, as_tuples
-from sdtrain.interop.tensor_file import read_json
 
 FRESH = "fresh"
 SECTIONS = {"G": "generator", "G_ema": "generator", "D": "discriminator"}
@@ -186,7 +186,7 @@ def _p_of_run(path: Path) -> float | None:
     if not state.is_file():
         return None
     try:
-        p = read_json(state, "the state of a run")["method"].get("p")
-    except (TypeError, KeyError, AttributeError) as error:
+        p = read_json(state)["method"].get("p")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise WeightsError(f"init.ada_p: {state} is no state of a run; set init.ada_p: reset and augment.p") from error
     return float(p) if type(p) in (int, float) and 0 <= p <= 1 else None

@@ -144,7 +144,7 @@ def has_checkpoints(out: Path) -> bool:
 
 def check_folder(config: Config, out: Path, allow: list[str]) -> None:
     """Raises `ConfigError` when the folder holds a run whose configuration differs in what decides weights."""
-    from sdtrain.config.compare import differences, read_tree, to_tree
+    from sdtrain.config.compare import differences, listed, read_tree, to_tree
     from sdtrain.config.schema import method
     from sdtrain.errors import ConfigError
 
@@ -155,9 +155,8 @@ def check_folder(config: Config, out: Path, allow: list[str]) -> None:
     found = [d for d in differences(read_tree(written), to_tree(config)) if not d.harmless or d.key in decisive]
     changed = [d for d in found if d.key not in allow]
     if changed:
-        listed = "".join(f"\n  {d}" for d in changed)
         raise ConfigError(
-            f"{out} holds a run of another configuration:{listed}\n"
+            f"{out} holds a run of another configuration:{listed(changed)}\n"
             "go back to these values, choose another folder with --out, or name each changed key with --allow KEY"
         )
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import time
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import mean, median
@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from sdtrain.engine.launcher import wants_cpu
 from sdtrain.engine.threads import warning
+from sdtrain.files import read_rows
 
 if TYPE_CHECKING:
     from sdtrain.config.keys import Config
     from sdtrain.data.read.dataset import Dataset
 
+MOST = 1 << 53  # images or seconds that anybody will wait for
+CENTURY = 3.15e9
 NEWEST = 8  # ticks whose speed is taken for that of the rest
 FEW_FAKES, FEW_SEEDS = 1_000, 3  # below these, rFID of the same network moves as much as training moves it
 MISSED = {
@@ -42,15 +45,15 @@ def forecast(out: Path | None, total_img: int) -> dict[str, Any]:
 
 def _perf_rows(file: Path) -> list[dict[str, Any]]:
     """The newest rows that say how fast a run was; lines that a crash cut short are left out."""
-    found = []
-    for line in file.read_text(errors="replace").splitlines() if file.is_file() else ():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and row.get("kind") == "perf" and {"sec_per_kimg", "seen_img"} <= row.keys():
-            found.append(row)
-    return found[-NEWEST:]
+    try:
+        return list(deque((row for row in read_rows(file) if row and _tells_speed(row)), maxlen=NEWEST))
+    except OSError:
+        return []
+
+
+def _tells_speed(row: dict[str, Any]) -> bool:
+    numbers = (row.get("sec_per_kimg"), row.get("seen_img"), row.get("sec/evaluate", 0.0))
+    return row.get("kind") == "perf" and all(isinstance(n, (int, float)) and 0 <= n < MOST for n in numbers)
 
 
 def render_forecast(found: dict[str, Any], name: str) -> str:
@@ -58,6 +61,8 @@ def render_forecast(found: dict[str, Any], name: str) -> str:
 
     if not found:
         return f"unknown until the first tick; `sdtrain bench --cfg {name}` measures it"
+    if found["seconds"] > CENTURY:
+        return f"more than a century, at {found['sec_per_kimg']:.3g} s/kimg"
     end = time.strftime("%Y-%m-%d %H:%M", time.localtime(time.time() + found["seconds"]))
     measured = f"{found['sec_per_kimg']:.3g} s/kimg in the last {found['ticks']} ticks of this run"
     return f"{duration(found['seconds'])} for {found['left_img']} images more, until {end} ({measured})"

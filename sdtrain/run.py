@@ -16,6 +16,7 @@ from sdtrain.contracts import Stage, State, Task
 from sdtrain.data.read.dataset import Dataset
 from sdtrain.data.read.stream import Batch, Stream
 from sdtrain.engine.checkpoint import STATE, Checkpoint, newest, save_checkpoint
+from sdtrain.engine.fitting import wrong_slots, wrong_state
 from sdtrain.engine.meter import Meter
 from sdtrain.engine.origin import compare_origin, origin_of
 from sdtrain.engine.player import BasePlayer
@@ -66,7 +67,9 @@ class Run(Trainer):
         self.enter(stage, None if inside else self.task.hand_over())
         if inside is not None:
             for name, player in self.engine.players.items():
-                inside.require_fit(f"{name}.optim", slots_of(player, inside.shapes(f"{name}.optim")))
+                found = inside.shapes(f"{name}.optim")
+                inside.require_fit(f"{name}.optim", slots_of(player, found))
+                inside.refuse(wrong_slots(found))
                 player.load_state(inside.tensors(f"{name}.optim"))
             with state_of(inside) as state:
                 self.engine.meter.load_state(Meter.shared_out(state["meters"], world()), self.device)
@@ -138,6 +141,8 @@ class Run(Trainer):
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Take up the position and every tensor of a checkpoint; players follow in `begin`. Raises `RunError`."""
+        stages = [stage.name for stage in self.method.stages]
+        checkpoint.refuse(wrong_state(checkpoint.state, self.method.state(), stages, self.config.batch_size))
         with state_of(checkpoint) as state:
             self.step, self.last_tick_img, self.skipped = (int(state[n]) for n in ("step", "last_tick_img", "skipped"))
             self.best = dict(state["best"])

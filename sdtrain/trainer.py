@@ -5,20 +5,24 @@ A run, `bench`, the memory count of `--plan` and the simulation of the Dirac-GAN
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
 from sdtrain.builder import Builder
 from sdtrain.config.keys import Config
-from sdtrain.contracts import Chunk, Net, Stage, Tensors, Terms, spans
+from sdtrain.contracts import Chunk, Method, Net, Stage, Tensors, Terms, spans
 from sdtrain.data.read.stream import Batch
 from sdtrain.engine.ema import beta_of
 from sdtrain.engine.make import make_engine
 from sdtrain.engine.meter import Meter
 from sdtrain.engine.ranks import rank, world
 from sdtrain.engine.timing import Timer
+from sdtrain.errors import ConfigError
 from sdtrain.rng import Draws
+
+TOO_LARGE = re.compile("allocate memory|out of memory|not enough memory|overflow")
 
 
 class Trainer:
@@ -39,7 +43,7 @@ class Trainer:
         self.engine = make_engine(config, device)
         epoch = num_samples / config.batch_size
         self.builder = Builder(config, self.engine, resolution, class_counts, epoch, random_weights)
-        self.method = self.builder.method()
+        self.method = built(self.builder)
         self.nets: Mapping[str, Net] = self.method.nets
         self.stage = self.method.stages[-1]  # until one is entered: a finished run has none left
         self.starts = {stage.name: start for stage, start in spans(self.method.stages)}
@@ -136,3 +140,14 @@ class Trainer:
         for stage in self.method.stages:
             if self.seen_img < stage.end_img:
                 yield stage
+
+
+def built(builder: Builder) -> Method:
+    """The method with its networks. Raises ConfigError when this machine cannot hold them."""
+    try:
+        return builder.method()
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not TOO_LARGE.search(str(error)):
+            raise
+        reason = str(error)[:100]
+    raise ConfigError(f"the networks do not fit into memory; lower the widths of model ({reason})")

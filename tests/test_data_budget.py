@@ -198,10 +198,10 @@ def test_an_index_that_claims_what_it_does_not_hold_is_refused_without_the_memor
 
 
 def test_a_manifest_has_so_many_bytes_and_items_and_no_more(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sdtrain.data.read.manifest.JSON_ITEMS", 10)
+    monkeypatch.setattr("sdtrain.files.MAX_ITEMS", 10)
     assert "more than 10 items" in refused(shards)
-    monkeypatch.setattr("sdtrain.data.read.manifest.JSON_BYTES", 100)
-    assert "is damaged (ValueError('more than 0 MB'))" in refused(shards)
+    (shards / "manifest.json").write_bytes(b" " * (1 << 26) + b"{}")
+    assert f"is damaged (ValueError('it is longer than {1 << 26} bytes'))" in refused(shards)
 
 
 @pytest.mark.parametrize("change", [{"pack": [1]}, {"converted": 3}, {"rejected": [1]}, {"rejected": None}])

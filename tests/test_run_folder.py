@@ -160,7 +160,7 @@ def test_a_state_that_is_none_is_refused_in_one_sentence(
 ) -> None:
     done = started["done"]["short"]
     assert done["code"] == 2 and "Traceback" not in done["said"], done["said"]
-    assert "state.json does not fit this run (KeyError" in done["said"]
+    assert "is whole, but not of this run" in done["said"]
     assert content(place / "short") == started["before"]["short"]
     for name in ("text", "list", "deep"):
         shutil.copytree(whole / "checkpoints" / "img_000000008", tmp_path / name / "img_000000008")

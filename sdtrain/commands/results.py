@@ -5,7 +5,6 @@ Nothing here needs torch or matplotlib.
 
 from __future__ import annotations
 
-import json
 import re
 import statistics
 from collections import Counter, defaultdict
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sdtrain.errors import RunError
+from sdtrain.files import read_json, read_rows
 from sdtrain.metrics import table
 from sdtrain.metrics.protocol import conflicts
 
@@ -25,6 +25,7 @@ RISING = (*(key for metric in table.METRICS.values() for key in metric.rising), 
 MEASURED = re.compile(rf"(?:{'|'.join(METRICS)})(?:_std|_\d+)?")
 SEED_OF_NAME = re.compile(r"[-_.]?seed[-_=]?\d+", re.IGNORECASE)
 WORDS = ("kind", "stage", "split", "weights", "method", "measured")
+POSITION = re.compile(r"[0-9]{1,18}")
 HUGE = 1e100  # no loss or metric is so large; sums of larger numbers overflow
 NUMBER, FINITE = "values that are no numbers", "values that are not finite"
 OBJECT, PLACE = "rows that are no JSON objects", "rows without a position, or with a stage or protocol that is none"
@@ -99,7 +100,7 @@ def distinct(paths: list[Path]) -> list[str]:
 def read(path: Path, file: Path, name: str, notes: list[str]) -> list[Written]:
     """A run; a file of `evaluate --json` may hold several subjects, each a run of its own."""
     left_out: Counter[str] = Counter()
-    rows = list(objects(file, left_out))
+    rows = objects(file, left_out)
     if path.is_dir():
         total, select_by = planned(path)
         found = [collect(Written(path, name, [], {}, total, select_by, saved_img(path)), rows, left_out)]
@@ -123,20 +124,15 @@ def objects(file: Path, left_out: Counter[str]) -> Iterator[dict[str, Any]]:
     Raises RunError when the file cannot be read.
     """
     try:
-        lines = file.read_bytes().splitlines()
+        for row in read_rows(file):
+            if row is None:
+                left_out[OBJECT] += 1
+            elif not all(isinstance(row.get(word, ""), str) for word in WORDS) or not placed(row):
+                left_out[PLACE] += 1
+            else:
+                yield row
     except OSError as error:
         raise RunError(f"{file} cannot be read ({error.strerror}); mend its permissions, or leave it out") from None
-    for line in filter(bytes.strip, lines):
-        try:
-            row = json.loads(line.decode())
-        except (ValueError, RecursionError):
-            row = None
-        if not isinstance(row, dict):
-            left_out[OBJECT] += 1
-        elif not all(isinstance(row.get(word, ""), str) for word in WORDS) or not placed(row):
-            left_out[PLACE] += 1
-        else:
-            yield row
 
 
 def placed(row: dict[str, Any]) -> bool:
@@ -152,17 +148,17 @@ def placed(row: dict[str, Any]) -> bool:
 def planned(run: Path) -> tuple[int | None, str | None]:
     """Images until the end of the last stage and the metric that chooses weights; None where the plan does not say."""
     try:
-        plan = json.loads((run / "plan.json").read_bytes())
+        plan = read_json(run / "plan.json")
         total, chooses = plan["stages"][-1]["end_img"], plan.get("select_by")
         return total if isinstance(total, int) else None, chooses if chooses in METRICS else None
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None, None
 
 
 def saved_img(run: Path) -> int:
     """Where the newest checkpoint is: a run that has ended wrote its last one after its last losses."""
     found = [path.parent.name.removeprefix("img_") for path in run.glob("checkpoints/img_*/complete.json")]
-    return max((int(position) for position in found if position.isdecimal()), default=0)
+    return max((int(position) for position in found if POSITION.fullmatch(position)), default=0)
 
 
 def collect(run: Written, rows: Iterable[dict[str, Any]], left_out: Counter[str]) -> Written:

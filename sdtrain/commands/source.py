@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdtrain.config.words import clip, is_address
 from sdtrain.errors import ConfigError
+from sdtrain.files import read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -178,7 +178,9 @@ def position_of(file: Path) -> dict[str, int]:
     """{'seen_img': images seen} of the weights of a run; {} where nothing says so."""
     for name in ("state.json", "metrics.json"):
         try:
-            return {"seen_img": json.loads((file.parent / name).read_text())["seen_img"]}
-        except (OSError, ValueError, KeyError, TypeError):
+            seen_img = read_json(file.parent / name)["seen_img"]
+        except (OSError, ValueError, LookupError, TypeError):
             continue
+        if isinstance(seen_img, int):
+            return {"seen_img": seen_img}
     return {}

@@ -12,7 +12,7 @@ from typing import Any
 
 from sdtrain.config.find import read_written
 from sdtrain.config.keys import HARMLESS, Config
-from sdtrain.config.words import report
+from sdtrain.config.words import MAX_PROBLEMS, clip, report
 from sdtrain.config.yaml_source import Tree, dump_tree
 from sdtrain.errors import ConfigError
 
@@ -56,7 +56,7 @@ class Difference:
         return any(self.key == key or self.key.startswith(f"{key}.") for key in HARMLESS)
 
     def __str__(self) -> str:
-        return f"{self.key}: {self.old} -> {self.new}"
+        return f"{clip(self.key)}: {clip(str(self.old))} -> {clip(str(self.new))}"
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Difference]:
@@ -64,6 +64,12 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Differen
     before, after = _leaves(old), _leaves(new)
     keys = dict.fromkeys([*before, *after])
     return [Difference(key, before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)]
+
+
+def listed(found: list[Difference]) -> str:
+    """A line for each, of many the first."""
+    more = [f"and {len(found) - MAX_PROBLEMS} more"] if len(found) > MAX_PROBLEMS else []
+    return "".join(f"\n  {line}" for line in [*found[:MAX_PROBLEMS], *more])
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

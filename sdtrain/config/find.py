@@ -10,6 +10,7 @@ from pathlib import Path
 from sdtrain.config.words import clip, nearest
 from sdtrain.config.yaml_source import MAX_BYTES, Source, merge, read_text, too_long
 from sdtrain.errors import ConfigError
+from sdtrain.files import open_regular
 
 CONFIG_FOLDERS = (Path("configs"), Path(__file__).resolve().parents[2] / "configs")
 MAX_CHAIN = 20
@@ -51,7 +52,7 @@ def read_file(path: Path) -> Source:
     """The tree of one file. Problems that leave the rest readable are collected; ConfigError if nothing can be read."""
     shown = _shown(path)
     try:
-        with open(path, "rb") as file:
+        with open(open_regular(path), "rb") as file:
             data = file.read(MAX_BYTES + 1)
         if len(data) > MAX_BYTES:
             raise too_long(shown)

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from sdtrain.config.options import Count, CountOrZero, Data, Ema, Images, Metrics, Optimizer, Weights
 from sdtrain.config.schedule import Schedule, out_of_order
+from sdtrain.config.sizes import size_problems
 from sdtrain.config.words import clip, nearest
 from sdtrain.metrics.table import METRICS
 
 INTERVALS = ("log_img", "sample_img", "eval_img", "save_img")
+MAX_RANKS = 1 << 16
 MAX_NAME = 100  # characters; file systems take 255 bytes, and files of a run add to it
 # Keys that may differ between a run folder and the command that resumes it: they change no weight.
 HARMLESS = (
@@ -108,7 +110,7 @@ class Config:
 
 def valid_world_sizes(config: Config) -> list[int]:
     """Numbers of ranks that give each rank the same number of ghosts."""
-    return [world for world in range(1, config.num_ghosts + 1) if config.num_ghosts % world == 0]
+    return [world for world in range(1, min(config.num_ghosts, MAX_RANKS) + 1) if config.num_ghosts % world == 0]
 
 
 def common_problems(config: Config, world: int | None) -> Iterator[tuple[str, str]]:
@@ -118,6 +120,7 @@ def common_problems(config: Config, world: int | None) -> Iterator[tuple[str, st
     yield from _time_problems(config)
     yield from _schedule_problems(config)
     yield from _metric_problems(config)
+    yield from size_problems(config.model)
     name = config.name
     if not name or len(name) > MAX_NAME or "/" in name or name.startswith(".") or not name.isprintable():
         yield "name", f"name '{clip(name)}' cannot be a folder name: use letters, digits, - and _"

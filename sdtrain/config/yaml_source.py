@@ -108,7 +108,8 @@ def read_text(text: str, shown: str) -> Source:
     node = compose(text, shown)
     source = Source(places={(): shown})
     if isinstance(node, yaml.MappingNode):
-        source.tree = _value(node, (), shown, source)
+        tree = _value(node, (), shown, source)
+        source.tree = tree if isinstance(tree, dict) else {}
     elif node is not None:
         source.problems.append(f"{shown}: a configuration is a list of 'key: value' lines, this file is not")
     return source
@@ -137,7 +138,7 @@ def too_long(shown: str) -> ConfigError:
 
 def _value(node: yaml.Node, path: KeyPath, shown: str, source: Source) -> Any:
     kind = PLAIN.get(node.tag)
-    if kind is None:
+    if kind is None or not _fits(kind, node):
         line = node.start_mark.line + 1
         tag = clip(node.tag.replace("tag:yaml.org,2002:", "!!"))
         source.problems.append(f"{shown}:{line}: tag '{tag}' is refused: a configuration holds plain values only")
@@ -148,6 +149,13 @@ def _value(node: yaml.Node, path: KeyPath, shown: str, source: Source) -> Any:
         items = [_value(item, (*path, str(i)), shown, source) for i, item in enumerate(node.value)]
         return [item for item in items if item is not REFUSED]
     return _scalar(kind, str(node.value))
+
+
+def _fits(kind: str, node: yaml.Node) -> bool:
+    """Whether a value is of the kind that its tag says: a tag can be written before anything."""
+    if not isinstance(node, yaml.ScalarNode):
+        return kind == ("map" if isinstance(node, yaml.MappingNode) else "seq")
+    return kind == "str" or kind in PATTERNS and re.fullmatch(PATTERNS[kind][0], node.value) is not None
 
 
 def _mapping(node: yaml.MappingNode, path: KeyPath, shown: str, source: Source) -> Tree:

@@ -14,7 +14,6 @@ A checkpoint is written into `.writing-img_...`, synced and renamed; a reader be
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -31,7 +30,8 @@ from sdtrain.errors import RunError
 from sdtrain.files import (
     fault_point,
     load_tensors,
-    open_regular,
+    read_json,
+    require_regular,
     save_tensors,
     sha256_of_file,
     sweep,
@@ -42,7 +42,6 @@ from sdtrain.files import (
 
 MARKER = "complete.json"
 STATE = "state.json"
-MAX_JSON_BYTES = 1 << 24
 
 
 def digest(path: Path) -> dict[str, Any]:
@@ -67,6 +66,7 @@ class Checkpoint:
         """Those of one file's tensors by official name, from its header alone. Raises `RunError` as `tensors`."""
         path = self.path / f"{name}.safetensors"
         try:
+            require_regular(path)
             with safe_open(path, framework="pt") as file:
                 return {key: list(file.get_slice(key).get_shape()) for key in file.keys()}
         except (OSError, SafetensorError) as error:
@@ -83,6 +83,11 @@ class Checkpoint:
                 f"{self.path}/{name}.safetensors holds something else: {what}, and {len(wrong) - 1} more tensors "
                 "differ; nothing was loaded: put the right file back, or take the configuration that it was made with"
             )
+
+    def refuse(self, wrong: str | None) -> None:
+        """Raise `RunError` with what is wrong with it, unless nothing is."""
+        if wrong:
+            raise RunError(f"{self.path} is whole, but not of this run: {wrong}; move it away to go on without it")
 
     def has(self, name: str) -> bool:
         return (self.path / f"{name}.safetensors").exists()
@@ -249,12 +254,9 @@ def _misfit(folder: Path, name: str, expected: object) -> str | None:
 def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file that somebody may have damaged. Raises ValueError with the reason in a few words."""
     try:
-        with open(open_regular(path), "rb") as file:
-            found = json.loads(file.read(MAX_JSON_BYTES))
+        found = read_json(path)
     except OSError as error:
         raise ValueError(error.strerror) from None
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
     except ValueError as error:
         raise ValueError(f"no JSON: {str(error)[:80]}") from None
     if not isinstance(found, dict):

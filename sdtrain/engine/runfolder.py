@@ -130,8 +130,12 @@ class RunFolder:
             self._board.add_histogram(tag, values, seen_img, bins=20)
 
     def write_json(self, name: str, value: object) -> None:
-        if is_main():
+        if not is_main():
+            return
+        try:
             write_json(self.path / name, value, default=str)
+        except OSError as error:
+            raise RunError(f"{self.path / name} cannot be written ({error.strerror}); move it away") from None
 
     def note_environment(self, weights: dict[str, Any], threads: list[int]) -> None:
         """Add this start to environment.json; earlier starts are kept."""

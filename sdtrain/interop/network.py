@@ -31,7 +31,7 @@ from sdtrain.config.schema import harden
 from sdtrain.errors import ConfigError, WeightsError
 from sdtrain.files import save_tensors, write_json
 from sdtrain.interop.budget import is_name, max_integer, max_modules, quoted
-from sdtrain.interop.tensor_file import read_json
+from sdtrain.interop.tensor_file import read_description
 
 Player = Literal["Generator", "Discriminator"]
 PLAYERS = ("Generator", "Discriminator")
@@ -233,7 +233,7 @@ def save_network(network: Network, path: Path | str) -> Path:
 
 def read_card(path: Path) -> dict[str, Any]:
     """The fields of a card, each of its type. Raises WeightsError when it is none."""
-    said = read_json(path, "a network")
+    said = read_description(path)
     wrong = "it is no table" if not isinstance(said, dict) else next(_wrong_fields(said), None)
     if wrong:
         raise WeightsError(f"{path} does not describe a network ({wrong}); mend or delete it")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from sdtrain.errors import WeightsError
+from sdtrain.files import read_json
 from sdtrain.interop.budget import MAX_CARD_BYTES, MAX_CARD_DEPTH, is_name, max_header, open_weights, quoted
 
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
@@ -65,18 +66,14 @@ def _checked(header: dict[str, Any], num_bytes: int) -> dict[str, Any]:
     return header
 
 
-def read_json(path: Path, what: str) -> Any:
-    """A JSON file of at most MAX_CARD_BYTES and MAX_CARD_DEPTH. Raises WeightsError, which calls it no `what`."""
-    file, size = open_weights(path)
-    with file:
-        try:
-            if size > MAX_CARD_BYTES:
-                raise ValueError(f"it has {size} bytes")
-            value = json.loads(file.read(size))
-            require_depth(value, MAX_CARD_DEPTH)
-            return value
-        except (OSError, ValueError, RecursionError) as error:
-            raise WeightsError(f"{path} does not describe {what} ({quoted(error)}); mend or delete it") from error
+def read_description(path: Path) -> Any:
+    """The description of a network: JSON of at most MAX_CARD_BYTES and MAX_CARD_DEPTH. Raises WeightsError."""
+    try:
+        value = read_json(path, MAX_CARD_BYTES)
+        require_depth(value, MAX_CARD_DEPTH)
+        return value
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{path} does not describe a network ({quoted(error)}); mend or delete it") from error
 
 
 def require_depth(value: Any, depth: int) -> None:

@@ -28,7 +28,8 @@ def fingerprint(protocol: dict[str, Any]) -> str:
 def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
     """Keys in which two protocols disagree, with both values."""
     keys = sorted((one.keys() | other.keys()) - set(DESCRIPTIVE))
-    return [f"{key}: {one.get(key)} and {other.get(key)}" for key in keys if one.get(key) != other.get(key)]
+    unlike = [key for key in keys if one.get(key) != other.get(key)]
+    return [f"{short(key)}: {short(one.get(key))} and {short(other.get(key))}" for key in unlike]
 
 
 def require_same(one: dict[str, Any], other: dict[str, Any]) -> None:

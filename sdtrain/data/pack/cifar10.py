@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from sdtrain.data.read.budget import MB, read_within
+from sdtrain.data.read.budget import MB
 from sdtrain.errors import EXIT_OK, EXIT_USER_ERROR, DataError
 from sdtrain.exits import run_command
+from sdtrain.files import read_within
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 SIDE = 32

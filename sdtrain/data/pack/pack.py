@@ -235,7 +235,7 @@ def _other_plan(out: Path, plan: str) -> str:
 
 
 def _plan_in(path: Path) -> str:
-    from sdtrain.data.read.manifest import read_json
+    from sdtrain.files import read_json
 
     try:
         found = read_json(path)

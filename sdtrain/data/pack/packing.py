@@ -32,11 +32,11 @@ from sdtrain.data.read.budget import LIMITS
 from sdtrain.data.read.dataset import dataset_of, refuse_empty
 from sdtrain.data.read.images import ImageRejected, hush
 from sdtrain.data.read.index import INDEX_NAME, build_index
-from sdtrain.data.read.manifest import MANIFEST_NAME, hash_of, is_plain_name, read_json, read_manifest
+from sdtrain.data.read.manifest import MANIFEST_NAME, hash_of, is_plain_name, read_manifest
 from sdtrain.data.read.remote import default_cache, verified
 from sdtrain.data.read.tars import ShardWriter
 from sdtrain.errors import DataError
-from sdtrain.files import sha256_of_file, write_json
+from sdtrain.files import read_json, sha256_of_file, write_json
 
 FORMAT = "sdtrain-shards/1"
 MARKERS = ".pack"

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from sdtrain.data.read.budget import LIMITS, LIST_BYTES, PictureLimits, read_within
+from sdtrain.data.read.budget import LIMITS, LIST_BYTES, PictureLimits
 from sdtrain.data.read.images import ImageRejected, is_image_name, read_file, refuse_bytes
 from sdtrain.data.read.tars import printable
 from sdtrain.errors import DataError
+from sdtrain.files import read_within
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,11 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from sdtrain.data.pack.sources import SourceFile, SourceReader, list_source
-from sdtrain.data.read.budget import LIST_BYTES, read_within
+from sdtrain.data.read.budget import LIST_BYTES
 from sdtrain.data.read.images import ImageRejected, decode_image
 from sdtrain.errors import EXIT_OK, DataError
 from sdtrain.exits import run_command
-from sdtrain.files import write_bytes
+from sdtrain.files import read_within, write_bytes
 
 
 def split(names: Sequence[str], sizes: dict[str, int], seed: int) -> dict[str, list[str]]:

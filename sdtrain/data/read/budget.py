@@ -8,7 +8,7 @@
 | tar shard            | headers only, one a member: as many as the file has blocks; MAX_NAME_BYTES, MAX_PAX_BYTES,   |
 |                      | MAX_MEMBER_BYTES each (tars.py)                                                              |
 | index.npz            | INDEX_BYTES; arrays are stored as they are and have exactly the bytes of their member        |
-| manifest.json        | JSON_BYTES, JSON_ITEMS, Python's depth                                                       |
+| manifest.json        | MAX_JSON bytes, MAX_ITEMS, Python's depth (files.py)                                         |
 | list of names        | LIST_BYTES                                                                                   |
 | zip for `pack`       | its table, 46 bytes an entry or more; an entry is unfolded like the file of a picture  |
 | .cls label           | 32 bytes; below the number of classes, or of samples where no table says how many there are  |
@@ -22,16 +22,11 @@ from __future__ import annotations
 import signal
 import threading
 from dataclasses import dataclass
-from pathlib import Path
-
-from sdtrain.files import open_regular
 
 MB = 1 << 20
 SCANS = 100  # a progressive JPEG of any known encoder has about 10
 PAGES = 100  # after which pages are no longer counted; two are too many already
 INDEX_BYTES = 2048 * MB  # 25 million samples
-JSON_BYTES = 64 * MB
-JSON_ITEMS = 4_000_000  # each costs up to 100 bytes
 LIST_BYTES = 1024 * MB
 SHARDS = 1_000_000
 DOWNLOAD_BYTES = 1 << 38  # a shard of which no manifest says the size
@@ -95,12 +90,3 @@ def available_bytes() -> int:
             return next(int(line.split()[1]) << 10 for line in file if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):
         return 1 << 62
-
-
-def read_within(path: str | Path, limit: int) -> bytes:
-    """A whole file. Raises OSError, also for a pipe or device, and ValueError for more than `limit` bytes."""
-    with open(open_regular(path), "rb") as file:
-        data = file.read(limit + 1)
-    if len(data) > limit:
-        raise ValueError(f"more than {limit >> 20} MB")
-    return data

@@ -19,14 +19,14 @@ from typing import Any
 import numpy as np
 
 from sdtrain.data.read import remote
-from sdtrain.data.read.budget import INDEX_BYTES, JSON_BYTES, LIMITS, PictureLimits
+from sdtrain.data.read.budget import INDEX_BYTES, LIMITS, PictureLimits
 from sdtrain.data.read.images import ImageRejected, decode_image, refuse_bytes
 from sdtrain.data.read.index import INDEX_NAME, Index, build_index, load_index
 from sdtrain.data.read.manifest import MANIFEST_NAME, read_manifest
 from sdtrain.data.read.patterns import expand
 from sdtrain.data.read.tars import printable
 from sdtrain.errors import DataError
-from sdtrain.files import open_regular
+from sdtrain.files import MAX_JSON, open_regular
 
 PROBES = 8
 Stamp = tuple[int, int]  # bytes and time of the last change [ns]
@@ -163,7 +163,7 @@ def packed_folder(source: str, cache: Path) -> Path | None:
     """Where manifest and index of a packed source lie, fetched when it is remote; None for a pattern of tars."""
     if remote.is_remote_folder(source):
         remote.fetch(source + INDEX_NAME, cache, most=INDEX_BYTES)
-        return remote.fetch(source + MANIFEST_NAME, cache, most=JSON_BYTES).parent
+        return remote.fetch(source + MANIFEST_NAME, cache, most=MAX_JSON).parent
     return Path(source) if (Path(source) / MANIFEST_NAME).is_file() else None
 
 

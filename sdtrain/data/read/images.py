@@ -28,7 +28,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from sdtrain.data.read.budget import LIMITS, PAGES, SCANS, PictureLimits, TooSlow, read_within, within
+from sdtrain.data.read.budget import LIMITS, PAGES, SCANS, PictureLimits, TooSlow, within
+from sdtrain.files import read_within
 
 MAX_PIXELS = LIMITS.pixels
 MIN_SIDE = 4

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sdtrain.data.read.budget import JSON_BYTES, JSON_ITEMS, read_within
 from sdtrain.data.read.tars import printable
 from sdtrain.errors import DataError
+from sdtrain.files import read_json
 
 MANIFEST_NAME = "manifest.json"
 LARGEST_SIDE = 1 << 16
@@ -38,14 +37,6 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"shards lie beside their manifest, run: sdtrain pack --reindex {folder}"
         )
     return {key: value for key, value in manifest.items() if _has_form(key, value)} | known
-
-
-def read_json(path: Path) -> Any:
-    """A JSON file within its budget. Raises OSError, ValueError (also for another encoding) and RecursionError."""
-    data = read_within(path, JSON_BYTES)
-    if sum(data.count(mark) for mark in (b",", b"[", b"{")) > JSON_ITEMS:
-        raise ValueError(f"more than {JSON_ITEMS} items")
-    return json.loads(data.decode())
 
 
 def _list(value: Any) -> list[Any]:
