@@ -3,7 +3,7 @@
     runs/NAME/
       config.yaml        resolved configuration, every default written out
       plan.json          what --plan prints, as data
-      environment.json   versions, command line, world size, hashes of weights; one entry a start
+      environment.json   versions, command line, world size, hashes of weights, whether it ended; one entry a start
       metrics.jsonl      one JSON object a row, append only, cut back to the resumed position on resume
       tensorboard/       the same scalars, image grids, figures
       samples/           fixed-latent grids
@@ -25,6 +25,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from sdtrain.engine import starts
 from sdtrain.engine.precision import described
 from sdtrain.engine.ranks import gather_objects, is_main, world
 from sdtrain.errors import RunError
@@ -124,9 +125,12 @@ class RunFolder:
 
     def note_environment(self, weights: dict[str, Any]) -> None:
         """Add this start to environment.json; earlier starts are kept."""
-        path = self.path / "environment.json"
-        starts = json.loads(path.read_text())["starts"] if path.exists() else []
-        self.write_json("environment.json", {"starts": [*starts, environment(weights)]})
+        self.write_json(starts.FILE, {"starts": [*starts.starts_of(self.path), environment(weights)]})
+
+    def note_finished(self) -> None:
+        """Add to this start that it came to the end of the run."""
+        *earlier, this = starts.starts_of(self.path) or [{}]
+        self.write_json(starts.FILE, {"starts": [*earlier, {**this, "finished": now()}]})
 
     def close(self) -> None:
         for writer in (self._rows, self._board):
@@ -147,7 +151,7 @@ def environment(weights: dict[str, Any]) -> dict[str, Any]:
 
     packages = "sdtrain torch torchvision accelerate webdataset lpips numpy".split()
     return {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "time": now(),
         "command": sys.argv,
         "python": platform.python_version(),
         "host": platform.node(),
@@ -157,6 +161,10 @@ def environment(weights: dict[str, Any]) -> dict[str, Any]:
         "float32": described(),
         "weights": weights,
     }
+
+
+def now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
 
 def git_commit() -> str | None:
