@@ -393,8 +393,12 @@ def test_ranks_that_outlive_their_launcher_are_waited_for(tmp_path):
     assert (tmp_path / "saved").exists()
 
 
+def test_a_run_inherits_the_lock_so_that_it_outlives_a_suite_that_was_killed(tmp_path):
+    with open(tmp_path / "lock", "w") as lock, Relay() as relay:
+        assert relay.run([sys.executable, "-c", f"import os; os.fstat({lock.fileno()})"], lock.fileno()) == 0
+
+
 def test_a_suite_at_work_is_not_started_twice_and_its_status_says_what_it_does(table, tmp_path, capsys):
-    """The lock is held by the run itself too, so that it outlives a suite that was killed."""
     from sdtrain.commands.suite import locked
 
     suite = read_suite(table[2])
