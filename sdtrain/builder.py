@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import importlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -42,6 +42,8 @@ class Builder:
     steps_per_epoch: float = 0.0
     random_weights: bool = False
     """A plan builds networks without reading weights files."""
+    teachers: dict[str, dict[str, str]] = field(default_factory=dict)
+    """Key of the configuration -> place and sha256 of the file that it has led to."""
 
     @property
     def device(self) -> torch.device:

@@ -17,6 +17,7 @@ PACKAGE = Path(__file__).resolve().parent
 # name: (module, help line); the module has add_arguments(parser) and run(args) -> int, and is importable without torch
 COMMANDS = {
     "train": ("sdtrain.main", "train, or go on with a run; --plan only says what it would take"),
+    "suite": ("sdtrain.commands.suite", "train the runs of a table in turn, with one teacher for all of them"),
     "pack": ("sdtrain.data.pack.pack", "make tar shards from a folder or zip of images"),
     "verify": ("sdtrain.data.pack.verify", "find damaged shards and samples before a run does"),
     "evaluate": ("sdtrain.commands.evaluate", "measure a run, a checkpoint or a folder of images"),

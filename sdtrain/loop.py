@@ -143,6 +143,7 @@ def finish(run: Run) -> int:
     run.task.finish()
     run.folder.close()
     if is_main():
+        run.folder.note_finished()
         log.info("finished at %s on %d rank(s); everything is in %s", count(run.seen_img), world(), run.folder.path)
     return EXIT_OK
 

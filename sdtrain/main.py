@@ -6,6 +6,7 @@ import argparse
 import logging
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from sdtrain.terminal import show_fault
 if TYPE_CHECKING:
     import torch
 
+    from sdtrain.config.compare import Difference
     from sdtrain.config.keys import Config
     from sdtrain.engine.preempt import StopRequest
     from sdtrain.finetune import Initial
@@ -108,6 +110,7 @@ def go_on(run: Run, allow: list[str], initial: Initial | None, used: dict[str, A
     if run.checkpoint is None and (initial := initial or check_initial(config, dataset)):
         run.start_from(initial)
         used |= {f"init.{role}": start for role, start in initial.described.items()}
+    used |= run.builder.teachers
     write_down(run, make_plan(config, run, initial) if not run.step else None, used)
     announce(run, refused)
     run.folder.open_log(run.seen_img)
@@ -153,12 +156,25 @@ def check_folder(config: Config, out: Path, allow: list[str]) -> None:
         return
     decisive = method(config.method).decisive
     found = [d for d in differences(read_tree(written), to_tree(config)) if not d.harmless or d.key in decisive]
-    changed = [d for d in found if d.key not in allow]
+    changed = [d for d in [*found, *other_teachers(config, out)] if d.key not in allow]
     if changed:
         raise ConfigError(
             f"{out} holds a run of another configuration:{listed(changed)}\n"
             "go back to these values, choose another folder with --out, or name each changed key with --allow KEY"
         )
+
+
+def other_teachers(config: Config, out: Path) -> Iterator[Difference]:
+    """Teachers whose files are there but no longer what the run in this folder had learnt from."""
+    from sdtrain.config.compare import Difference
+    from sdtrain.config.schema import method
+    from sdtrain.engine.starts import noted_weights
+    from sdtrain.weights import sha256_of
+
+    for key in method(config.method).teacher_keys:
+        file, sha256 = noted_weights(out, key)
+        if file.is_file() and (now := sha256_of(file)) != sha256:
+            yield Difference(key, f"{file} of sha256 {sha256[:12]}", now[:12])
 
 
 def write_down(run: Run, plan: dict[str, Any] | None, used: dict[str, Any]) -> None:

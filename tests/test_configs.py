@@ -19,7 +19,7 @@ from sdtrain.config.keys import valid_world_sizes
 from sdtrain.config.load import load_config
 from sdtrain.plan import make_plan, render
 
-FILES = sorted((REPO / "configs").rglob("*.yaml"))
+FILES = sorted(path for path in (REPO / "configs").rglob("*.yaml") if path.parent.name != "suites")
 SD_NAMES = [path for path in FILES if path.name.startswith("sdgan_projected") or path.parent.name == "ablation"]
 SMALL = ("quickstart.yaml",)
 

@@ -25,7 +25,7 @@ from sdtrain.errors import DataError
 
 __all__ = ["photos"]
 RECIPES = sorted((REPO / "shards").glob("*.yaml"))
-CONFIGS = sorted((REPO / "configs").rglob("*.yaml"))
+CONFIGS = sorted(path for path in (REPO / "configs").rglob("*.yaml") if path.parent.name != "suites")
 
 
 def commands() -> dict[str, list[str]]:

@@ -37,6 +37,10 @@ class MethodDeclaration:
     """The keys of `optimizer`, one section a player."""
     decisive: tuple[str, ...] = ()
     """Keys that elsewhere may change on resume, but decide weights here."""
+    teacher_keys: tuple[str, ...] = ()
+    """Keys that take the folder of a run whose teacher is the network that `model` describes."""
+    needs_teacher: Callable[[Any], bool] = lambda config: True
+    """Whether this configuration has a use for `teacher_keys`."""
     problems: Callable[[Any], Iterable[tuple[str, str]]] = lambda config: ()
     """(key, sentence) for each combination of keys that cannot work."""
     data_problems: Callable[[Any, Dataset], Iterable[str]] = lambda config, dataset: ()

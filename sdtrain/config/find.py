@@ -13,22 +13,24 @@ from sdtrain.errors import ConfigError
 from sdtrain.files import open_regular
 
 CONFIG_FOLDERS = (Path("configs"), Path(__file__).resolve().parents[2] / "configs")
+SUITES = "suites/"  # in configs/; no configurations
 MAX_CHAIN = 20
 RUN_CONFIG = "config.yaml"  # what a run leaves behind is called so
 
 
-def find_config(path_or_name: str | Path) -> Path:
-    """A path as given, or a name in configs/, with or without .yaml. ConfigError names the nearest one."""
-    found = _first_file(Path(path_or_name))
+def find_config(path_or_name: str | Path, room: str = "", what: str = "configuration") -> Path:
+    """A path as given, or a name in configs/ROOM, with or without .yaml. ConfigError names the nearest one."""
+    found = _first_file(Path(path_or_name), room=room)
     if found is None:
         given = str(path_or_name)
-        raise ConfigError(f"configuration '{clip(given)}' does not exist, as a path or in configs/{_hint(given)}")
+        nearby = _hint(given, room)
+        raise ConfigError(f"{what} '{clip(given)}' does not exist, as a path or in configs/{room}{nearby}")
     return found
 
 
-def _first_file(given: Path, beside: Path | None = None) -> Path | None:
+def _first_file(given: Path, beside: Path | None = None, room: str = "") -> Path | None:
     near = _in(beside, given) if beside else ()
-    places = chain(near, [given], *(_in(folder, given) for folder in CONFIG_FOLDERS))
+    places = chain(near, [given], *(_in(folder / room, given) for folder in CONFIG_FOLDERS))
     # os.path.isfile says no, where Path.is_file raises, to names that no file can have
     return next((path for path in places if os.path.isfile(path)), None)
 
@@ -39,13 +41,14 @@ def _in(folder: Path, given: Path) -> Iterator[Path]:
         yield folder / given.with_name(f"{given.name.removesuffix('.yaml')}.yaml")
 
 
-def _hint(given: str) -> str:
-    """The nearest name in configs/, else those at its top."""
-    files = [(folder, file) for folder in CONFIG_FOLDERS for file in folder.rglob("*.yaml")]
-    names = sorted({file.relative_to(folder).with_suffix("").as_posix() for folder, file in files})
+def _hint(given: str, room: str = "") -> str:
+    """The nearest name in configs/ROOM, else those at its top."""
+    files = [(folder / room, file) for folder in CONFIG_FOLDERS for file in (folder / room).rglob("*.yaml")]
+    found = {file.relative_to(folder).with_suffix("").as_posix() for folder, file in files}
+    names = sorted(name for name in found if not name.startswith(SUITES))
     top = ", ".join(name for name in names if "/" not in name)
     close = nearest(given.removesuffix(".yaml"), names) or nearest(Path(given).stem, names)
-    return close or f" (in configs/: {top or 'nothing'})"
+    return close or f" (in configs/{room}: {top or 'nothing'})"
 
 
 def read_file(path: Path) -> Source:

@@ -37,14 +37,21 @@ def load_config(path_or_name: str | Path, overrides: Iterable[str] = (), world: 
 
     `world` is the number of ranks when it is known; a world size that does not divide the ghosts is then a problem too.
     """
+    return resolve(read_config(path_or_name, overrides), world)
+
+
+def read_config(path_or_name: str | Path, overrides: Iterable[str] = (), written: Iterable[str] = ()) -> Source:
+    """What `resolve` checks: the files, what a suite has `written` over them, what was typed as `overrides`."""
     path = find_config(path_or_name)
     source = read_with_bases(path)
     source.tree.setdefault("name", path.stem)
+    for override in parse_overrides(written):
+        source = merge(source, override)
     source.problems += _permissions(source)
     for override in parse_overrides(overrides):
         source = merge(source, override)
     source.problems += _addresses(source, path)
-    return resolve(source, world)
+    return source
 
 
 def load_written(path: Path) -> Config:
@@ -84,11 +91,11 @@ def _permissions(source: Source) -> Iterable[str]:
 def resolve(source: Source, world: int | None = None) -> Any:
     """Check a source and build the frozen `Config`. Raises one ConfigError that lists everything wrong."""
     problems, schema = _choices(source)
-    config, found = _validate(schema.cls, source)
+    config, found = validated(schema.cls, source)
     problems = {**found, **problems}
     broken = set(problems)
     if config is None:
-        config, _ = _validate(schema.cls, _pruned(source, broken))
+        config, _ = validated(schema.cls, _pruned(source, broken))
     if config is not None:
         problems.update(_broken_rules(config, schema, world, source, broken))
     texts = [*source.problems, *problems.values()]
@@ -127,7 +134,8 @@ def _checker(cls: Any) -> TypeAdapter:
     return TypeAdapter(cls)
 
 
-def _validate(cls: Any, source: Source) -> tuple[Any, dict[KeyPath, str]]:
+def validated(cls: Any, source: Source) -> tuple[Any, dict[KeyPath, str]]:
+    """The source as a hardened dataclass, None if it is none; and a sentence for each key at fault."""
     # through JSON, because pydantic's strict mode takes sections and lists for dataclasses and tuples only from there
     try:
         return _checker(cls).validate_json(json.dumps(source.tree)), {}

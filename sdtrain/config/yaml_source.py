@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import yaml
@@ -115,8 +116,9 @@ def read_text(text: str, shown: str) -> Source:
     return source
 
 
+@lru_cache(maxsize=64)  # the runs of a suite share most of their files
 def compose(text: str, shown: str) -> yaml.Node | None:
-    """The node tree; ConfigError with the line when the text is not YAML."""
+    """The node tree, which nobody may change; ConfigError with the line when the text is not YAML."""
     if len(text) > MAX_BYTES:
         raise too_long(shown)
     try:

@@ -3,7 +3,7 @@
     runs/NAME/
       config.yaml        resolved configuration, every default written out
       plan.json          what --plan prints, as data
-      environment.json   versions, command line, world size, hashes of weights; one entry a start
+      environment.json   versions, command line, world size, hashes of weights, whether it ended; one entry a start
       metrics.jsonl      one JSON object a row, append only, cut back to the resumed position on resume
       tensorboard/       the same scalars, image grids, figures
       samples/           fixed-latent grids
@@ -28,7 +28,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from sdtrain.engine.checkpoint import read_object
+from sdtrain.engine import starts
 from sdtrain.engine.precision import described
 from sdtrain.engine.ranks import gather_objects, is_main, world
 from sdtrain.engine.restart import lines_of, position
@@ -139,23 +139,22 @@ class RunFolder:
 
     def note_environment(self, weights: dict[str, Any], threads: list[int]) -> None:
         """Add this start to environment.json; earlier starts are kept."""
-        if is_main():
-            self.write_json("environment.json", {"starts": [*self._starts(), environment(weights, threads)]})
+        self.write_json(starts.FILE, {"starts": [*self._starts(), environment(weights, threads)]})
 
-    def _starts(self) -> list[Any]:
+    def note_finished(self) -> None:
+        """Add to this start that it came to the end of the run."""
+        *earlier, this = self._starts() or [{}]
+        self.write_json(starts.FILE, {"starts": [*earlier, {**this, "finished": now()}]})
+
+    def _starts(self) -> list[dict[str, Any]]:
         """Earlier entries; a damaged file is kept beside the new one."""
-        path = self.path / "environment.json"
-        if not os.path.lexists(path):
-            return []
         try:
-            if isinstance(starts := read_object(path).get("starts"), list):
-                return starts
-            reason = "no list of starts"
-        except ValueError as error:
-            reason = str(error)
-        os.replace(path, aside := path.with_name("environment.json.damaged"))
-        log.warning("%s is damaged (%s); it is now %s, and a new one begins", path, reason, aside.name)
-        return []
+            return starts.starts_of(self.path) if is_main() else []
+        except (OSError, ValueError) as error:
+            path, aside = self.path / starts.FILE, self.path / f"{starts.FILE}.damaged"
+            os.replace(path, aside)
+            log.warning("%s is damaged (%s); it is now %s, and a new one begins", path, error, aside.name)
+            return []
 
     def close(self) -> None:
         for writer in (self._rows, self._board):
@@ -177,7 +176,7 @@ def environment(weights: dict[str, Any], threads: list[int]) -> dict[str, Any]:
 
     packages = "sdtrain torch torchvision accelerate webdataset lpips numpy".split()
     return {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "time": now(),
         "command": sys.argv,
         "python": platform.python_version(),
         "host": platform.node(),
@@ -189,6 +188,10 @@ def environment(weights: dict[str, Any], threads: list[int]) -> dict[str, Any]:
         "float32": described(),
         "weights": weights,
     }
+
+
+def now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
 
 def git_commit() -> str | None:

@@ -23,6 +23,7 @@ from sdtrain.losses.feature import FeatureMLP, PerceptualLoss
 from sdtrain.methods.sdakd.inputs import make_inputs
 from sdtrain.methods.sdakd.method import SDAKD
 from sdtrain.rng import seed_of
+from sdtrain.weights import sha256_of
 
 if TYPE_CHECKING:
     from sdtrain.builder import Builder
@@ -187,6 +188,7 @@ def teacher_from(builder: Builder, path: str, which: Role, section: Any) -> nn.M
     place = Path(path).expanduser()
     file = teacher_of_run(place, which, role) if place.is_dir() else place
     found = load_network(file)
+    builder.teachers[f"teacher.{which}"] = {"place": str(file), "sha256": sha256_of(file)}
     plain = getattr(importlib.import_module(f"sdtrain.models.{section.kind}.options"), f"{player}Options")
     options = plain(**{name: getattr(section, name) for name in plain.__dataclass_fields__})
     side = builder.resolution if section.kind == "gcfsr" else None
