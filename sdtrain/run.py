@@ -12,15 +12,20 @@ import torch
 from sdtrain.config.keys import Config
 from sdtrain.contracts import Stage, State, Task
 from sdtrain.data.read.dataset import Dataset
+from sdtrain.data.read.remote import is_remote
 from sdtrain.data.read.stream import Batch, Stream
 from sdtrain.engine.checkpoint import Checkpoint, newest, save_checkpoint
 from sdtrain.engine.meter import Meter
 from sdtrain.engine.preempt import StopRequest
+from sdtrain.engine.pulse import LONG, PULSE
 from sdtrain.engine.ranks import agree_max, gather_objects, world
 from sdtrain.engine.runfolder import RunFolder
 from sdtrain.engine.snapshots import cut_back, save_snapshot, snapshot_positions
+from sdtrain.errors import Interrupted
 from sdtrain.finetune import Initial, apply_initial
 from sdtrain.trainer import Trainer
+
+FAILED = 1 << 20  # beyond every reason to stop
 
 
 class Run(Trainer):
@@ -32,10 +37,14 @@ class Run(Trainer):
         super().__init__(config, device, resolution, dataset.class_counts, num_samples=dataset.num_samples)
         self.dataset, self.resolution = dataset, resolution
         self.folder = RunFolder(out, config.tensorboard)
-        self.skipped = self.last_tick_img = 0
+        self.skipped = self.skipped_in_a_row = self.last_tick_img = 0
         self.bad_samples: Sequence[object] = ()
         self.best: dict[str, State] = {}  # by stage: what chose its best weights
         self.stop = StopRequest()
+        remote = any(is_remote(shard) for shard in dataset.shards)
+        self.slow = (*LONG, "data") if remote else LONG  # sections that may be silent for long
+        self.saved_step = -1  # of the newest checkpoint that this process has read or written
+        self.undone: list[str] = []  # what was due at this position and a stop signal cut short
         self.checkpoint: Checkpoint | None = None  # where this process took up the run
         task = importlib.import_module(f"sdtrain.tasks.{self.method.task}").TASK(self)
         assert isinstance(task, Task)
@@ -77,6 +86,7 @@ class Run(Trainer):
             prefetch=c.data.prefetch,
             start_step=self.step,
             max_bad=c.data.max_bad,
+            enough=self._waited_enough,
             **asdict(self.method.feed),
         )
         with stream:
@@ -86,8 +96,20 @@ class Run(Trainer):
                 yield batch
                 self.bad_samples = stream.bad
 
+    def _waited_enough(self, waited_sec: float) -> bool:
+        """Whether to give decoding processes up. Raises `Interrupted` where a stop need not wait for them."""
+        if world() == 1 and self.stop.reason:  # other ranks may have their data already, and have begun the step
+            raise Interrupted
+        return waited_sec > PULSE.mark.limit_sec(self.config.timeout, self.slow)
+
     def save(self) -> Path:
         """Write a checkpoint of this position with all ranks."""
+        with self.stop.saving():
+            path = self._save()
+        self.saved_step = self.step
+        return path
+
+    def _save(self) -> Path:
         shared = {name: self.nets[name].state() for name in self.nets if name not in self.method.given}
         shared |= {f"{name}.optim": player.state() for name, player in self.engine.players.items()}
         if kept := self.task.tensors():  # what a later stage will start from
@@ -102,6 +124,8 @@ class Run(Trainer):
             "best": self.best,
             "last_tick_img": self.last_tick_img,
             "skipped": self.skipped,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "undone": self.undone,
         }
         where, keep = self.folder.checkpoints, self.config.keep_checkpoints
         return save_checkpoint(where, self.seen_img, shared, state, self.method.ghost_state(), keep)
@@ -113,9 +137,11 @@ class Run(Trainer):
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Take up the position and every tensor of a checkpoint; players follow in `begin`."""
-        self.step = checkpoint.state["step"]
+        self.step = self.saved_step = checkpoint.state["step"]
         self.best, self.skipped = checkpoint.state["best"], checkpoint.state["skipped"]
         self.last_tick_img = checkpoint.state["last_tick_img"]
+        self.skipped_in_a_row = checkpoint.state.get("skipped_in_a_row", 0)
+        self.undone = list(checkpoint.state.get("undone", ()))
         for name in self.nets:
             if name not in self.method.given:
                 self.nets[name].load(checkpoint.tensors(name), f"{checkpoint.path.name}/{name}")
@@ -143,5 +169,16 @@ class Run(Trainer):
         apply_initial(initial, self.nets, self.method)
 
     def stop_agreed(self) -> int:
-        """The stop signal that any rank has received, 0 when none has: the same answer on all ranks."""
-        return agree_max(self.stop.signal, self.device)
+        """Why any rank wants to stop (`StopRequest.reason`), 0 when none does: the same answer on all ranks.
+
+        Raises `RunError`, on all of them, when a write into the run folder has failed.
+        """
+        reason = agree_max(FAILED if self.folder.writing.problem else self.stop.reason, self.device)
+        if reason == FAILED:
+            self.folder.writing.raise_together()
+        return reason
+
+    def give_way(self) -> None:
+        """Between pieces of long work, all ranks together. Raises `Interrupted` when any rank was told to stop."""
+        if self.stop_agreed():
+            raise Interrupted
