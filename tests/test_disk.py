@@ -27,7 +27,9 @@ WRITES: dict[str, tuple[dict[str, Any], str, str]] = {
     "checkpoint": ({"where": "file", "word": "img_000000016/D"}, "the checkpoint img_000000016", "are untouched"),
     "snapshot": ({"where": "file", "word": "/snapshots/"}, "the snapshot img_000000016", "are untouched"),
 }
-ON_TWO_RANKS = ("rows", "samples", "best", "cache", "config")
+ON_TWO_RANKS = ("rows", "cache")
+SELDOM = ("config", "environment", "board", "snapshot")  # in slow tests
+OFTEN = [*(name for name in WRITES if name not in SELDOM), *(f"{name}2" for name in ON_TWO_RANKS)]
 
 
 @pytest.fixture(scope="module")
@@ -45,23 +47,36 @@ def job(place: Path, out: Path, **wishes: Any) -> dict[str, Any]:
     return {"args": ["--cfg", str(place / "tiny.yaml"), "--out", str(out)], "plain": True, **wishes}
 
 
+def filled(place: Path, name: str) -> dict[str, Any]:
+    return job(place, place / f"run_{name}", full=WRITES[name.removesuffix("2")][0], ranks=1 + name.endswith("2"))
+
+
 @pytest.fixture(scope="module")
 def full(place: Path) -> dict[str, list[dict[str, Any]]]:
-    """What the ranks of each run said and how they ended; of the next start of three of them, too."""
-    jobs = [job(place, place / f"run_{name}", full=wish) for name, (wish, _, _) in WRITES.items()]
-    jobs += [job(place, place / f"run_{name}2", full=WRITES[name][0], ranks=2) for name in ON_TWO_RANKS]
+    """What the ranks of each run said and how they ended; of the next start of two of them, too."""
+    jobs = [filled(place, name) for name in OFTEN]
     jobs += [job(place, place / name) for name in ("whole", "run_rows", "run_best")]
     done = [one.get("ranks", [one]) for one in run_jobs(place, jobs)]
-    names = [*WRITES, *(f"{name}2" for name in ON_TWO_RANKS), "whole", "rows again", "best again"]
-    return dict(zip(names, done, strict=True))
+    return dict(zip([*OFTEN, "whole", "rows again", "best again"], done, strict=True))
 
 
-@pytest.mark.parametrize("name", [*WRITES, *(f"{name}2" for name in ON_TWO_RANKS)])
+@pytest.mark.parametrize("name", OFTEN)
 def test_a_disk_that_fills_up_at_any_write_ends_all_ranks_with_one_sentence(
     full: dict[str, list[dict[str, Any]]], name: str
 ) -> None:
+    check(name, full[name])
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_up_at_a_seldom_write_ends_all_ranks_with_one_sentence(place: Path) -> None:
+    names = [*SELDOM, "samples2", "best2", "config2"]
+    for name, done in zip(names, run_jobs(place, [filled(place, name) for name in names]), strict=True):
+        check(name, done.get("ranks", [done]))
+
+
+def check(name: str, ranks: list[dict[str, Any]]) -> None:
     _, named, safe = WRITES[name.removesuffix("2")]
-    for one in full[name]:
+    for one in ranks:
         assert one["code"] == USER_ERROR and "Traceback" not in one["said"], one["said"]
         [sentence] = [line for line in one["said"].splitlines() if "cannot write" in line]
         assert named in sentence and "No space left on device" in sentence and safe in sentence, sentence

@@ -154,14 +154,14 @@ POISONS: dict[str, dict[str, Any]] = {
     "G_gradient": {"phase": "G", "rank": 1, "step": 1, "what": "gradient"},
     "D_gradient": {"phase": "D", "rank": 0, "step": 1, "what": "gradient"},
     "persistent": {"phase": "D", "rank": 1, "steps": list(range(1, 40))},
-    "often": {"phase": "D", "rank": 1, "steps": [n for n in range(1, 24) if n % 8]},
+    "often": {"phase": "D", "rank": 1, "steps": [1, 2, 3, 4, 6, 7, 8, 9, 10, 12, 13]},
 }
 
 
 @pytest.fixture(scope="module")
 def skipping(place: Path) -> dict[str, list[dict[str, Any]]]:
     """Two ranks that undo bad steps."""
-    ends = {"persistent": 320, "often": 192}
+    ends = {"persistent": 320, "often": 112}
     jobs = []
     for name, wish in POISONS.items():
         more = ["on_nonfinite=skip", f"total_img={ends.get(name, 16)}", "keep_checkpoints=99"]

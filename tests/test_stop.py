@@ -48,22 +48,46 @@ STOPS: dict[str, dict[str, Any]] = {
 }
 
 
+SELDOM_STOPS, SELDOM_HANGS = ("last", "data"), ("step", "collective", "metric", "store", "killed")  # in slow tests
+
+
 @pytest.fixture(scope="module")
-def stopped(place: Path) -> dict[str, Any]:
-    jobs = [job(place, "whole")]
-    for name, wish in STOPS.items():
+def whole(place: Path) -> Path:
+    """A run that nobody stopped."""
+    (done,) = run_jobs(place, [job(place, "whole")])
+    assert done["code"] == 0, done["said"]
+    return place / "whole"
+
+
+def stopped_and_resumed(place: Path, names: list[str]) -> dict[str, Any]:
+    jobs = []
+    for name in names:
+        wish = STOPS[name]
         more = {key: value for key, value in wish.items() if key != "more"}
         jobs += [job(place, name, *wish.get("more", []), **more), job(place, name)]
-    whole, *rest = run_jobs(place, jobs)
-    assert whole["code"] == 0, whole["said"]
-    return {name: rest[2 * i : 2 * i + 2] for i, name in enumerate(STOPS)}
+    done = run_jobs(place, jobs)
+    return {name: done[2 * i : 2 * i + 2] for i, name in enumerate(names)}
 
 
-@pytest.mark.parametrize("name", STOPS)
+@pytest.fixture(scope="module")
+def stopped(place: Path) -> dict[str, Any]:
+    return stopped_and_resumed(place, [name for name in STOPS if name not in SELDOM_STOPS])
+
+
+@pytest.mark.parametrize("name", [name for name in STOPS if name not in SELDOM_STOPS])
 def test_a_signal_in_long_work_cuts_it_short_and_the_run_that_goes_on_does_it_again(
-    place: Path, stopped: dict[str, Any], name: str
+    place: Path, whole: Path, stopped: dict[str, Any], name: str
 ) -> None:
-    first, second = stopped[name]
+    check_stop(place, name, *stopped[name])
+
+
+@pytest.mark.slow
+def test_a_signal_in_the_last_evaluation_or_in_front_of_a_stuck_worker_is_obeyed_too(place: Path, whole: Path) -> None:
+    for name, done in stopped_and_resumed(place, list(SELDOM_STOPS)).items():
+        check_stop(place, name, *done)
+
+
+def check_stop(place: Path, name: str, first: dict[str, Any], second: dict[str, Any]) -> None:
     each = first.get("ranks", [first])
     assert [one["code"] for one in each] == [REQUEUE] * len(each), each
     said = each[0]["said"]
@@ -79,7 +103,7 @@ def test_a_signal_in_long_work_cuts_it_short_and_the_run_that_goes_on_does_it_ag
 HANGS: dict[str, tuple[dict[str, Any], str]] = {
     "loader": ({"point": "while waiting for data", **SLEEP, "time": 3, "rank": 1}, "rank 1 (pid"),
     "step": ({"point": "in a step", **SLEEP, "time": 3, "rank": 0}, "rank 0 (pid"),
-    "collective": ({"point": "in a collective", **SLEEP, "time": 40, "rank": 1}, "rank 1 (pid"),
+    "collective": ({"point": "in a collective", **SLEEP, "time": 25, "rank": 1}, "rank 1 (pid"),
     "metric": ({"point": "in an evaluation", **SLEEP, "time": 2, "rank": 1}, "rank 1 (pid"),
     "stopped": ({"point": "in a step", "how": "SIGSTOP", "time": 3, "rank": 1}, "rank 1 (pid"),
     "store": ({"point": "in a step", "how": "SIGSTOP", "time": 3, "rank": 0}, "is stopped or gone"),
@@ -89,8 +113,7 @@ HANGS: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def hanging(place: Path) -> dict[str, Any]:
+def hung(place: Path, names: list[str]) -> dict[str, Any]:
     def hang(name: str, harm: dict[str, Any]) -> dict[str, Any]:
         if name == "metric":
             return job(place, name, "timeout=3s", ranks=2, harm=harm, patch={"sdtrain.engine.pulse:LONGER": 5})
@@ -100,16 +123,27 @@ def hanging(place: Path) -> dict[str, Any]:
         patch = {"sdtrain.engine.watch:STOP_PATIENCE_SEC": 2}
         return job(place, name, ranks=2, harm=harm, patch=patch, then={"rank": 0, "name": "SIGTERM"})
 
-    done = run_jobs(place, [hang(name, harm) for name, (harm, _) in HANGS.items()])
-    return dict(zip(HANGS, done, strict=True))
+    return dict(zip(names, run_jobs(place, [hang(name, HANGS[name][0]) for name in names]), strict=True))
 
 
-@pytest.mark.parametrize("name", HANGS)
-def test_what_hangs_is_named_and_the_run_ends_as_worth_another_attempt(
-    place: Path, hanging: dict[str, Any], name: str
-) -> None:
+@pytest.fixture(scope="module")
+def hanging(place: Path) -> dict[str, Any]:
+    return hung(place, [name for name in HANGS if name not in SELDOM_HANGS])
+
+
+@pytest.mark.parametrize("name", [name for name in HANGS if name not in SELDOM_HANGS])
+def test_what_hangs_is_named_and_the_run_ends_as_worth_another_attempt(hanging: dict[str, Any], name: str) -> None:
+    check_hang(name, hanging[name]["ranks"])
+
+
+@pytest.mark.slow
+def test_a_hang_in_a_step_collective_or_metric_a_stopped_store_and_a_killed_worker_are_named_too(place: Path) -> None:
+    for name, done in hung(place, list(SELDOM_HANGS)).items():
+        check_hang(name, done["ranks"])
+
+
+def check_hang(name: str, ranks: list[dict[str, Any]]) -> None:
     harm, named = HANGS[name]
-    ranks = hanging[name]["ranks"]
     frozen = harm["rank"] if name in ("stopped", "store") else None
     alive = [one for rank, one in enumerate(ranks) if rank != frozen]
     assert [one["code"] for one in alive] == [REQUEUE] * len(alive), ranks

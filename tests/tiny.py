@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import functools
 import hashlib
 import importlib
 import io
@@ -126,7 +127,8 @@ def run_jobs(folder: Path, jobs: list[dict[str, Any]], ranks: int = 1) -> list[d
     file = folder / f"jobs_{ranks}_{len(list(folder.glob('jobs_*')))}.json"
     file.write_text(json.dumps(jobs))
     program = str(Path(__file__).resolve())
-    done = run_python(program, str(file)) if ranks == 1 else run_ranks(ranks, program, str(file))
+    run = run_python if ranks == 1 else functools.partial(run_ranks, ranks)
+    done = run(program, str(file), timeout=1200)
     assert done.returncode == 0, done.stdout + done.stderr
     if ranks == 1:
         return json.loads(file.with_suffix(".0").read_text())

@@ -104,7 +104,7 @@ class Watch:
         """`slow`: sections that may be silent for longer (`Mark.limit_sec`)."""
         self.timeout_sec, self.stop, self.slow = timeout_sec, stop, slow
         self._who = f"pid {os.getpid()} on {os.uname().nodename}"
-        self._over = threading.Event()
+        self._over, self._obeying = threading.Event(), False
         self._store: Any = None
         self._written = self._looks = 0
         self._ranks: dict[int, Silence] = {}
@@ -185,6 +185,9 @@ class Watch:
 
     def _obey(self, alarm: dict[str, Any]) -> None:
         """Say what has happened (one rank), where this one stands (each), and end the process."""
+        if self._obeying:  # the other thread is at it
+            time.sleep(2 * MOMENT_SEC)
+        self._obeying = True
         said = [f"sdtrain: {alarm['sentence']}"] if alarm["by"] == rank() else []
         if alarm["stacks"]:
             said += [f"rank {rank()} ({self._who}), step {PULSE.mark.step}, section {PULSE.mark.section}:", _stack()]
