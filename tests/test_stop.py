@@ -212,9 +212,8 @@ def test_the_reserve_is_what_saves_and_steps_have_taken() -> None:
 
 def test_a_signal_at_the_start_ends_it_when_the_first_step_is_far_off(place: Path) -> None:
     patch = {"sdtrain.engine.preempt:START_SEC": 1.0}
-    harm = {"point": "while the data is opened", **SLEEP}
-    wish = {"point": "while the data is opened", "name": "SIGTERM"}
-    (done,) = run_jobs(place, [job(place, "start", signal=wish, harm=harm, patch=patch)])
+    wish = {"point": "while the data is opened", "name": "SIGTERM", "presses": 2}  # and then it sleeps
+    (done,) = run_jobs(place, [job(place, "start", signal=wish, patch=patch)])
     assert done["code"] == REQUEUE and "SIGTERM before the first step" in done["said"], done["said"]
 
 
@@ -223,7 +222,7 @@ def test_a_second_signal_leaves_a_step_but_never_a_save(place: Path) -> None:
     twice = {"name": "SIGTERM", "presses": 2}
     jobs = [
         job(place, "step_twice", signal={**twice, "point": "in a step", "time": 2}, patch=patch),
-        job(place, "save_twice", signal={**twice, "point": "in a save", "wait": 2}, patch=patch),
+        job(place, "save_twice", signal={**twice, "point": "inside a save", "wait": 2}, patch=patch),
         job(place, "save_twice"),
     ]
     step, save, after = run_jobs(place, jobs)
