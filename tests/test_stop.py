@@ -227,8 +227,8 @@ def test_a_second_signal_leaves_a_step_but_never_a_save(place: Path) -> None:
     ]
     step, save, after = run_jobs(place, jobs)
     assert step["code"] == REQUEUE and "SIGTERM twice: the step in progress was left" in step["said"], step["said"]
-    assert save["code"] == REQUEUE and "stopped at 24 images" in save["said"], save["said"]
-    assert after["code"] == 0, after["said"]
+    assert save["code"] == REQUEUE and "img_000000024" in save["said"], save["said"]
+    assert after["code"] == 0 and "going on at 24 from" in after["said"], after["said"]
 
 
 @pytest.mark.slow
