@@ -25,6 +25,14 @@ class RunError(UserError):
     """A run folder that cannot be used or resumed."""
 
 
+class MachineError(RuntimeError):
+    """A process that died, hangs or cannot be reached: no mistake of the user's, and worth another attempt."""
+
+
+class Interrupted(Exception):
+    """Long work was left on all ranks because of a request to stop; the run that goes on does it again."""
+
+
 EXIT_OK = 0
 EXIT_USER_ERROR = 2
 EXIT_REQUEUE = 75

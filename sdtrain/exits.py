@@ -1,17 +1,20 @@
 """How a process ends: a mistake of the user is one sentence, the ranks part in order, and the exit code arrives.
 
 Exit codes: 0 finished, 2 a mistake of the user (one sentence, no traceback), 75 stopped on request with a checkpoint
-saved, 130 interrupted, anything else a fault.
+saved, or given up because a process died or hangs (the same command goes on), 130 interrupted, anything else a fault.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable
 
-from sdtrain.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_USER_ERROR, UserError
+from sdtrain.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_REQUEUE, EXIT_USER_ERROR, MachineError, UserError
 from sdtrain.terminal import text_only
+
+OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.ESTALE)
 
 
 def run_command(command: Callable[[], int]) -> int:
@@ -29,9 +32,18 @@ def _answered(command: Callable[[], int]) -> int:
     except KeyboardInterrupt as reason:
         tell(reason if reason.args else "interrupted")
         return EXIT_INTERRUPTED
+    except MachineError as error:
+        tell(error)
+        return EXIT_REQUEUE
     except BrokenPipeError:  # the reader of our output has left, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_OK
+    except OSError as error:
+        if error.errno not in OF_THE_DISK:
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        tell(f"a file cannot be written: {error.strerror}{where}; make room, or make it writable, and try again")
+        return EXIT_USER_ERROR
 
 
 def tell(error: object) -> None:

@@ -7,35 +7,63 @@ import logging
 
 from sdtrain.contracts import Chunk, State
 from sdtrain.engine.phases import NonFinite
+from sdtrain.engine.preempt import name_of
+from sdtrain.engine.pulse import PULSE
 from sdtrain.engine.ranks import gather_objects, is_main, world
 from sdtrain.engine.timing import peak_memory_gb
-from sdtrain.errors import EXIT_OK, EXIT_REQUEUE
+from sdtrain.errors import EXIT_OK, EXIT_REQUEUE, Interrupted
 from sdtrain.run import Run
 
 log = logging.getLogger("sdtrain")
+MOST_SKIPPED = 10  # bad steps in a row after which weights will not recover
 
 
 def train(run: Run) -> int:
     """Train from the present position to the end of the last stage. Returns the exit code."""
-    c = run.config
-    for stage in run.remaining_stages():
-        run.begin(stage)
-        for batch in run.batches():
-            advance(run, run.chunks(batch))
-            if run.due(c.log_img):
-                tick(run)
-            if run.due(c.sample_img):
+    try:
+        catch_up(run)
+        for stage in run.remaining_stages():
+            run.begin(stage)
+            for batch in run.batches():
+                advance(run, run.chunks(batch))
+                if run.due(run.config.log_img):
+                    tick(run)
+                if run.seen_img in run.snapshot_img:
+                    run.save_snapshot()
+                run.undone = due(run)
+                attend(run)
+                if run.stop_agreed():
+                    raise Interrupted
+                if run.due(run.config.save_img):
+                    run.save()
+        return finish(run)
+    except Interrupted:
+        return stopped(run)
+
+
+def due(run: Run) -> list[str]:
+    """What this position asks for besides the step."""
+    evaluate = run.due(run.task.eval_img) or run.at_stage_end and run.task.ends_with_evaluation
+    return ["pictures"] * run.due(run.config.sample_img) + ["evaluate"] * evaluate
+
+
+def attend(run: Run) -> None:
+    """Do what is due. A stop signal cuts it short, with `Interrupted` on all ranks; `run.undone` says what is left."""
+    while run.undone:
+        run.give_way()
+        with PULSE.section(run.undone[0]):
+            if run.undone[0] == "pictures":
                 run.task.pictures()
-            if run.due(run.task.eval_img) or run.at_stage_end and run.task.ends_with_evaluation:
+            else:
                 run.task.evaluate("val")
-            if run.seen_img in run.snapshot_img:
-                run.save_snapshot()
-            stop = run.stop_agreed()
-            if stop or run.due(c.save_img):
-                run.save()
-            if stop:
-                return stopped(run, stop)
-    return finish(run)
+        run.undone = run.undone[1:]
+
+
+def catch_up(run: Run) -> None:
+    """What a stop signal cut short at the position of the checkpoint, in the stage of the checkpoint."""
+    if run.checkpoint is not None and run.undone:
+        run.stage = next(stage for stage in run.method.stages if stage.name == run.checkpoint.state["stage"])
+        attend(run)
 
 
 def advance(run: Run, chunks: list[Chunk]) -> None:
@@ -45,10 +73,14 @@ def advance(run: Run, chunks: list[Chunk]) -> None:
     before = backup(run)
     try:
         run.advance(chunks)
+        run.skipped_in_a_row = 0
     except NonFinite as problem:
+        if run.skipped_in_a_row + 1 >= MOST_SKIPPED:
+            raise NonFinite(f"{MOST_SKIPPED} steps in a row were not finite; {problem}") from None
         log.warning("%s; this step is undone on every rank and training goes on", problem)
         undo(run, before)
         run.skipped += 1
+        run.skipped_in_a_row += 1
         run.step += 1
 
 
@@ -125,23 +157,30 @@ def progress(run: Run, losses: dict[str, float], perf: dict[str, float]) -> None
     )
 
 
-def stopped(run: Run, signal_number: int) -> int:
-    import signal
-
+def stopped(run: Run) -> int:
+    """Save where this is a new position, and say what goes on from it."""
+    reason = run.stop_agreed()
+    if run.saved_step != run.step:
+        run.save()
     if is_main():
-        name, kept = signal.Signals(signal_number).name, run.folder.checkpoints / f"img_{run.seen_img:09d}"
-        log.info("%s: stopped at %s images; kept %s; the same command goes on from here", name, run.seen_img, kept)
+        kept = run.folder.checkpoints / f"img_{run.seen_img:09d}"
+        said = (name_of(reason), run.seen_img, kept)
+        log.info("%s: stopped at %s images; kept %s; the same command goes on from here", *said)
+        if run.undone:
+            log.info("left for later: %s", ", ".join(run.undone))
     run.folder.close()
+    run.folder.writing.raise_together()
     return EXIT_REQUEUE
 
 
 def finish(run: Run) -> int:
     """The last save and the test list, once; a finished run that is started again has nothing left to save."""
-    saved = run.checkpoint is not None and run.checkpoint.state["step"] == run.step
-    if run.config.save_img and not saved and not run.due(run.config.save_img):
+    if run.config.save_img and run.saved_step != run.step:
         run.save()
-    run.task.finish()
+    with PULSE.section("evaluate"):
+        run.task.finish()
     run.folder.close()
+    run.folder.writing.raise_together()
     if is_main():
         run.folder.note_finished()
         log.info("finished at %s on %d rank(s); everything is in %s", count(run.seen_img), world(), run.folder.path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from sdtrain.run import Run
 
 log = logging.getLogger("sdtrain")
+PR_SET_PDEATHSIG = 1
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,6 +45,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Plan or train. Returns the exit code; raises `UserError` for what the user can mend."""
+    from sdtrain.engine.preempt import StopRequest
+
+    if args.plan:
+        return obey(args, StopRequest())
+    end_with_launcher()
+    with StopRequest() as stop:  # before anything that takes time
+        return obey(args, stop)
+
+
+def obey(args: argparse.Namespace, stop: StopRequest) -> int:
+    """Load the configuration and do what is asked."""
     from sdtrain.config.load import load_config
     from sdtrain.engine.launcher import check_launcher
 
@@ -54,10 +67,9 @@ def run(args: argparse.Namespace) -> int:
         return simulate(config, out, args.plan)
     if args.plan:
         return show_plan(config, out)
-    from sdtrain.engine.preempt import StopRequest
-
-    with StopRequest(out / "checkpoints") as stop:
-        return train(config, out, args.allow, stop, restart=args.restart and not started_again())
+    stop.checkpoints = out / "checkpoints"
+    stop.limit(config.max_time)
+    return train(config, out, args.allow, stop, restart=args.restart and not started_again())
 
 
 def show_plan(config: Config, out: Path) -> int:
@@ -101,6 +113,7 @@ def train(config: Config, out: Path, allow: list[str], stop: StopRequest, restar
 
 def go_on(run: Run, allow: list[str], initial: Initial | None, used: dict[str, Any], stop: StopRequest) -> int:
     """Resume, or begin from `initial`, write down what is used, and train."""
+    from sdtrain.engine.watch import Watch
     from sdtrain.loop import train as train_loop
     from sdtrain.plan import check_initial, make_plan
 
@@ -113,10 +126,21 @@ def go_on(run: Run, allow: list[str], initial: Initial | None, used: dict[str, A
     used |= run.builder.teachers
     write_down(run, make_plan(config, run, initial) if not run.step else None, used)
     announce(run, refused)
-    run.folder.open_log(run.seen_img)
+    run.folder.open_log(run.seen_img, redo_evaluation="evaluate" in run.undone)
+    run.folder.writing.raise_together()
     run.stop = stop
-    stop.training = True
-    return train_loop(run)
+    with Watch(config.timeout, stop, run.slow):
+        stop.begin_training()
+        return train_loop(run)
+
+
+def end_with_launcher() -> None:
+    """A rank ends with a launcher that is killed: no signal would reach it, and the next start needs the folder."""
+    if not {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"} & set(os.environ) or sys.platform != "linux":
+        return
+    import ctypes
+
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def simulate(config: Any, out: Path, only_plan: bool) -> int:
@@ -186,7 +210,8 @@ def write_down(run: Run, plan: dict[str, Any] | None, used: dict[str, Any]) -> N
 
     run.folder.note_environment(used, gather_objects(torch.get_num_threads()))
     if is_main():
-        write_bytes(run.folder.path / "config.yaml", dump(run.config).encode())
+        with run.folder.writing(path := run.folder.path / "config.yaml"):
+            write_bytes(path, dump(run.config).encode())
     if plan is not None:
         run.folder.write_json("plan.json", plan)
 

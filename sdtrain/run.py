@@ -14,6 +14,7 @@ import torch
 from sdtrain.config.keys import Config
 from sdtrain.contracts import Stage, State, Task
 from sdtrain.data.read.dataset import Dataset
+from sdtrain.data.read.remote import is_remote
 from sdtrain.data.read.stream import Batch, Stream
 from sdtrain.engine.checkpoint import STATE, Checkpoint, newest, save_checkpoint
 from sdtrain.engine.fitting import wrong_slots, wrong_state
@@ -21,13 +22,16 @@ from sdtrain.engine.meter import Meter
 from sdtrain.engine.origin import compare_origin, origin_of
 from sdtrain.engine.player import BasePlayer
 from sdtrain.engine.preempt import StopRequest
+from sdtrain.engine.pulse import LONG, PULSE
 from sdtrain.engine.ranks import agree_max, gather_objects, world
 from sdtrain.engine.restart import refuse_to_start_over
 from sdtrain.engine.runfolder import RunFolder
 from sdtrain.engine.snapshots import cut_back, save_snapshot, snapshot_positions
-from sdtrain.errors import DataError, RunError
+from sdtrain.errors import DataError, Interrupted, RunError
 from sdtrain.finetune import Initial, apply_initial
 from sdtrain.trainer import Trainer
+
+FAILED = 1 << 20  # beyond every reason to stop
 
 
 class Run(Trainer):
@@ -39,11 +43,15 @@ class Run(Trainer):
         super().__init__(config, device, resolution, dataset.class_counts, num_samples=dataset.num_samples)
         self.dataset, self.resolution = dataset, resolution
         self.folder = RunFolder(out, config.tensorboard)
-        self.skipped = self.last_tick_img = 0
+        self.skipped = self.skipped_in_a_row = self.last_tick_img = 0
         self.eval_seconds = 0.0  # of the last evaluation; 0 = none yet
         self.bad_samples: Sequence[object] = ()
         self.best: dict[str, State] = {}  # by stage: what chose its best weights
         self.stop = StopRequest()
+        remote = any(is_remote(shard) for shard in dataset.shards)
+        self.slow = (*LONG, "data") if remote else LONG  # sections that may be silent for long
+        self.saved_step = -1  # of the newest checkpoint that this process has read or written
+        self.undone: list[str] = []  # what was due at this position and a stop signal cut short
         self.checkpoint: Checkpoint | None = None  # where this process took up the run
         task = importlib.import_module(f"sdtrain.tasks.{self.method.task}").TASK(self)
         assert isinstance(task, Task)
@@ -89,6 +97,7 @@ class Run(Trainer):
             prefetch=c.data.prefetch,
             start_step=self.step,
             max_bad=c.data.max_bad,
+            enough=self._waited_enough,
             **asdict(self.method.feed),
         )
         with stream:
@@ -109,12 +118,24 @@ class Run(Trainer):
             assert batch is not None
             return batch
         problem = next(filter(None, gather_objects(problem)))
-        if self.step and (self.checkpoint is None or self.checkpoint.state["step"] != self.step):
+        if self.step and self.saved_step != self.step:
             problem += f"; {self.save()} was kept"
         raise DataError(f"{problem}; the same command goes on from the newest checkpoint")
 
+    def _waited_enough(self, waited_sec: float) -> bool:
+        """Whether to give decoding processes up. Raises `Interrupted` where a stop need not wait for them."""
+        if world() == 1 and self.stop.reason:  # other ranks may have their data already, and have begun the step
+            raise Interrupted
+        return waited_sec > PULSE.mark.limit_sec(self.config.timeout, self.slow)
+
     def save(self) -> Path:
         """Write a checkpoint of this position with all ranks."""
+        with self.stop.saving():
+            path = self._save()
+        self.saved_step = self.step
+        return path
+
+    def _save(self) -> Path:
         shared = {name: self.nets[name].state() for name in self.nets if name not in self.method.given}
         shared |= {f"{name}.optim": player.state() for name, player in self.engine.players.items()}
         if kept := self.task.tensors():  # what a later stage will start from
@@ -130,6 +151,8 @@ class Run(Trainer):
             "best": self.best,
             "last_tick_img": self.last_tick_img,
             "skipped": self.skipped,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "undone": self.undone,
         }
         where, keep = self.folder.checkpoints, self.config.keep_checkpoints
         return save_checkpoint(where, self.seen_img, shared, state, self.method.ghost_state(), keep)
@@ -145,7 +168,8 @@ class Run(Trainer):
         checkpoint.refuse(wrong_state(checkpoint.state, self.method.state(), stages, self.config.batch_size))
         with state_of(checkpoint) as state:
             self.step, self.last_tick_img, self.skipped = (int(state[n]) for n in ("step", "last_tick_img", "skipped"))
-            self.best = dict(state["best"])
+            self.saved_step, self.skipped_in_a_row = self.step, int(state.get("skipped_in_a_row", 0))
+            self.best, self.undone = dict(state["best"]), [str(what) for what in state.get("undone", ())]
         own = [name for name in self.nets if name not in self.method.given]
         for name in own:  # all are looked at before any is replaced
             checkpoint.require_fit(name, {key: value.shape for key, value in self.nets[name].state().items()})
@@ -188,8 +212,19 @@ class Run(Trainer):
         apply_initial(initial, self.nets, self.method)
 
     def stop_agreed(self) -> int:
-        """The stop signal that any rank has received, 0 when none has: the same answer on all ranks."""
-        return agree_max(self.stop.signal, self.device)
+        """Why any rank wants to stop (`StopRequest.reason`), 0 when none does: the same answer on all ranks.
+
+        Raises `RunError`, on all of them, when a write into the run folder has failed.
+        """
+        reason = agree_max(FAILED if self.folder.writing.problem else self.stop.reason, self.device)
+        if reason == FAILED:
+            self.folder.writing.raise_together()
+        return reason
+
+    def give_way(self) -> None:
+        """Between pieces of long work, all ranks together. Raises `Interrupted` when any rank was told to stop."""
+        if self.stop_agreed():
+            raise Interrupted
 
 
 @contextmanager

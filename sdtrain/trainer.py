@@ -17,6 +17,7 @@ from sdtrain.data.read.stream import Batch
 from sdtrain.engine.ema import beta_of
 from sdtrain.engine.make import make_engine
 from sdtrain.engine.meter import Meter
+from sdtrain.engine.pulse import PULSE
 from sdtrain.engine.ranks import rank, world
 from sdtrain.engine.timing import Timer
 from sdtrain.errors import ConfigError
@@ -68,6 +69,7 @@ class Trainer:
             self.take_starts(stage, best)
         for name in stage.frozen:
             self.nets[name].freeze()
+        PULSE.before_first(self.step)
         self.engine.begin(stage, self.starts[stage.name], self.nets, self.method.lazy())
 
     def take_starts(self, stage: Stage, best: Mapping[str, Tensors]) -> None:
@@ -110,6 +112,11 @@ class Trainer:
 
     def advance(self, chunks: list[Chunk]) -> None:
         """One step of the clock: every phase of the method, controllers, averages. Raises `NonFinite`."""
+        with PULSE.step(self.step):
+            self._advance(chunks)
+        self.step += 1
+
+    def _advance(self, chunks: list[Chunk]) -> None:
         steering: Terms = {}
         for phase in self.method.phases(self.stage, self.step):
             with self.timer.section(phase.name):
@@ -119,7 +126,6 @@ class Trainer:
             self.engine.meter.add(self.controls(steering))
         with self.timer.section("ema"):
             self.average()
-        self.step += 1
 
     def controls(self, terms: Terms) -> Terms:
         """Hand the method the global means it steers by; returns what it wants logged."""

@@ -3,7 +3,8 @@
 #   SDTRAIN_MAX_REQUEUES   how often one job may be requeued (default 100)
 #   SDTRAIN_ENV            file to source first (modules, virtual environment); default .venv/bin/activate where it exists
 #
-# Exit codes of training: 0 finished, 75 stopped on request with a checkpoint saved (requeue), 2 the user's mistake,
+# Exit codes of training: 0 finished, 75 stopped on request with a checkpoint saved, or ended because a rank or decoding
+# process died or hung (requeue: the same command goes on), 2 the user's mistake,
 # anything else a fault. Only 75 is worth another attempt.
 
 set -uo pipefail

@@ -5,6 +5,7 @@ Invariant 6: a run folder is resumable at every instant after its first save, wh
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,55 @@ def test_skipping_undoes_the_whole_step_counts_it_and_goes_on(place: Path, poiso
         assert rows(place / out, "perf")[-1]["skipped_steps"] == 1
     # step 0 ran, step 1 was undone: the state at 16 images is the state at 8 (G's half of the step included)
     assert unequal(tensors(place / "nan_skip", 8), tensors(place / "nan_skip", 16)) == []
+
+
+POISONS: dict[str, dict[str, Any]] = {
+    "G_loss": {"phase": "G", "rank": 0, "step": 1},
+    "G_gradient": {"phase": "G", "rank": 1, "step": 1, "what": "gradient"},
+    "D_gradient": {"phase": "D", "rank": 0, "step": 1, "what": "gradient"},
+    "persistent": {"phase": "D", "rank": 1, "steps": list(range(1, 40))},
+    "often": {"phase": "D", "rank": 1, "steps": [1, 2, 3, 4, 6, 7, 8, 9, 10, 12, 13]},
+}
+
+
+@pytest.fixture(scope="module")
+def skipping(place: Path) -> dict[str, list[dict[str, Any]]]:
+    """Two ranks that undo bad steps."""
+    ends = {"persistent": 320, "often": 112}
+    jobs = []
+    for name, wish in POISONS.items():
+        more = ["on_nonfinite=skip", f"total_img={ends.get(name, 16)}", "keep_checkpoints=99"]
+        jobs.append({"args": args(place, name, *(word for key in more for word in ("--set", key)))})
+        jobs[-1] |= {"ranks": 2, "nan": wish}
+    return {name: done["ranks"] for name, done in zip(POISONS, run_jobs(place, jobs), strict=True)}
+
+
+@pytest.mark.parametrize("name", ["G_loss", "G_gradient", "D_gradient"])
+def test_a_bad_loss_or_gradient_of_either_player_on_either_rank_undoes_the_step_on_both(
+    place: Path, skipping: dict[str, list[dict[str, Any]]], name: str
+) -> None:
+    assert [(one["code"], one["moved"]) for one in skipping[name]] == [(0, False)] * 2, skipping[name]
+    assert all("this step is undone on every rank" in one["said"] for one in skipping[name])
+    assert unequal(tensors(place / name, 8), tensors(place / name, 16)) == []
+    states = [place / name / "checkpoints" / f"img_{img:09d}" / "state.json" for img in (8, 16)]
+    assert [json.loads(state.read_text())["skipped"] for state in states] == [0, 1]
+
+
+def test_steps_that_are_bad_again_and_again_end_the_run_on_all_ranks_together(
+    place: Path, skipping: dict[str, list[dict[str, Any]]]
+) -> None:
+    for one in skipping["persistent"]:
+        assert one["code"] != 0 and "10 steps in a row were not finite; phase D at step 10" in one["said"], one["said"]
+    last = max((place / "persistent" / "checkpoints").glob("img_*"))
+    state = json.loads((last / "state.json").read_text())
+    assert (state["step"], state["skipped"], state["skipped_in_a_row"]) == (10, 9, 9)
+
+
+def test_bad_steps_with_good_ones_between_are_counted_and_end_nothing(
+    place: Path, skipping: dict[str, list[dict[str, Any]]]
+) -> None:
+    assert [one["code"] for one in skipping["often"]] == [0, 0], skipping["often"]
+    assert rows(place / "often", "perf")[-1]["skipped_steps"] == len(POISONS["often"]["steps"])
 
 
 def test_clamping_replaces_gradients_counts_them_and_goes_on(place: Path) -> None:

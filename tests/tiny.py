@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
+import functools
 import hashlib
 import importlib
 import io
@@ -15,10 +17,12 @@ import json
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
 import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,6 +38,20 @@ SIGNAL_POINTS = {
     "while waiting for data": ("sdtrain.data.read.stream", "Stream.__next__"),
     "in a save": ("sdtrain.run", "Run.save"),
 }
+LONG_POINTS = {
+    "while the data is opened": ("sdtrain.plan", "check_data"),
+    "in pictures": ("sdtrain.tasks.generation", "GenerationTask.pictures"),
+    "in an evaluation": ("sdtrain.metrics.evaluate", "Evaluator._round"),
+    "in a collective": ("torch.distributed", "all_reduce"),
+    "inside a save": ("sdtrain.run", "save_checkpoint"),
+    "with a worker": ("sdtrain.data.read.pool", "Pool.wait"),
+}
+WRITERS = {
+    "file": ("sdtrain.files", "AtomicFile.commit"),
+    "rows": ("sdtrain.engine.runfolder", "_append"),
+    "board": ("tensorboard.summary.writer.record_writer", "RecordWriter.write"),
+}
+POINTS = SIGNAL_POINTS | LONG_POINTS
 
 
 def picture(number: int) -> np.ndarray:
@@ -101,16 +119,18 @@ def write_config(path: Path, config: dict[str, Any]) -> Path:
 
 
 def run_jobs(folder: Path, jobs: list[dict[str, Any]], ranks: int = 1) -> list[dict[str, Any]]:
-    """Run jobs {args, before, env, signal, nan, limit, meanwhile}.
+    """Run jobs {args, before, env, signal, harm, nan, limit, patch, meanwhile}.
 
-    Returns {code, said} of each, or {ranks: [...]} on several.
+    Returns {code, said} of each, or {ranks: [...]}. A job with its own number of `ranks` is run by that many forked
+    processes, of which some may be killed or hang.
     """
     from conftest import run_python, run_ranks
 
     file = folder / f"jobs_{ranks}_{len(list(folder.glob('jobs_*')))}.json"
     file.write_text(json.dumps(jobs))
     program = str(Path(__file__).resolve())
-    done = run_python(program, str(file)) if ranks == 1 else run_ranks(ranks, program, str(file))
+    run = run_python if ranks == 1 else functools.partial(run_ranks, ranks)
+    done = run(program, str(file), timeout=1200)
     assert done.returncode == 0, done.stdout + done.stderr
     if ranks == 1:
         return json.loads(file.with_suffix(".0").read_text())
@@ -189,13 +209,58 @@ def signalled(job: dict[str, Any], rank: int) -> Any:
             if calls[0] == request.get("time", 1) and rank == request.get("rank", 0):
                 for _ in range(presses := request.get("presses", 1)):
                     os.kill(os.getpid(), getattr(signal, request["name"]))
+                    time.sleep(0.1 * (presses > 1))  # two that come at once are one
                 if presses > 1:
-                    time.sleep(60)  # which is to be cut short
+                    time.sleep(request.get("wait", 60))  # which is to be cut short
             return original(*args, **kwargs)
 
         return call
 
-    return wrapped(*SIGNAL_POINTS[request["point"]], make)
+    return wrapped(*POINTS[request["point"]], make)
+
+
+def harmed(job: dict[str, Any], rank: int) -> Any:
+    """At a point, for the n-th time, on one rank: sleep, stop this process, or do something to a decoding process."""
+    wish = job["harm"]
+    calls = [0]
+
+    def make(original: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls[0] += 1
+            if calls[0] == wish.get("time", 1) and rank == wish.get("rank", 0):
+                if "file" in wish:
+                    Path(wish["file"]).touch()
+                if wish["how"] == "sleep":
+                    time.sleep(wish.get("sec", 600))
+                elif wish["how"] == "command":
+                    subprocess.run(wish["command"], check=True, shell=True)
+                else:
+                    pid = args[0].workers[0].pid if wish["point"] == "with a worker" else os.getpid()
+                    os.kill(pid, getattr(signal, wish["how"]))
+            return original(*args, **kwargs)
+
+        return call
+
+    return wrapped(*POINTS[wish["point"]], make)
+
+
+def plain_features(seed: int, tap: int, calibration: Any, device: Any = "cpu") -> Any:
+    """In place of an Inception, which takes seconds: the mean colours of four by four patches, [N, 48]."""
+    import torch
+    from torch import nn
+    from torch.nn import functional as F
+
+    from sdtrain.metrics.features import Extractor
+
+    class Patches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("nothing", torch.zeros(1))
+
+        def forward(self, images: Any) -> Any:
+            return F.adaptive_avg_pool2d(images.float(), 4).flatten(1)
+
+    return Extractor(Patches(), 48, {"extractor": "patches"})
 
 
 def poisoned(job: dict[str, Any], rank: int, notes: dict[str, Any]) -> Any:
@@ -206,13 +271,17 @@ def poisoned(job: dict[str, Any], rank: int, notes: dict[str, Any]) -> Any:
 
     def make(run: Any) -> Any:
         def call(self: Any, phase: Any, chunks: Any) -> Any:
-            if phase.name != wish["phase"] or chunks[0].step != wish["step"]:
+            if phase.name != wish["phase"] or chunks[0].step not in wish.get("steps", [wish.get("step")]):
                 return run(self, phase, chunks)
 
             def loss(chunk: Any) -> Any:
                 total, terms = phase.loss(chunk)
-                factor = torch.nan if rank == wish["rank"] else 1.0
-                return total * factor, {n: t * factor for n, t in terms.items()}
+                if rank != wish["rank"]:
+                    return total, terms
+                if wish.get("what") == "gradient":  # the loss itself stays what it was
+                    total.register_hook(lambda gradient: gradient * torch.inf)
+                    return total, terms
+                return total * torch.nan, {n: t * torch.nan for n, t in terms.items()}
 
             before = digest_of(self.players)
             try:
@@ -257,6 +326,24 @@ def disturbed(job: dict[str, Any], rank: int) -> Any:
     return wrapped("sdtrain.loop", "advance", make)
 
 
+def full_disk(job: dict[str, Any]) -> Any:
+    """From the n-th on, files whose path holds a word cannot be written."""
+    wish = job["full"]
+    calls = [0]
+
+    def make(original: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            path = str(args[0].path) if wish["where"] == "file" else wish["word"]
+            calls[0] += wish["word"] in path
+            if wish["word"] in path and calls[0] >= wish.get("time", 1):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return original(*args, **kwargs)
+
+        return call
+
+    return wrapped(*WRITERS[wish["where"]], make)
+
+
 def do(job: dict[str, Any], rank: int) -> dict[str, Any]:
     """One run of main.py in this process."""
     if "before" in job and rank == 0:
@@ -273,6 +360,15 @@ def do(job: dict[str, Any], rank: int) -> dict[str, Any]:
             stack.enter_context(disturbed(job, rank))
         if "limit" in job:
             stack.enter_context(limited(job))
+        if "full" in job:
+            stack.enter_context(full_disk(job))
+        if "harm" in job:
+            stack.enter_context(harmed(job, rank))
+        for name, value in job.get("patch", {}).items():
+            module, _, attribute = name.partition(":")
+            stack.enter_context(wrapped(module, attribute, lambda _, value=value: value))
+        if job.get("plain"):
+            stack.enter_context(wrapped("sdtrain.metrics.features", "random_inception", lambda _: plain_features))
         try:
             code: Any = main(job["args"])
         except RuntimeError as error:
@@ -280,29 +376,82 @@ def do(job: dict[str, Any], rank: int) -> dict[str, Any]:
     return {"code": code, **notes}
 
 
-def forked(job: dict[str, Any], log: Path) -> dict[str, Any]:
-    """One run in a child process, which may be killed; what it printed and how it ended."""
+def started(job: dict[str, Any], log: Path, rank: int = 0) -> int:
+    """One run, or one rank of it, in a child process; returns its id."""
     pid = os.fork()
-    if pid == 0:
-        fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(fd, 1)
-        os.dup2(fd, 2)
-        os.environ.update(job.get("env", {}))
-        code = 1
-        try:
-            told = do(job, 0)
-            log.with_suffix(".told").write_text(json.dumps(told))
-            code = told["code"] if isinstance(told["code"], int) else 1
-        except SystemExit as error:
-            code = int(error.code or 0)
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if pid:
+        return pid
+    fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(fd, 1)
+    os.dup2(fd, 2)
+    os.environ.update(job.get("env", {}))
+    code = 1
+    try:
+        told = do(job, rank)
+        log.with_suffix(".told").write_text(json.dumps(told))
+        code = told["code"] if isinstance(told["code"], int) else 1
+    except SystemExit as error:
+        code = int(error.code or 0)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def outcome(log: Path, status: int) -> dict[str, Any]:
     told_file = log.with_suffix(".told")
     told = json.loads(told_file.read_text()) if told_file.exists() else {}
-    return {**told, "code": status, "said": log.read_text()}
+    raised = told["code"] if isinstance(told.get("code"), str) else ""
+    return {**told, "code": os.waitstatus_to_exitcode(status), "said": log.read_text() + raised}
+
+
+def forked(job: dict[str, Any], log: Path) -> dict[str, Any]:
+    """One run in a child process, which may be killed; what it printed and how it ended."""
+    if job.get("ranks", 1) > 1:
+        return forked_ranks(job, log)
+    pid = started(job, log)
+    return outcome(log, os.waitpid(pid, 0)[1])
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def rank_environment(rank: int, world: int, port: int) -> dict[str, str]:
+    """What a launcher tells a rank."""
+    env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return {name: str(value) for name, value in env.items()}
+
+
+def forked_ranks(job: dict[str, Any], log: Path) -> dict[str, Any]:
+    """One run on several forked ranks, which meet at a port of their own; what each printed and how it ended.
+
+    As a launcher does, it kills what is left once the others have ended.
+    """
+    port = free_port()
+    pids, logs = [], [log.with_name(f"{log.name}_{rank}") for rank in range(job["ranks"])]
+    for rank in range(job["ranks"]):
+        env = rank_environment(rank, job["ranks"], port) | job.get("env", {})
+        pids.append(started({**job, "env": env}, logs[rank], rank))
+    ended: dict[int, int] = {}
+    marker, deadline = Path(job.get("harm", {}).get("file", "/nowhere")), time.monotonic() + 200
+    while len(ended) < len(pids):
+        time.sleep(0.05)
+        if marker.exists():
+            marker.unlink()
+            os.kill(pids[job["then"]["rank"]], getattr(signal, job["then"]["name"]))
+        for rank, pid in enumerate(pids):
+            if rank not in ended and (status := os.waitpid(pid, os.WNOHANG))[0]:
+                ended[rank] = status[1]
+                deadline = min(deadline, time.monotonic() + 20)
+        if time.monotonic() > deadline:
+            for rank in set(range(len(pids))) - set(ended):
+                os.kill(pids[rank], signal.SIGKILL)
+    return {"ranks": [outcome(logs[rank], ended[rank]) for rank in range(len(pids))]}
 
 
 def warm_up() -> None:
@@ -313,6 +462,7 @@ def warm_up() -> None:
     modules += ("models.fastgan.networks", "models.projected.networks", "methods.sdgan.method")
     for name in (*modules, "augment.diffaug", "augment.paired"):
         importlib.import_module(f"sdtrain.{name}")
+    importlib.import_module("accelerate")
     weight = torch.nn.Parameter(torch.zeros(1))
     weight.grad = torch.zeros(1)
     torch.optim.Adam([weight]).step()

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from sdtrain.config.options import Count, CountOrZero, Data, Ema, Images, Metrics, Optimizer, Weights
+from sdtrain.config.options import Count, CountOrZero, Data, Duration, Ema, Images, Metrics, Optimizer, Weights
 from sdtrain.config.schedule import Schedule, out_of_order
 from sdtrain.config.sizes import size_problems
 from sdtrain.config.words import clip, nearest
@@ -21,6 +21,7 @@ HARMLESS = (
     *("name", "total_img", *INTERVALS, "keep_checkpoints", "ghosts_at_once", "on_nonfinite", "tensorboard", "metrics"),
     *("data.workers", "data.prefetch", "data.cache", "data.max_bad", "data.check", "data.val", "data.test"),
     *("data.allow_pipe", "weights.inception", "weights.alex", "weights.vgg16", "sd.log", "snapshots"),
+    *("timeout", "max_time"),
 )
 
 
@@ -98,6 +99,12 @@ class Config:
     """Evaluations."""
     tensorboard: bool = True
     """Mirror scalars and images to TensorBoard files."""
+    timeout: Duration = 180.0
+    """[seconds, or 3min] How long a rank or decoding process may be silent before the run ends and names it; ten times
+    that in the first step, evaluations, pictures and saves, and never less than twice what a step has needed before."""
+    max_time: Duration = 0.0
+    """[seconds, or 12h] The run stops by itself with a checkpoint before it has lasted this long; 0 = no limit but the
+    end of its Slurm job (SLURM_JOB_END_TIME)."""
 
     @property
     def num_ghosts(self) -> int:

@@ -56,8 +56,19 @@ def span_img(span: str, steps_per_epoch: float, batch_size: int) -> int:
     return max(round(steps), 1) * batch_size if number else 0
 
 
+DURATION = re.compile(rf"{AMOUNT} ?(s|sec|min|h|d)")
+SECONDS = {"s": 1, "sec": 1, "min": 60, "h": 3600, "d": 86400}
+
+
+def parse_duration(value: Any) -> Any:
+    """Turn '90s', '3min', '12h' or '2d' into seconds; hand anything else on, for the type check to refuse."""
+    match = DURATION.fullmatch(value.strip()) if isinstance(value, str) else None
+    return float(match[1]) * SECONDS[match[2]] if match else value
+
+
 Span = Annotated[str, BeforeValidator(parse_span)]
 Images = Annotated[int, BeforeValidator(parse_images), Field(ge=0)]
+Duration = Annotated[float, BeforeValidator(parse_duration), Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
 NonNegative = Annotated[float, Field(ge=0)]

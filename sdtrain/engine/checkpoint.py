@@ -135,7 +135,8 @@ def write_folder(
 
 def _begin(tmp: Path) -> None:
     shutil.rmtree(tmp, ignore_errors=True)
-    tmp.mkdir(parents=True)
+    tmp.parent.mkdir(exist_ok=True)  # but not the run folder: one that has vanished is not to begin anew
+    tmp.mkdir()
     fault_point("begin")
 
 

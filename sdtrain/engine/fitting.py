@@ -20,6 +20,9 @@ def wrong_state(state: Mapping[str, Any], own: Mapping[str, Any], stages: Sequen
     bad = [key for key in COUNTS if not is_count(state.get(key))]
     if bad:
         return f"{bad[0]} is no count"
+    undone = state.get("undone", [])  # and the next: earlier versions have not written them
+    if not is_count(state.get("skipped_in_a_row", 0)) or not isinstance(undone, list) or not all(map(is_text, undone)):
+        return "skipped_in_a_row or undone has another form"
     if state["seen_img"] != state["step"] * batch_size:
         return f"{state['seen_img']} images are not {state['step']} steps of {batch_size}"
     if state.get("stage") not in stages:
@@ -36,6 +39,10 @@ def wrong_state(state: Mapping[str, Any], own: Mapping[str, Any], stages: Sequen
 
 def is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < MOST
+
+
+def is_text(value: object) -> bool:
+    return isinstance(value, str)
 
 
 def is_number(value: object) -> bool:

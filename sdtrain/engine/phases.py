@@ -15,6 +15,7 @@ from sdtrain.contracts import Chunk, Loss, Net, Phase, Stage, Terms
 from sdtrain.engine.meter import Meter
 from sdtrain.engine.nonfinite import clamp_nonfinite
 from sdtrain.engine.player import BasePlayer, Span, only_training
+from sdtrain.engine.pulse import PULSE
 from sdtrain.engine.ranks import agree_max, gather_objects, rank, sum_over_ranks
 from sdtrain.models.ghost import close_phase, next_chunk, open_phase
 
@@ -99,6 +100,7 @@ class PhaseEngine(ABC):
     def _backward(self, phase: Phase, player: BasePlayer, chunks: Sequence[Chunk]) -> Terms:
         share, total = Meter(), sum(chunk.draws.num_samples for chunk in chunks)
         for i, chunk in enumerate(chunks):
+            PULSE.beat()
             next_chunk(*self.layers)
             weight = chunk.draws.num_samples / total
             with player.chunk(phase, last=i == len(chunks) - 1):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import os
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -12,9 +14,12 @@ from torch import Tensor
 
 from sdtrain.engine.launcher import wants_cpu
 from sdtrain.engine.precision import set_precision
-from sdtrain.errors import ConfigError
+from sdtrain.engine.pulse import PULSE
+from sdtrain.errors import ConfigError, MachineError
 
 RANK_TIMEOUT = datetime.timedelta(minutes=30)  # a collective waits this long for the slowest rank
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def pick_device(name: str = "auto", tf32: bool = False) -> torch.device:
@@ -71,11 +76,41 @@ def destroy() -> None:
         dist.destroy_process_group()
 
 
+def collective(function: Callable[P, R]) -> Callable[P, R]:
+    """Whoever watches sees that this rank waits here for others. It raises `RankLost` when one of them has gone."""
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        PULSE.beat(waiting=function.__name__)
+        try:
+            return function(*args, **kwargs)
+        except RuntimeError as error:
+            if not (_grouped() and _is_of_the_connection(error)):
+                raise
+            found = str(error).splitlines()[0]
+            raise RankLost(f"rank {rank()} lost the others in {function.__name__}: {found}") from error
+        finally:
+            PULSE.beat()
+
+    return call
+
+
+def _is_of_the_connection(error: RuntimeError) -> bool:
+    known = ("onnection", "gloo", "ocket", "NCCL")
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in known)
+
+
+class RankLost(MachineError):
+    """Another rank has ended or cannot be reached."""
+
+
+@collective
 def barrier() -> None:
     if _grouped():
         dist.barrier()
 
 
+@collective
 def sum_over_ranks(tensors: list[Tensor]) -> None:
     """Add tensors [...] of one device up over all ranks, in place, in one collective a data type."""
     if not _grouped() or not tensors:
@@ -87,6 +122,7 @@ def sum_over_ranks(tensors: list[Tensor]) -> None:
         torch._foreach_copy_(same, [part.view_as(t) for part, t in zip(flat.split([t.numel() for t in same]), same)])
 
 
+@collective
 def agree_max(value: int, device: torch.device | str = "cpu") -> int:
     """The largest `value` of all ranks: the way control-flow decisions are taken together."""
     if not _grouped():
@@ -96,6 +132,7 @@ def agree_max(value: int, device: torch.device | str = "cpu") -> int:
     return int(flag.item())
 
 
+@collective
 def gather_objects(value: Any) -> list[Any]:
     """Plain data of every rank, in rank order, on every rank."""
     if not _grouped():
@@ -103,3 +140,11 @@ def gather_objects(value: Any) -> list[Any]:
     values: list[Any] = [None] * world()
     dist.all_gather_object(values, value)
     return values
+
+
+def shares(count: int, before_each: Callable[[], None] = lambda: None) -> Iterator[int]:
+    """This rank's numbers below `count`. All ranks go through theirs together and call `before_each` equally often."""
+    for first in range(0, count, world()):
+        before_each()
+        if first + rank() < count:
+            yield first + rank()

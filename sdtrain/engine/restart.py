@@ -47,10 +47,14 @@ def lines_of(metrics: Path) -> list[str]:
     return metrics.read_text(errors="replace").splitlines() if metrics.is_file() else []
 
 
-def position(line: str) -> float:
-    """Where a row of metrics.jsonl belongs; one that a crash cut short, or that is no row at all, belongs nowhere."""
+def position(line: str, redo_evaluation: bool = False) -> float:
+    """Where a row of metrics.jsonl belongs; one that a crash cut short, or that is no row at all, belongs nowhere.
+
+    `redo_evaluation` puts evaluations a little later than their step: that of the newest step is done again.
+    """
     try:
-        return float(json.loads(line)["seen_img"])
+        row = json.loads(line)
+        return float(row["seen_img"]) + 0.5 * (redo_evaluation and row["kind"] == "eval")
     except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
         return math.inf
 

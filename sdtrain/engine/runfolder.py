@@ -18,6 +18,7 @@ Only the main rank writes.
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import logging
@@ -25,14 +26,16 @@ import os
 import sys
 import time
 from collections.abc import Mapping
+from io import FileIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from sdtrain.engine import starts
 from sdtrain.engine.precision import described
 from sdtrain.engine.ranks import gather_objects, is_main, world
 from sdtrain.engine.restart import lines_of, position
 from sdtrain.engine.threads import cores
+from sdtrain.engine.writing import Writing, hush_board
 from sdtrain.errors import RunError
 from sdtrain.files import sweep, write_bytes, write_json
 
@@ -46,7 +49,6 @@ log = logging.getLogger("sdtrain")
 
 OWN = ("checkpoints", "snapshots", "samples", "best", "inputs", "tensorboard", "metrics.jsonl")
 
-
 class RunFolder:
     """Paths and writers of one run."""
 
@@ -57,7 +59,8 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         self._tensorboard = tensorboard
         self._board: SummaryWriter | None = None
-        self._rows: TextIO | None = None
+        self._rows: FileIO | None = None
+        self.writing = Writing(path)
         self._measured: set[tuple[int, str]] = set()  # positions and splits that already have an eval row
 
     def create(self) -> None:
@@ -80,30 +83,40 @@ class RunFolder:
             return error.strerror
         return None
 
-    def open_log(self, resumed_img: int) -> None:
-        """Cut `metrics.jsonl` back to rows at or before `resumed_img`, open the writers."""
-        if not is_main():
-            return
+    def open_log(self, resumed_img: int, redo_evaluation: bool = False) -> None:
+        """Cut `metrics.jsonl` back to rows at or before `resumed_img`, open the writers.
+
+        `redo_evaluation`: that of `resumed_img` was cut short and is done again, so its row, if any, goes too.
+        """
+        if is_main():
+            with self.writing(self.metrics):
+                self._open_log(resumed_img, redo_evaluation)
+
+    def _open_log(self, resumed_img: int, redo_evaluation: bool) -> None:
         if self.metrics.exists():
-            kept = [line for line in lines_of(self.metrics) if position(line) <= resumed_img]
+            kept = [line for line in lines_of(self.metrics) if position(line, redo_evaluation) <= resumed_img]
             write_bytes(self.metrics, "".join(f"{line}\n" for line in kept).encode())
             evals = [row for row in map(json.loads, kept) if row.get("kind") == "eval"]
             self._measured = {(row["seen_img"], row.get("split")) for row in evals}
-        self._rows = open(self.metrics, "a", encoding="utf-8")
+        self._rows = FileIO(self.metrics, "ab")
         if self._tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
+            hush_board()
             self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=resumed_img + 1)
 
     def row(self, kind: str, seen_img: int, values: Mapping[str, object], split: str = "") -> None:
         """Append one row; TensorBoard gets its numbers under the same names."""
-        if self._rows is None:  # only the main rank has opened them
+        if self._rows is None or self.writing.problem:  # only the main rank has opened them; a row after a torn one
             return
         where = {"kind": kind, "seen_img": seen_img, **({"split": split} if split else {})}
-        self._rows.write(json.dumps(where | {k: _plain(v) for k, v in values.items()}) + "\n")
-        self._rows.flush()  # a run that is killed keeps the row
-        if self._board is not None:
-            prefix = {"train": "", "perf": "perf/"}.get(kind, f"{kind}/{split}/")
+        line = json.dumps(where | {k: _plain(v) for k, v in values.items()}) + "\n"
+        with self.writing(self.metrics):
+            _append(self._rows, self.metrics, line.encode())  # a run that is killed keeps the row
+        if self._board is None:
+            return
+        prefix = {"train": "", "perf": "perf/"}.get(kind, f"{kind}/{split}/")
+        with self.writing(self.path / "tensorboard"):
             for name, value in values.items():
                 if isinstance(value, (int, float)):
                     self._board.add_scalar(f"{prefix}{name}".replace("//", "/"), value, seen_img)
@@ -121,21 +134,21 @@ class RunFolder:
         path = self.path / "samples" / f"{tag.replace('/', '_')}_{seen_img:09d}.png"
         data = io.BytesIO()
         Image.fromarray(picture).save(data, format="PNG")
-        write_bytes(path, data.getbuffer())
+        with self.writing(path):
+            write_bytes(path, data.getbuffer())
         if self._board is not None:
-            self._board.add_image(tag, picture, seen_img, dataformats="HWC")
+            with self.writing(self.path / "tensorboard"):
+                self._board.add_image(tag, picture, seen_img, dataformats="HWC")
 
     def histogram(self, tag: str, values: Tensor, seen_img: int) -> None:
         if is_main() and self._board is not None:
-            self._board.add_histogram(tag, values, seen_img, bins=20)
+            with self.writing(self.path / "tensorboard"):
+                self._board.add_histogram(tag, values, seen_img, bins=20)
 
     def write_json(self, name: str, value: object) -> None:
-        if not is_main():
-            return
-        try:
-            write_json(self.path / name, value, default=str)
-        except OSError as error:
-            raise RunError(f"{self.path / name} cannot be written ({error.strerror}); move it away") from None
+        if is_main():
+            with self.writing(self.path / name):
+                write_json(self.path / name, value, default=str)
 
     def note_environment(self, weights: dict[str, Any], threads: list[int]) -> None:
         """Add this start to environment.json; earlier starts are kept."""
@@ -159,7 +172,8 @@ class RunFolder:
     def close(self) -> None:
         for writer in (self._rows, self._board):
             if writer is not None:
-                writer.close()
+                with self.writing(self.path / "tensorboard" if writer is self._board else self.metrics):
+                    writer.close()
         self._rows = self._board = None
 
 
@@ -205,6 +219,14 @@ def git_commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return found.stdout.strip() or None
+
+
+def _append(file: FileIO, path: Path, data: bytes) -> None:
+    """Raises OSError also for a file that was removed or replaced while it is open: what goes into it is lost."""
+    if not (path.exists() and os.path.samestat(os.stat(path), os.fstat(file.fileno()))):
+        raise OSError(errno.ENOENT, "it was removed or replaced during the run")
+    if file.write(data) != len(data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _plain(value: Any) -> Any:

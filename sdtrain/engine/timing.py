@@ -8,6 +8,8 @@ from contextlib import contextmanager
 
 import torch
 
+from sdtrain.engine.pulse import PULSE
+
 
 class Timer:
     """Adds up seconds by section. On CUDA the device's own events are used, and read only when somebody asks."""
@@ -24,6 +26,11 @@ class Timer:
     @contextmanager
     def section(self, name: str, host: bool = False) -> Iterator[None]:
         """Time a block; `host=True` for work that does not involve the device (waiting for data)."""
+        with PULSE.section(name), self._timed(name, host):
+            yield
+
+    @contextmanager
+    def _timed(self, name: str, host: bool) -> Iterator[None]:
         if self.on_gpu and not host:
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdtrain.engine.ranks import agree_max, barrier, is_main, rank, sum_over_ranks, world
+from sdtrain.engine.ranks import agree_max, is_main, rank, sum_over_ranks, world
+from sdtrain.engine.writing import on_main
 from sdtrain.errors import RunError
 from sdtrain.metrics import features, rfid
 from sdtrain.metrics.collected import Progress, Statistics, warn_if_collapsed
@@ -65,7 +66,9 @@ class Evaluator:
         split: str = "val",
         latents_seed: int | None = 0,
         workers: int = 2,
+        between: Callable[[], None] = lambda: None,
     ):
+        """`between` is called by all ranks before each block; what it raises, on all of them, ends the measuring."""
         self.weights, self.device = dict(weights or {}), torch.device(device)
         self.indices = subset(real.num_samples, num_real)
         self.settings = Settings(
@@ -79,7 +82,7 @@ class Evaluator:
             seeds=tuple(range(seeds)),
         )
         self.real, self.batch_size, self.cache, self.split = real, batch_size, cache, split
-        self.latents_seed, self.workers = latents_seed, workers
+        self.latents_seed, self.workers, self.between = latents_seed, workers, between
         self._extractors: dict[str, Extractor] | None = None
         self._real: Statistics | None = None
 
@@ -97,6 +100,7 @@ class Evaluator:
         real = self.real_statistics()
         samples = range(self.settings.num_fake)
         fake = self._collect(f"evaluate {self.split}", samples, lambda blocks: map(sample_fn, blocks))
+        self.between()
         warn_if_collapsed(real, fake)
         return self.settings.values(real, fake), self.protocol()
 
@@ -109,10 +113,9 @@ class Evaluator:
                 assert kept is not None
                 self._real = kept
             else:
-                self._real = self._collect(f"real {self.split}", self.indices, self._read)
-                if path is not None and is_main():
-                    self._save(path, self._real)
-                barrier()
+                found = self._real = self._collect(f"real {self.split}", self.indices, self._read)
+                if path is not None:
+                    on_main(lambda: self._save(path, found), path)
         return self._real
 
     def protocol(self) -> dict[str, Any]:
@@ -171,6 +174,7 @@ class Evaluator:
         images = iter(produce(blocks[rank() :: world()]))
         progress = Progress(title, len(indices))
         for first in range(0, len(blocks), world()):
+            self.between()
             sizes = [len(block) for block in blocks[first : first + world()]]
             for name, parts in self._round(nets, images, sizes).items():
                 for part in parts:

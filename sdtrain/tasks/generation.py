@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sdtrain.contracts import Task
 from sdtrain.data.read.dataset import Dataset, open_dataset, reading
 from sdtrain.engine.ranks import barrier, is_main
+from sdtrain.engine.writing import on_main
 from sdtrain.files import fault_point, save_tensors, write_bytes
 from sdtrain.metrics.evaluate import Evaluator
 from sdtrain.metrics.protocol import latents_seed
@@ -98,6 +99,7 @@ class GenerationTask(Task):
                 batch_size=m.batch_size,
                 workers=c.data.workers,
                 device=self.device,
+                between=self.run.give_way,
             )
         return self._evaluators[split]
 
@@ -116,13 +118,15 @@ class GenerationTask(Task):
         if not values.get(key, math.inf) < before:
             return
         run.best = {run.stage.name: {key: values[key], "seen_img": run.seen_img}}
-        tensors = run.nets[self.evaluated].state()
-        if is_main():
-            save_tensors(run.folder.path / "best" / f"{self.evaluated}.safetensors", tensors)
+        tensors, best = run.nets[self.evaluated].state(), run.folder.path / "best"
+
+        def write() -> None:
+            save_tensors(best / f"{self.evaluated}.safetensors", tensors)
             fault_point("best")
             row = json.dumps({"seen_img": run.seen_img, **values}, default=str)
-            write_bytes(run.folder.path / "best" / "metrics.json", row.encode())
-        barrier()
+            write_bytes(best / "metrics.json", row.encode())
+
+        on_main(write, best / f"{self.evaluated}.safetensors")
 
     def finish(self) -> None:
         """Pictures and metrics of the last weights, unless this position has just had them, and the test list once."""

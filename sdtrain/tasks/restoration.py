@@ -27,7 +27,7 @@ from sdtrain.contracts import Chunk, Net, Restoration, Task, Tensors
 from sdtrain.data.degrade.chain import reflect_to
 from sdtrain.data.read.order import order
 from sdtrain.data.read.reader import read_image
-from sdtrain.engine.ranks import barrier, gather_objects, is_main, rank, sum_over_ranks, world
+from sdtrain.engine.ranks import barrier, gather_objects, is_main, shares, sum_over_ranks
 from sdtrain.files import save_tensors, write_bytes
 from sdtrain.rng import Draws
 from sdtrain.tasks import sr_pictures
@@ -77,6 +77,7 @@ class RestorationTask(Task):
         if split not in self.lists:
             run = self.run
             self.lists[split] = ValidationList(self.config, split, self.method.inputs, run.folder.path, run.device)
+            self.lists[split].between = run.give_way
         return self.lists[split]
 
     def evaluate(self, split: str) -> None:
@@ -122,7 +123,8 @@ class RestorationTask(Task):
         if is_main():
             chosen = json.dumps({"stage": stage, **run.best[stage]}).encode()
             for file in ("metrics.json", f"{stage}_metrics.json"):
-                write_bytes(run.folder.path / "best" / file, chosen)
+                with run.folder.writing(path := run.folder.path / "best" / file):
+                    write_bytes(path, chosen)
         barrier()
 
     def write_network(self, file: str, name: str, tensors: Tensors) -> None:
@@ -131,8 +133,9 @@ class RestorationTask(Task):
         with self.run.nets[name].whole() as net:
             card = self.card(name, net)
         if is_main():
-            save_tensors(folder / f"{file}.safetensors", tensors)
-            write_bytes(folder / f"{file}.json", json.dumps(card).encode())
+            with self.run.folder.writing(folder / f"{file}.safetensors"):
+                save_tensors(folder / f"{file}.safetensors", tensors)
+                write_bytes(folder / f"{file}.json", json.dumps(card).encode())
 
     def card(self, name: str, net: nn.Module) -> dict[str, Any]:
         """How to rebuild a network: kind, player, role and options."""
@@ -190,11 +193,12 @@ class RestorationTask(Task):
         if "G_T" in run.nets:
             with run.nets["G_T"].whole() as teacher:
                 table["teacher"] = self._measure(split, self._upscaler(split, teacher))
-        for name, values in table.items():
-            self._row("baseline", split, values, method=name)
-        if c.data.test:
+        if c.data.test:  # rows come last: what a stop signal cuts short leaves none behind
             best = self.best_network()
             table["student"] = self._measure("test", self._upscaler("test", best))
+        for name in [name for name in table if name != "student"]:
+            self._row("baseline", split, table[name], method=name)
+        if c.data.test:
             self._row("eval", "test", table["student"], weights="ema")
             self.strips("test", best)
         self.report(split, table)
@@ -281,7 +285,7 @@ class RestorationTask(Task):
         images = self.training_images()
         rows = torch.zeros(len(images), dtype=torch.float64, device=self.run.device)
         with net.whole() as D, self.run.nets["G_ema"].whole() as G:
-            for row in range(rank(), len(images), world()):
+            for row in shares(len(images), self.run.give_way):
                 chunk = self.fixed_chunk(row, images[row])
                 rows[row] = D(self.method.inputs(G, chunk, chunk.draws)).sigmoid().mean()
         sum_over_ranks([rows])

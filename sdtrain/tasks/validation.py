@@ -21,7 +21,8 @@ from sdtrain.data.degrade.chain import fixed_lq
 from sdtrain.data.degrade.resize_matlab import gcfsr_test_input, gcfsr_test_small, imresize
 from sdtrain.data.read.dataset import open_dataset, reading
 from sdtrain.data.read.reader import read_image
-from sdtrain.engine.ranks import barrier, is_main, rank, sum_over_ranks, world
+from sdtrain.engine.ranks import shares, sum_over_ranks
+from sdtrain.engine.writing import on_main
 from sdtrain.errors import DataError
 from sdtrain.metrics.features import Extractor, inception, random_inception
 from sdtrain.metrics.fid import fid_of_features
@@ -72,6 +73,7 @@ class ValidationList:
         lqs = self.options.lqs
         self.settings = [Setting(lq if len(lqs) > 1 else str(f), lq, f) for lq in lqs for f in factors]
         self.path = folder / "inputs" / f"{split}.safetensors"
+        self.between: Callable[[], None] = lambda: None  # called by all ranks before each round of images
 
     def __len__(self) -> int:
         return self.data.num_samples
@@ -95,13 +97,15 @@ class ValidationList:
 
         from sdtrain.files import write_bytes
 
-        if is_main() and not self.path.is_file():
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            if self.path.parent.is_symlink():
-                raise DataError(f"{self.path.parent} is a link: nothing is written through it; take it away")
-            made = {f"{i:05d}/{s.name}": self._degraded(i, s) for i in range(len(self)) for s in self.settings}
-            write_bytes(self.path, save(made))
-        barrier()
+        def make() -> None:
+            if not self.path.is_file():
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                if self.path.parent.is_symlink():
+                    raise OSError(f"{self.path.parent} is a link: nothing is written through it; take it away")
+                made = {f"{i:05d}/{s.name}": self._degraded(i, s) for i in range(len(self)) for s in self.settings}
+                write_bytes(self.path, save(made))
+
+        on_main(make, self.path)
         content = self.path.read_bytes()
         self.lq_hash = hashlib.sha256(content).hexdigest()
         return load(content)
@@ -153,7 +157,7 @@ class ValidationList:
         singles = [n for n in self.options.names if n != "fid"]
         rows = torch.zeros(len(self), len(singles), dtype=torch.float64, device=self.device)
         features = torch.zeros(len(self), self.extractor.width if self.extractor else 0, device=self.device)
-        for i in range(rank(), len(self), world()):
+        for i in shares(len(self), self.between):
             fake, real = upscale(i, setting), self.hq(i).to(self.device)[None]
             for column, name in enumerate(singles):
                 rows[i, column] = self._single(name, fake, real, setting.factor)
@@ -177,7 +181,7 @@ class ValidationList:
         """Features of all images, float32 [num_samples, width]. Collective."""
         assert self.extractor is not None
         rows = torch.zeros(len(self), self.extractor.width, device=self.device)
-        for i in range(rank(), len(self), world()):
+        for i in shares(len(self), self.between):
             rows[i] = self.extractor(self.hq(i).to(self.device)[None])[0]
         sum_over_ranks([rows])
         return rows

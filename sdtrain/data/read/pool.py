@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import mmap
 import os
@@ -11,7 +12,9 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import weakref
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
@@ -20,13 +23,14 @@ import numpy as np
 
 from sdtrain.data.read.dataset import Dataset
 from sdtrain.data.read.decoder import NUM_COLUMNS, Decoder
-from sdtrain.errors import ShardChanged
+from sdtrain.errors import MachineError, ShardChanged
 
 STUCK_SEC = 1800.0
+LOOK_UP_SEC = 0.5
 Bad = list[tuple[int, str]]
 
 
-class WorkerError(RuntimeError):
+class WorkerError(MachineError):
     """A decoding process died or is stuck: a fault of the machine, worth a retry, not a mistake in the data."""
 
 
@@ -42,8 +46,10 @@ class Pool:
         slot_bytes: int,
         pad: bool = False,
         stuck_sec: float = STUCK_SEC,
+        enough: Callable[[float], bool] = lambda waited_sec: False,
     ) -> None:
-        self.slot_bytes, self._stuck_sec = slot_bytes, stuck_sec
+        """`wait` gives up after `stuck_sec`, or when `enough`, asked now and then, says so; what it raises goes on."""
+        self.slot_bytes, self._stuck_sec, self._enough = slot_bytes, stuck_sec, enough
         self._fd = _anonymous_file(num_slots * slot_bytes)
         self._memory = mmap.mmap(self._fd, num_slots * slot_bytes)
         self._buffer = np.frombuffer(self._memory, np.uint8)
@@ -53,7 +59,7 @@ class Pool:
         self._setup |= {"sizes": dataset.index.shard_sizes.tolist(), "stamps": dataset.stamps}
         self.decoder = Decoder.of(self._setup)
         self._answers: queue.Queue[tuple[int, bytes]] = queue.Queue()
-        self._pending: dict[int, int] = {}
+        self._pending: dict[int, set[int]] = {}  # by ticket: the workers that owe an answer
         self._bad: dict[int, Bad] = {}
         self._here: dict[int, np.ndarray] = {}
         self.workers: list[subprocess.Popen[bytes]] = []
@@ -76,7 +82,7 @@ class Pool:
             return
         cuts = np.linspace(0, len(requests), len(self.workers) + 1).astype(int)
         parts = [(int(a), requests[a:b]) for a, b in zip(cuts, cuts[1:], strict=False)]
-        self._pending[ticket] = sum(len(part) > 0 for _, part in parts)
+        self._pending[ticket] = {number for number, (_, part) in enumerate(parts) if len(part)}
         for number, (first, part) in enumerate(parts):
             if len(part):
                 self._send(number, {"ticket": ticket, "first": first, "num": len(part)}, part)
@@ -88,8 +94,8 @@ class Pool:
         """
         if ticket in self._here:
             self._bad[ticket] = self.decoder.run(self._here.pop(ticket), self._buffer)
-        while self._pending.get(ticket, 0):
-            self._receive()
+        while owing := self._pending.get(ticket):
+            self._receive(owing)
         self._pending.pop(ticket, None)
         return sorted(self._bad.pop(ticket))
 
@@ -127,20 +133,29 @@ class Pool:
         except BrokenPipeError:
             self._report_death(number)
 
-    def _receive(self) -> None:
-        try:
-            number, line = self._answers.get(timeout=self._stuck_sec)
-        except queue.Empty:
-            raise WorkerError(
-                f"no decoding process answered for {self._stuck_sec:g} s; is the storage of the shards stuck?"
-            ) from None
+    def _receive(self, owing: set[int]) -> None:
+        number, line = self._next_answer(owing)
         if not line:
             self._report_death(number)
         answer = json.loads(line)
         if changed := answer.get("changed"):
             raise ShardChanged(changed)
-        self._pending[answer["ticket"]] -= 1
+        self._pending[answer["ticket"]].discard(number)
         self._bad[answer["ticket"]].extend((answer["first"] + row, reason) for row, reason in answer["bad"])
+
+    def _next_answer(self, owing: set[int]) -> tuple[int, bytes]:
+        began = time.monotonic()
+        while True:
+            waited = time.monotonic() - began
+            if waited > self._stuck_sec or self._enough(waited):
+                break
+            with contextlib.suppress(queue.Empty):
+                return self._answers.get(timeout=min(self._stuck_sec, LOOK_UP_SEC))
+        names = ", ".join(f"{number} (pid {self.workers[number].pid})" for number in sorted(owing))
+        raise WorkerError(
+            f"no decoding process answered for {min(waited, self._stuck_sec):.3g} s; is the storage of the shards "
+            f"stuck? The answer of decoding worker {names} is missing"
+        )
 
     def _report_death(self, number: int) -> None:
         code = self.workers[number].wait(timeout=10)

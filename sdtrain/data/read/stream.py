@@ -73,7 +73,9 @@ class Stream:
         paired: bool = False,
         scale: int = 4,
         purpose: str = "train",
+        **waiting: Any,
     ) -> None:
+        """`waiting`: `stuck_sec` and `enough` of the pool."""
         self.dataset, self.seed, self.batch_size, self.ghost_batch = dataset, seed, batch_size, ghost_batch
         self.ghosts, self.xflip, self.crop, self.max_bad, self.scale = tuple(ghosts), xflip, crop, max_bad, scale
         self.purpose, self.step, self.paired, self.prefetch = purpose, start_step, paired, max(1, prefetch)
@@ -86,7 +88,8 @@ class Stream:
         self._ahead: dict[int, np.ndarray] = {}
         self._submitted = start_step
         size = len(self._positions) * self._sample_bytes()
-        self._pool = Pool(dataset, num_workers=workers, num_slots=self.prefetch, slot_bytes=size, pad=pad)
+        more = {"num_slots": self.prefetch, "slot_bytes": size, "pad": pad, **waiting}
+        self._pool = Pool(dataset, num_workers=workers, **more)
 
     @property
     def bad(self) -> list[tuple[str, str, str]]:

@@ -1,0 +1,75 @@
+"""A disk that is full, read-only or gone ends a run on all ranks, with one sentence and nothing half done.
+
+What the main rank writes in passing is remembered when it fails (`Writing`) and agreed on at the end of the step; what
+other ranks wait for is agreed on at once (`on_main`).
+"""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from sdtrain.engine.ranks import gather_objects, is_main
+from sdtrain.errors import RunError
+
+
+class Writing:
+    """The first write into a run folder that failed."""
+
+    def __init__(self, run_folder: Path) -> None:
+        self.run_folder = run_folder
+        self.problem = ""
+
+    @contextmanager
+    def __call__(self, path: Path) -> Iterator[None]:
+        """Inside, `path` is written. An OSError is remembered and goes no further."""
+        try:
+            yield
+        except OSError as error:
+            self.problem = self.problem or cannot_write(path, error, self.run_folder)
+
+    def raise_together(self) -> None:
+        """Collective. Raises the same `RunError` on all ranks when a write has failed on any."""
+        if found := [problem for problem in gather_objects(self.problem) if problem]:
+            raise RunError(found[0])
+
+
+def on_main(action: Callable[[], None], path: Path) -> None:
+    """The main rank writes `path`, the others wait. Raises the same `RunError` on all ranks when it cannot."""
+    problem = ""
+    try:
+        if is_main():
+            action()
+    except OSError as error:
+        problem = cannot_write(path, error)
+    if told := gather_objects(problem)[0]:
+        raise RunError(told)
+
+
+def cannot_write(path: Path, error: OSError, run_folder: Path | None = None) -> str:
+    """What failed, how much is free, what is safe and what to do."""
+    there = next((folder for folder in path.parents if folder.exists()), Path("/"))
+    free = shutil.disk_usage(there).free
+    said = f"cannot write {path}: {error.strerror or error} ({free / 1e9:.3f} GB are free in {there})"
+    if run_folder is None:
+        return f"{said}; make room, or give the folder back, and start the same command again"
+    if not run_folder.exists():
+        return f"{said}; the run folder {run_folder} has vanished: bring it back and start the same command again"
+    kept = sorted(marker.parent.name for marker in run_folder.glob("checkpoints/img_*/complete.json"))
+    safe = f"checkpoints up to {kept[-1]} are safe" if kept else "no checkpoint was written yet"
+    then = "goes on from there" if kept else "begins again"
+    return f"{said}; {safe}; make room, or make it writable, and start the same command again: it {then}"
+
+
+def hush_board() -> None:
+    """TensorBoard writes in a thread, which prints its own traceback before it hands the error to us."""
+    usual = threading.excepthook
+
+    def hook(args: threading.ExceptHookArgs) -> None:
+        if not (isinstance(args.exc_value, OSError) and type(args.thread).__name__ == "_AsyncWriterThread"):
+            usual(args)
+
+    threading.excepthook = hook
