@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 TEMPORARY = re.compile(r"\.[0-9a-f]{16}\.tmp")
 MAX_JSON, MAX_ITEMS = 1 << 26, 4_000_000  # bytes of a file; commas and brackets in it, each of up to 100 bytes
 MAX_ROW = 1 << 20  # bytes of a line; what we write is far below
+Stamp = tuple[int, int]
 _passed: dict[str, int] = {}  # how often each boundary has been crossed, counted only in fault tests
 
 
@@ -107,6 +108,15 @@ def open_regular(path: str | Path) -> int:
         return fd
     os.close(fd)
     raise OSError(errno.EINVAL, "not a regular file", str(path))
+
+
+def stamp_of(file: str | Path | int) -> Stamp:
+    """Bytes and time of the last change [ns] of a file, or of an open one; (-1, 0) when there is none."""
+    try:
+        found = os.stat(file)
+    except OSError:
+        return -1, 0  # a link to nothing
+    return found.st_size, found.st_mtime_ns
 
 
 def require_regular(path: Path) -> None:

@@ -26,10 +26,9 @@ from sdtrain.data.read.manifest import MANIFEST_NAME, read_manifest
 from sdtrain.data.read.patterns import expand
 from sdtrain.data.read.tars import printable
 from sdtrain.errors import DataError
-from sdtrain.files import MAX_JSON, open_regular
+from sdtrain.files import MAX_JSON, Stamp, open_regular, stamp_of
 
 PROBES = 8
-Stamp = tuple[int, int]  # bytes and time of the last change [ns]
 
 
 @dataclass(frozen=True)
@@ -272,15 +271,6 @@ def _index_places(paths: list[Path], cache: Path) -> list[Path]:
     state = [(str(p.resolve()), *stamp_of(p)) for p in paths]
     stamp = hashlib.sha256(repr(state).encode()).hexdigest()[:16]
     return [paths[0].parent / f".index-{stamp}.npz", cache / f"index-{stamp}.npz"]
-
-
-def stamp_of(file: str | Path | int) -> Stamp:
-    """Size and time of a file, or of an open one; (-1, 0) when there is none."""
-    try:
-        found = os.stat(file)
-    except OSError:
-        return -1, 0  # a link to nothing
-    return found.st_size, found.st_mtime_ns
 
 
 def _keep_index(index: Index, places: list[Path]) -> None:

@@ -12,11 +12,10 @@ import numpy as np
 from PIL import Image
 
 from sdtrain.data.read.budget import DOWNLOAD_BYTES, LIMITS, PictureLimits
-from sdtrain.data.read.dataset import Stamp, stamp_of
 from sdtrain.data.read.images import ImageRejected, decode_image, refuse_bytes
 from sdtrain.data.read.remote import fetch, is_remote
 from sdtrain.errors import DataError, ShardChanged
-from sdtrain.files import open_regular
+from sdtrain.files import Stamp, open_regular, stamp_of
 
 # A request is one row of int64: where the pixels go, where the bytes lie, and what happens between.
 COLUMNS = ("dest", "shard", "offset", "size", "side", "flip", "crop_x", "crop_y", "align")
