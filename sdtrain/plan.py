@@ -173,7 +173,7 @@ def _networks(method: Method, exact: bool) -> dict[str, dict[str, Any]]:
     trained = {net for stage in method.stages for nets in stage.players.values() for net in nets}
     table = {}
     for name, net in method.nets.items():
-        live, total = sum(p.numel() for p in net.parameters().values()), net.size()
+        live, total = net.size(trained=True), net.size()
         kept = 0 if name in method.given else live if name in trained else total
         table[name] = {
             "role": "trained" if name in trained else "teacher, frozen" if name in method.given else "average",
