@@ -57,11 +57,11 @@ class SumPlayer(BasePlayer):
 
     def norm(self) -> Tensor:
         """Of the averaged gradient, all parameters together: a float64 scalar, so that no engine rounds another way."""
-        return torch.linalg.vector_norm(self.norms())
+        return self.norms().square().sum().sqrt()
 
     def norms(self) -> Tensor:
         """float64 [tensors]: those of what this rank holds."""
-        return torch.stack(list(torch._foreach_norm(self.gradients(), 2, dtype=torch.float64)))
+        return torch.stack([g.double().norm() for g in self.gradients()])
 
     def clip_gradients(self) -> None:
         if self.options.clip_norm:

@@ -32,6 +32,10 @@ def deepspeed(device: torch.device) -> Any:
         raise ConfigError(
             f"engine zero1 and zero2 need DeepSpeed ({error}): pip install 'sdtrain[deepspeed]', or use engine: fsdp2"
         ) from None
+    if device.type == "cpu":  # gloo serves as well; the op would be compiled for minutes when it is first wanted
+        package.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not package.comm.is_initialized():
+        package.init_distributed(dist_backend=torch.distributed.get_backend(), auto_mpi_discovery=False, verbose=False)
     return package
 
 
@@ -75,15 +79,45 @@ class ZeroPlayer(SumPlayer):
         super().close()
         self.engine.destroy()
 
-    def slots(self) -> dict[str, Tensor]:
-        """What the optimizer holds of this rank's part of all parameters, [...] by slot; empty before the first step."""
-        return next((s for s in self.optimizer.state.values() if s), {})
+    @property
+    def flat(self) -> Tensor:
+        """[numbers] This rank's part of all parameters, which the optimizer moves."""
+        part: Tensor = self.optimizer.param_groups[0]["params"][0]
+        return part
 
     def state(self) -> dict[str, Tensor]:
         """See `contracts.Player`. All ranks together."""
         found = {}
         for key, p in self.named.items():
-            for slot, value in self.slots().items():
-                whole = value if not value.dim() else self.utils.safe_get_full_optimizer_state(p, slot)
+            for slot, value in self.optimizer.state.get(self.flat, {}).items():
+                whole = self.utils.safe_get_full_optimizer_state(p, slot) if value.dim() else value
                 found[f"{key}/{slot}"] = whole.detach().clone()
         return found
+
+    def load_state(self, tensors: Tensors) -> None:
+        """See `contracts.Player`. Raises `RunError` where parameters have taken different numbers of steps."""
+        self.engine.optimizer.refresh_fp32_params()  # the networks may have been loaded since
+        self.optimizer.state.clear()
+        if not tensors:
+            return
+        steps = {int(tensors[name]) if (name := f"{key}/step") in tensors else 0 for key in self.named}
+        if len(steps) > 1:
+            raise RunError(
+                "this checkpoint's parameters have taken different numbers of optimizer steps, and DeepSpeed counts "
+                "them together; go on with engine: fsdp2 or ddp"
+            )
+        slots = {name.rpartition("/")[2] for name in tensors} - {"step"}
+        step = torch.tensor(float(steps.pop()))
+        self.optimizer.state[self.flat] = {"step": step, **{slot: torch.zeros_like(self.flat) for slot in slots}}
+        self.engine.optimizer._hp_optimizer_states_linked = False
+        self.engine.optimizer._lazy_init_hp_params_optimizer_state()
+        for key, p in self.named.items():
+            for slot in slots:
+                self.utils.safe_set_full_optimizer_state(p, tensors[f"{key}/{slot}"].to(self.flat.device), slot)
+
+
+class Zero(Ddp):
+    """See `contracts.Engine`."""
+
+    def player(self, nets: Sequence[Net], options: Optimizer, span: Span, lazy: int | None) -> BasePlayer:
+        return ZeroPlayer(nets, options, span, lazy, self.exact, self.sharing)
