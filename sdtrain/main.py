@@ -38,11 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Plan or train. Returns the exit code; raises `UserError` for what the user can mend."""
     from sdtrain.config.load import load_config
-    from sdtrain.engine.launcher import check_launcher
+    from sdtrain.engine.launcher import follow_launcher
 
     given = [*args.set, *(["data.allow_pipe=true"] if args.allow_pipe else [])]
     config = load_config(args.cfg, given, world=int(os.environ.get("WORLD_SIZE", "1")))
-    check_launcher(config)
+    config = follow_launcher(config)
     out = Path(args.out or f"runs/{config.name}")
     if getattr(config, "simulation", None):  # a method that is a system of equations, not a training run
         return simulate(config, out, args.plan)
@@ -145,13 +145,14 @@ def write_down(run: Run, plan: dict[str, Any] | None, used: dict[str, Any]) -> N
 
     if is_main():
         write_bytes(run.folder.path / "config.yaml", dump(run.config).encode())
-        run.folder.note_environment(used)
+        run.folder.note_environment(used, run.engine.described())
     if plan is not None:
         run.folder.write_json("plan.json", plan)
 
 
 def announce(run: Run, refused: list[str]) -> None:
     """Say where the run starts, with what, and why newer checkpoints were not used."""
+    from sdtrain.engine.launcher import not_followed
     from sdtrain.engine.ranks import world
     from sdtrain.loop import count
 
@@ -160,6 +161,9 @@ def announce(run: Run, refused: list[str]) -> None:
     log.info("%s on %d rank(s), %s", run.dataset.describe(), world(), run.device)
     ghosts = (run.config.num_ghosts, run.config.ghost_batch, run.ghosts_at_once)
     log.info("%d ghosts of %d images a step, %d here at once", *ghosts)
+    log.info("engine %s", run.engine.described()["name"])
+    for sentence in not_followed():
+        log.warning("%s", sentence)
     if run.checkpoint is None:
         log.info("starting in %s", run.folder.path)
     else:

@@ -41,6 +41,7 @@ def make_engine(config: Config, device: torch.device) -> PhaseEngine:
 
 def sharing_of(config: Config, name: str) -> Sharing:
     return Sharing(
+        name=name,
         ranks=config.shard_ranks or int(os.environ.get("LOCAL_WORLD_SIZE", world())) if name == "hsdp" else None,
         teacher=config.shard_teacher,
         stage={"zero1": 1, "zero2": 2}.get(name, 0),

@@ -6,7 +6,8 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,6 +28,8 @@ class NonFinite(RuntimeError):
 class Sharing:
     """What engines that share networks out can be told."""
 
+    name: str = "ddp"
+    """The engine's."""
     ranks: int | None = None
     """Ranks that share one copy of a network; None = all."""
     teacher: bool = False
@@ -55,6 +58,10 @@ class PhaseEngine(ABC):
         self.bf16 = precision == "bf16"
         self.players: dict[str, BasePlayer] = {}
         self.meter = Meter()
+
+    def described(self) -> dict[str, Any]:
+        """What is used, for environment.json and the log."""
+        return {**asdict(self.sharing), "class": type(self).__name__, "precision": "bf16" if self.bf16 else "fp32"}
 
     @abstractmethod
     def net(self, module: nn.Module, trained: bool = True) -> Net:

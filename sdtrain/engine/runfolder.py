@@ -25,6 +25,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from sdtrain.engine.launcher import said
 from sdtrain.engine.precision import described
 from sdtrain.engine.ranks import gather_objects, is_main, world
 from sdtrain.errors import RunError
@@ -122,11 +123,12 @@ class RunFolder:
         if is_main():
             write_json(self.path / name, value, default=str)
 
-    def note_environment(self, weights: dict[str, Any]) -> None:
+    def note_environment(self, weights: dict[str, Any], engine: dict[str, Any]) -> None:
         """Add this start to environment.json; earlier starts are kept."""
         path = self.path / "environment.json"
         starts = json.loads(path.read_text())["starts"] if path.exists() else []
-        self.write_json("environment.json", {"starts": [*starts, environment(weights)]})
+        used = {**environment(weights), "engine": engine, "launcher": said()}
+        self.write_json("environment.json", {"starts": [*starts, used]})
 
     def close(self) -> None:
         for writer in (self._rows, self._board):
@@ -145,7 +147,7 @@ def environment(weights: dict[str, Any]) -> dict[str, Any]:
         except PackageNotFoundError:
             return "absent"
 
-    packages = "sdtrain torch torchvision accelerate webdataset lpips numpy".split()
+    packages = "sdtrain torch torchvision accelerate deepspeed webdataset lpips numpy".split()
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": sys.argv,
