@@ -17,7 +17,7 @@ from sdtrain.config.options import Optimizer
 from sdtrain.contracts import Net, Tensors
 from sdtrain.engine.ddp import Ddp
 from sdtrain.engine.phases import Sharing
-from sdtrain.engine.player import BasePlayer, Span
+from sdtrain.engine.player import BasePlayer, Span, make_optimizer
 from sdtrain.engine.sums import SumPlayer
 from sdtrain.errors import ConfigError, RunError
 
@@ -54,6 +54,20 @@ def settings(sharing: Sharing) -> dict[str, Any]:
     }
 
 
+ALIGNED = 16  # numbers: DeepSpeed lays parameters end to end, and CPU kernels round by the 64 bytes they begin at
+
+
+def laid_out(params: Sequence[nn.Parameter]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """What DeepSpeed holds for each parameter [...], which is itself unless a scalar; and the same with padding."""
+    held = [p if p.dim() else nn.Parameter(p.detach().view(1)) for p in params]
+    padded = []
+    for p in held:
+        padded.append(p)
+        if gap := -p.numel() % ALIGNED:
+            padded.append(nn.Parameter(p.new_zeros(gap)))
+    return held, padded
+
+
 class ZeroPlayer(SumPlayer):
     """DeepSpeed's engine steps; its optimizer is the one of `player.py`, over this rank's part of all parameters."""
 
@@ -64,15 +78,18 @@ class ZeroPlayer(SumPlayer):
         self.exact = exact
         package = deepspeed(self.params[0].device)
         self.utils = package.utils
-        made = package.initialize(
-            model=nn.ParameterList(self.params), optimizer=self.optimizer, config=settings(sharing)
-        )
-        self.engine: Any = made[0]
+        self.held, self.padded = laid_out(self.params)
+        self.optimizer = make_optimizer(self.padded, *self.settings(span[0]), options)
+        model = nn.ParameterList(self.padded)
+        self.engine: Any = package.initialize(model=model, optimizer=self.optimizer, config=settings(sharing))[0]
+        for p, held in zip(self.params, self.held, strict=True):
+            p.data = held.data.view(p.shape)
 
     def step(self) -> None:
-        gradients = self.gradients()
+        """DeepSpeed's backward of sum <p, g> leaves g where its step looks for it."""
+        given = {id(h): g for h, g in zip(self.held, self.gradients(), strict=True)}
         super().clear()
-        self.engine.backward(sum((p * g).sum() for p, g in zip(self.params, gradients, strict=True)))
+        self.engine.backward(sum((h * given[id(h)].view_as(h) if id(h) in given else h * 0).sum() for h in self.padded))
         self.engine.step()
 
     def close(self) -> None:
@@ -88,9 +105,9 @@ class ZeroPlayer(SumPlayer):
     def state(self) -> dict[str, Tensor]:
         """See `contracts.Player`. All ranks together."""
         found = {}
-        for key, p in self.named.items():
+        for (key, p), held in zip(self.named.items(), self.held, strict=True):
             for slot, value in self.optimizer.state.get(self.flat, {}).items():
-                whole = self.utils.safe_get_full_optimizer_state(p, slot) if value.dim() else value
+                whole = value if slot == "step" else self.utils.safe_get_full_optimizer_state(held, slot).view(p.shape)
                 found[f"{key}/{slot}"] = whole.detach().clone()
         return found
 
@@ -111,9 +128,10 @@ class ZeroPlayer(SumPlayer):
         self.optimizer.state[self.flat] = {"step": step, **{slot: torch.zeros_like(self.flat) for slot in slots}}
         self.engine.optimizer._hp_optimizer_states_linked = False
         self.engine.optimizer._lazy_init_hp_params_optimizer_state()
-        for key, p in self.named.items():
+        for key, held in zip(self.named, self.held, strict=True):
             for slot in slots:
-                self.utils.safe_set_full_optimizer_state(p, tensors[f"{key}/{slot}"].to(self.flat.device), slot)
+                value = tensors[f"{key}/{slot}"].to(self.flat.device).view_as(held)
+                self.utils.safe_set_full_optimizer_state(held, value, slot)
 
 
 class Zero(Ddp):
