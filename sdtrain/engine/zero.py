@@ -39,9 +39,12 @@ def deepspeed(device: torch.device) -> Any:
     return package
 
 
-def settings(sharing: Sharing) -> dict[str, Any]:
-    """DeepSpeed's configuration: clipping, accumulation and precision are ours."""
-    zero: dict[str, Any] = {"stage": sharing.stage}
+def settings(sharing: Sharing, numbers: int) -> dict[str, Any]:
+    """DeepSpeed's configuration: clipping, accumulation and precision are ours.
+
+    Its buffers are as large as a player of so many `numbers` needs; by default it takes 2 GB each.
+    """
+    zero: dict[str, Any] = {"stage": sharing.stage, "reduce_bucket_size": numbers, "allgather_bucket_size": numbers}
     if sharing.offload:
         zero["offload_optimizer"] = {"device": "cpu"}
     return {
@@ -80,8 +83,8 @@ class ZeroPlayer(SumPlayer):
         self.utils = package.utils
         self.held, self.padded = laid_out(self.params)
         self.optimizer = make_optimizer(self.padded, *self.settings(span[0]), options)
-        model = nn.ParameterList(self.padded)
-        self.engine: Any = package.initialize(model=model, optimizer=self.optimizer, config=settings(sharing))[0]
+        model, wishes = nn.ParameterList(self.padded), settings(sharing, sum(p.numel() for p in self.padded))
+        self.engine: Any = package.initialize(model=model, optimizer=self.optimizer, config=wishes)[0]
         for p, held in zip(self.params, self.held, strict=True):
             p.data = held.data.view(p.shape)
 
@@ -123,7 +126,7 @@ class ZeroPlayer(SumPlayer):
                 "this checkpoint's parameters have taken different numbers of optimizer steps, and DeepSpeed counts "
                 "them together; go on with engine: fsdp2 or ddp"
             )
-        slots = {name.rpartition("/")[2] for name in tensors} - {"step"}
+        slots = sorted({name.rpartition("/")[2] for name in tensors} - {"step"})  # `state` gathers in this order
         step = torch.tensor(float(steps.pop()))
         self.optimizer.state[self.flat] = {"step": step, **{slot: torch.zeros_like(self.flat) for slot in slots}}
         self.engine.optimizer._hp_optimizer_states_linked = False
