@@ -54,8 +54,8 @@ def sdakd(options: dict[str, Any]) -> Callable[[Path, int], tuple[dict[str, Any]
         lists = {name: tar(folder / name, numbers) for name, numbers in parts.items()}
         spans = {n: f"{steps} steps" for n in ("n1", "n2", "n3")}
         half = (steps + steps // 2) * 4
-        tree = settings(lists, **options, **spans, save_img=half, eval_img=steps * 12, validation__histogram_images=0)
-        return tree, (half, steps * 12)
+        tree = settings(lists, **options, **spans, save_img=half, eval_img=steps * 12, validation__histogram_images=1)
+        return json.loads(json.dumps(tree)), (half, steps * 12)  # YAML would write what is shared as an alias
 
     return make
 
