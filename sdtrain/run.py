@@ -87,7 +87,8 @@ class Run(Trainer):
                 self.bad_samples = stream.bad
 
     def save(self) -> Path:
-        """Write a checkpoint of this position with all ranks."""
+        """Write a checkpoint of this position with all ranks, whose copies must be alike. Raises `RuntimeError`."""
+        self.engine.check_copies(self.nets)
         shared = {name: self.nets[name].state() for name in self.nets if name not in self.method.given}
         shared |= {f"{name}.optim": player.state() for name, player in self.engine.players.items()}
         if kept := self.task.tensors():  # what a later stage will start from

@@ -141,7 +141,7 @@ def test_every_engine_steps_saves_and_loads_as_ddp_and_one_player_at_a_time() ->
     done = run_ranks(2, str(REPO / "tests" / "ranks_engines.py"), timeout=900)
     print("".join(f"{line}\n" for line in done.stdout.splitlines() if "from ddp" in line))
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("from ddp") >= 16
+    assert done.stdout.count("from ddp") >= 12
 
 
 def test_stylegan2_with_path_lengths_and_r1_is_the_same_sharded_and_goes_on_elsewhere(tmp_path: Path) -> None:
@@ -201,5 +201,5 @@ def test_the_plan_weighs_what_sharding_saves_against_activations() -> None:
     found = compared(networks, stages, "ddp", 4, True, False)
     assert found["sent_gb_per_step"]["ddp"] == pytest.approx(2 * 1.6 * 3 / 4)
     assert advice(found, 100.0).endswith("(not worth it: activations bind)")
-    assert "zero1 would save 1.000 GB" in advice(found, 0.1)
+    assert "zero1 would save 1000.0 MB" in advice(found, 0.1)
     assert advice({**found, "ranks": 1}, 0.0) == "ddp; one rank shares with nobody"

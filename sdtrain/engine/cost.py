@@ -73,5 +73,5 @@ def advice(found: Mapping[str, Any], activations_gb: float) -> str:
     matters = saved > 0.2 * whole
     verdict = "worth it" if matters else "not worth it: activations bind" if activations_gb > gb[used] else "little"
     more = found["sent_gb_per_step"][best] / max(found["sent_gb_per_step"][used], 1e-12)
-    cost = f"of {whole:.2f} GB a rank and send {more:.1f} times as much"
-    return f"{used}; on {n} ranks {best} would save {saved:.3f} GB {cost} ({verdict})"
+    cost = f"of {whole * 1000:.0f} MB a rank and send {more:.1f} times as much"
+    return f"{used}; on {n} ranks {best} would save {saved * 1000:.1f} MB {cost} ({verdict})"

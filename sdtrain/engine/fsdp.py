@@ -97,6 +97,10 @@ class ShardedNet(LocalNet):
         """Names of the parameters that are dealt out."""
         return [name for name, p in self.stored.items() if isinstance(p, DTensor)]
 
+    def copied(self) -> dict[str, Tensor]:
+        dealt = set(self.parts())
+        return {n: p for n, p in self.held.items() if n not in dealt} | dict(self.module.named_buffers())
+
     def everything(self) -> dict[str, Tensor]:
         """Whole parameters and buffers [...] by name, with all ranks."""
         names = self.parts()

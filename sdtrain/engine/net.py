@@ -37,6 +37,10 @@ class LocalNet:
         """See `contracts.Net`."""
         return own_tensors(self.module)
 
+    def copied(self) -> dict[str, Tensor]:
+        """What every rank holds a copy of, [...] by official name."""
+        return own_tensors(self.module)
+
     def load(self, tensors: Tensors, where: str) -> None:
         """Tensors [...] by official name. Raises `RunError` naming the first difference."""
         load_strictly(self.module, tensors, where)

@@ -15,8 +15,9 @@ from torch import nn
 from sdtrain.config.options import Optimizer
 from sdtrain.contracts import Chunk, Loss, Net, Phase, Stage, Terms
 from sdtrain.engine.meter import Meter
+from sdtrain.engine.net import LocalNet
 from sdtrain.engine.player import BasePlayer, Span, only_training
-from sdtrain.engine.ranks import agree_max, gather_objects, rank, sum_over_ranks
+from sdtrain.engine.ranks import agree_max, first_difference, gather_objects, rank, sum_over_ranks
 from sdtrain.models.ghost import close_phase, next_chunk, open_phase
 
 
@@ -86,6 +87,13 @@ class PhaseEngine(ABC):
         for player in self.players.values():
             player.clear()
         self.layers = self.modules(nets)
+
+    def check_copies(self, nets: Mapping[str, Net]) -> None:
+        """Networks of which every rank holds a copy are the same on all. Raises `RuntimeError` on all ranks."""
+        copies = {n: net.copied() for n, net in nets.items() if isinstance(net, LocalNet)}
+        found = first_difference({f"{n}: {k}": t for n, tensors in copies.items() for k, t in tensors.items()})
+        if found:
+            raise RuntimeError(f"ranks hold different copies of {found}; nothing was saved: resume the last checkpoint")
 
     def run(self, phase: Phase, chunks: Sequence[Chunk]) -> Terms:
         """See `contracts.Engine`. Raises `NonFinite` on all ranks together, before its optimizer moves."""
