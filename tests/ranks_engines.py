@@ -11,12 +11,12 @@ from test_engine import CPU, Small, chunks, phase
 from torch import nn
 
 from sdtrain.config.options import Optimizer
-from sdtrain.contracts import Stage
+from sdtrain.contracts import Chunk, Phase, Stage
 from sdtrain.engine import ranks
 from sdtrain.engine.ddp import Ddp
 from sdtrain.engine.ema import freeze
 from sdtrain.engine.fsdp import Fsdp, ShardedNet
-from sdtrain.engine.phases import Sharing
+from sdtrain.engine.phases import NonFinite, Sharing
 from sdtrain.engine.zero import Zero
 from sdtrain.models.ghost import set_ghost_batch
 
@@ -45,11 +45,11 @@ class Uneven(Small):
         return self.mix(super().forward(x)) * self.one + self.strength
 
 
-def game(name: str, exact: bool, clip: float = 0.0) -> tuple[Any, dict[str, Any]]:
+def game(name: str, exact: bool, clip: float = 0.0, **more: Any) -> tuple[Any, dict[str, Any]]:
     torch.manual_seed(0)
     kind, sharing = ENGINES[name]
     adam = Optimizer(lr=1e-3, clip_norm=clip)
-    engine = kind(CPU, {"G": adam, "D": adam}, exact=exact, sharing=sharing)
+    engine = kind(CPU, {"G": adam, "D": adam}, exact=exact, sharing=sharing, **more)
     modules = {n: Uneven().train() for n in ("G", "D")}
     nets = {n: engine.net(module) for n, module in modules.items()}
     torch.manual_seed(1)
@@ -121,6 +121,36 @@ def sizes() -> None:
     assert net.size() == net.size(trained=True) == whole and int(held) == whole + 1  # the scalar is on both
 
 
+def poisoned(nets: dict[str, Any]) -> Phase:
+    """A phase whose gradient is not finite in what one rank saw."""
+    plain = phase(nets)
+
+    def loss(x: Chunk) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        found, terms = plain.loss(x)
+        return found * (torch.nan if dist.get_rank() == 1 else 1.0), terms
+
+    return Phase(name="G", player="G", loss=loss)
+
+
+def nonfinite() -> None:
+    """Nobody moves where a gradient is not finite; clamped, all engines repair and count the same elements."""
+    counts = set()
+    for name in ENGINES:
+        engine, nets = game(name, True)
+        before = everything(engine, nets)
+        try:
+            engine.run(poisoned(nets), mine())
+            raise AssertionError(f"{name} took a step")
+        except NonFinite:
+            after = everything(engine, nets)
+            assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before), name
+        clamping, nets = game(name, True, clamp=True)
+        counts.add(int(clamping.run(poisoned(nets), mine())["G/clamped"]))
+        for player in (*engine.players.values(), *clamping.players.values()):
+            player.close()
+    assert counts == {sum(p.numel() for p in Uneven().parameters())}, counts
+
+
 def copies() -> None:
     """An average that has gone its own way on one rank is noticed by all."""
     for name in ("ddp", "fsdp2", "fsdp2, teacher too"):
@@ -140,6 +170,7 @@ def main() -> None:
     assert dist.get_world_size() == 2
     sizes()
     copies()
+    nonfinite()
     for exact, clip in ((True, 0.0), (True, 0.1), (False, 0.0)):
         wanted = played("ddp", exact, clip)
         for name in list(ENGINES)[1:]:

@@ -156,6 +156,26 @@ def test_20_steps_of_every_method_are_the_same_under_every_engine_and_go_on_else
     compare(tmp_path, method, list(ENGINES), 20)
 
 
+CHAIN = [("ddp", 2), ("fsdp2", 1), ("zero2", 2), ("hsdp", 4), ("ddp", 4), ("fsdp2", 2)]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("zero2" not in ENGINES, reason="DeepSpeed is not installed")
+def test_a_run_that_changes_engine_and_world_at_every_stop_logs_what_an_undisturbed_one_does(tmp_path: Path) -> None:
+    steps = 2 * len(CHAIN)
+    tree, (_, end) = METHODS["stylegan2"](tmp_path, steps)
+    config = write_config(tmp_path / "run.yaml", {**tree, "save_img": 16})
+    launch(tmp_path, [("whole", config, ())], 1)
+    for i, (engine, ranks) in enumerate(CHAIN):
+        more = ("shard_ranks=2",) if engine == "hsdp" else ()
+        launch(tmp_path, [("chain", config, (f"engine={engine}", f"total_img={(i + 1) * 16}", *more))], ranks)
+    starts = json.loads((tmp_path / "chain" / "environment.json").read_text())["starts"]
+    assert [(s["engine"]["name"], s["world_size"]) for s in starts] == [("ddp" if n == 1 else e, n) for e, n in CHAIN]
+    logged = worst(rows(tmp_path / "whole"), rows(tmp_path / "chain"))
+    print("\nlargest relative difference of logged numbers:", logged)
+    assert logged[0] <= 1e-4 and apart(tmp_path / "whole", tmp_path / "chain", end) <= 1e-4
+
+
 def test_one_rank_shares_with_nobody_under_any_engine(tmp_path: Path) -> None:
     tree, (half, end) = METHODS["stylegan2"](tmp_path, 2)
     config = write_config(tmp_path / "run.yaml", tree)

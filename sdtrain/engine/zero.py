@@ -6,6 +6,7 @@ are summed as under ddp (`sums.py`) and handed over by one linear surrogate, sum
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -32,6 +33,7 @@ def deepspeed(device: torch.device) -> Any:
         raise ConfigError(
             f"engine zero1 and zero2 need DeepSpeed ({error}): pip install 'sdtrain[deepspeed]', or use engine: fsdp2"
         ) from None
+    package.utils.logger.setLevel(logging.WARNING)  # it tells its whole configuration
     if device.type == "cpu":  # gloo serves as well; the op would be compiled for minutes when it is first wanted
         package.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not package.comm.is_initialized():
