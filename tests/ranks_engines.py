@@ -88,6 +88,7 @@ def played(name: str, exact: bool, clip: float) -> dict[str, torch.Tensor]:
         nets["G_ema"].follow(nets["G"], 0.9)
     with nets["G_ema"].whole() as whole:
         assert not any(p.requires_grad for p in whole.parameters()) and not whole.training
+        assert type(whole) is Uneven  # an FSDP module would talk to the other ranks
         images = whole(chunks(4)[0].real)
     result = everything(engine, nets) | {"images": images}
     reloaded(name, exact, clip, result)
