@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import REPO, run_python, run_ranks
 from test_sdakd import FACES, settings, tar
 from test_style_training import R3GAN, STYLE, STYLENAT
@@ -24,6 +25,8 @@ from tiny import make_shards, rows, tensors, tiny_config, worst, write_config
 
 from sdtrain.config.load import load_config
 from sdtrain.engine.cost import advice, compared, memory_gb
+from sdtrain.engine.ddp import Ddp
+from sdtrain.engine.make import make_engine
 from sdtrain.errors import ConfigError
 
 ENGINES = {"fsdp2": (), "hsdp": ("shard_ranks=1",), "fsdp2 + teacher": ("shard_teacher=true",)}
@@ -144,8 +147,13 @@ def test_every_engine_steps_saves_and_loads_as_ddp_and_one_player_at_a_time() ->
     assert done.stdout.count("from ddp") >= 12
 
 
-def test_stylegan2_with_path_lengths_and_r1_is_the_same_sharded_and_goes_on_elsewhere(tmp_path: Path) -> None:
-    compare(tmp_path, "stylegan2", ["fsdp2", "zero2"] if "zero2" in ENGINES else ["fsdp2"], 2)
+def test_stylegan2_with_path_lengths_and_r1_is_the_same_sharded(tmp_path: Path) -> None:
+    tree, (_, end) = METHODS["stylegan2"](tmp_path, 2)
+    config, engines = write_config(tmp_path / "run.yaml", tree), [e for e in ("fsdp2", "zero2") if e in ENGINES]
+    launch(tmp_path, [(e, config, sets_of(e)) for e in ("ddp", *engines)], 2)
+    found = {engine: apart(tmp_path / "ddp", tmp_path / engine, end) for engine in engines}
+    print("largest difference from ddp:", found)
+    assert not any(found.values())
 
 
 @pytest.mark.slow
@@ -176,13 +184,11 @@ def test_a_run_that_changes_engine_and_world_at_every_stop_logs_what_an_undistur
     assert logged[0] <= 1e-4 and apart(tmp_path / "whole", tmp_path / "chain", end) <= 1e-4
 
 
-def test_one_rank_shares_with_nobody_under_any_engine(tmp_path: Path) -> None:
-    tree, (half, end) = METHODS["stylegan2"](tmp_path, 2)
-    config = write_config(tmp_path / "run.yaml", tree)
-    launch(tmp_path, [(e, config, (f"engine={e}",)) for e in ("ddp", "fsdp2", "zero1")], 1)
-    assert apart(tmp_path / "ddp", tmp_path / "fsdp2", end) == apart(tmp_path / "ddp", tmp_path / "zero1", end) == 0
-    [start] = json.loads((tmp_path / "fsdp2" / "environment.json").read_text())["starts"]
-    assert start["engine"]["name"] == "ddp"
+@pytest.mark.parametrize("engine", ["fsdp2", "hsdp", "zero1", "zero2"])
+def test_one_rank_shares_with_nobody_under_any_engine(tmp_path: Path, engine: str) -> None:
+    config = load_config(write_config(tmp_path / "c.yaml", tiny_config(tmp_path / "shards", engine=engine)))
+    made = make_engine(config, torch.device("cpu"))
+    assert type(made) is Ddp and made.described()["name"] == "ddp"
 
 
 @pytest.mark.parametrize(
@@ -202,8 +208,6 @@ def test_a_key_of_another_engine_is_refused(tmp_path: Path, changes: dict[str, A
 
 
 def test_a_missing_deepspeed_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
-
     from sdtrain.engine.zero import deepspeed
 
     monkeypatch.setitem(sys.modules, "deepspeed", None)
