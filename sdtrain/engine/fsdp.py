@@ -10,6 +10,7 @@ hsdp: the same, with a copy of the networks on every group of `shard_ranks` neig
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -160,6 +161,8 @@ def hollow(module: nn.Module) -> nn.Module:
 
 def shard(module: nn.Module, mesh: DeviceMesh, ignored: set[nn.Parameter]) -> list[FSDPModule]:
     """`fully_shard` for every block and the rest; the network itself comes first in the answer."""
+    # it says that an all-gather may be skipped, which is over when a backward begins: networks stay gathered in a phase
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     total = sum(p.numel() for p in module.parameters() if p not in ignored)
 
     def visit(part: nn.Module) -> None:
