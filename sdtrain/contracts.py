@@ -136,8 +136,8 @@ class Net(Protocol):
     def parameters(self) -> dict[str, nn.Parameter]:
         """What this rank holds of the parameters that ask for gradients, by official name."""
 
-    def size(self) -> int:
-        """Number of parameters of the whole network, frozen ones included."""
+    def size(self, trained: bool = False) -> int:
+        """Number of parameters of the whole network; `trained`: of those that ask for gradients."""
 
 
 class Player(Protocol):

@@ -57,11 +57,11 @@ def run(args: argparse.Namespace) -> int:
 def obey(args: argparse.Namespace, stop: StopRequest) -> int:
     """Load the configuration and do what is asked."""
     from sdtrain.config.load import load_config
-    from sdtrain.engine.launcher import check_launcher
+    from sdtrain.engine.launcher import follow_launcher
 
     given = [*args.set, *(["data.allow_pipe=true"] if args.allow_pipe else [])]
     config = load_config(args.cfg, given, world=int(os.environ.get("WORLD_SIZE", "1")))
-    check_launcher(config)
+    config = follow_launcher(config)
     out = Path(args.out or f"runs/{config.name}")
     if getattr(config, "simulation", None):  # a method that is a system of equations, not a training run
         return simulate(config, out, args.plan)
@@ -208,7 +208,7 @@ def write_down(run: Run, plan: dict[str, Any] | None, used: dict[str, Any]) -> N
     from sdtrain.engine.ranks import gather_objects, is_main
     from sdtrain.files import write_bytes
 
-    run.folder.note_environment(used, gather_objects(torch.get_num_threads()))
+    run.folder.note_environment(used, gather_objects(torch.get_num_threads()), run.engine.described())
     if is_main():
         with run.folder.writing(path := run.folder.path / "config.yaml"):
             write_bytes(path, dump(run.config).encode())
@@ -218,6 +218,7 @@ def write_down(run: Run, plan: dict[str, Any] | None, used: dict[str, Any]) -> N
 
 def announce(run: Run, refused: list[str]) -> None:
     """Say where the run starts, with what, and why newer checkpoints were not used."""
+    from sdtrain.engine.launcher import not_followed
     from sdtrain.engine.ranks import is_main, world
     from sdtrain.engine.threads import warning
     from sdtrain.loop import count
@@ -229,6 +230,9 @@ def announce(run: Run, refused: list[str]) -> None:
     log.info("%s on %d rank(s), %s", run.dataset.describe(), world(), run.device)
     ghosts = (run.config.num_ghosts, run.config.ghost_batch, run.ghosts_at_once)
     log.info("%d ghosts of %d images a step, %d here at once", *ghosts)
+    log.info("engine %s", run.engine.described()["name"])
+    for sentence in not_followed():
+        log.warning("%s", sentence)
     if run.checkpoint is None:
         log.info("starting in %s", run.folder.path)
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -111,6 +112,7 @@ def make_plan(
 
     `initial` is what `check_initial` has found; without a run it is looked up here. `out`: where a speed may be known.
     """
+    from sdtrain.engine.cost import compared
     from sdtrain.outlook import forecast, warnings
     from sdtrain.weights import check_weights
 
@@ -123,6 +125,8 @@ def make_plan(
     networks = _networks(method, exact=config.summation == "exact")
     memory = _memory(networks, _stages(method))
     kept = {} if run is not None else _kept_gb(trainer)
+    exact, teacher = config.summation == "exact", config.shard_teacher
+    engines = compared(networks, _stages(method), config.engine or "ddp", num_ranks(config), exact, teacher)
     return {
         "name": config.name,
         "config_hash": config_hash(config),
@@ -144,6 +148,7 @@ def make_plan(
         "networks": networks,
         "memory_gb_per_rank": memory,
         "activations_gb": kept,
+        "engine": engines,
         "ghosts_at_once": trainer.ghosts_at_once,
         "checkpoint_gb": sum(n["checkpoint_gb"] for n in networks.values()),
         "disk_gb": sum(n["checkpoint_gb"] for n in networks.values()) * (config.keep_checkpoints + 1)
@@ -155,6 +160,12 @@ def make_plan(
         "forecast": forecast(out, total_img),
         "warnings": warnings(config, dataset, total_img),
     }
+
+
+def num_ranks(config: Config) -> int:
+    """Those that were started, else as many of one machine's eight as the run can have."""
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    return started if started > 1 else max(n for n in valid_world_sizes(config) if n <= 8)
 
 
 def _stages(method: Method) -> list[dict[str, Any]]:
@@ -173,7 +184,7 @@ def _networks(method: Method, exact: bool) -> dict[str, dict[str, Any]]:
     trained = {net for stage in method.stages for nets in stage.players.values() for net in nets}
     table = {}
     for name, net in method.nets.items():
-        live, total = sum(p.numel() for p in net.parameters().values()), net.size()
+        live, total = net.size(trained=True), net.size()
         kept = 0 if name in method.given else live if name in trained else total
         table[name] = {
             "role": "trained" if name in trained else "teacher, frozen" if name in method.given else "average",
@@ -248,6 +259,7 @@ def _activations(plan: dict[str, Any]) -> str:
 
 def render(plan: dict[str, Any]) -> str:
     """The plan for people."""
+    from sdtrain.engine.cost import advice
     from sdtrain.outlook import render_forecast
 
     data, memory = plan["data"], plan["memory_gb_per_rank"]
@@ -269,6 +281,7 @@ def render(plan: dict[str, Any]) -> str:
     lines += [
         f"  memory      {size(memory['weights'])} weights + {size(memory['gradients'])} gradients "
         f"+ {size(memory['optimizer'])} optimizer{_activations(plan)} a rank",
+        f"  engine      {advice(plan['engine'], max(plan['activations_gb'].values(), default=0.0))}",
         f"  disk        {size(plan['checkpoint_gb'])} a checkpoint, {size(plan['disk_gb'])} at most",
     ]
     lines += [f"  weights     {name}: {' '.join(where.values())}" for name, where in plan["weights"].items()]

@@ -129,7 +129,8 @@ class Run(Trainer):
         return waited_sec > PULSE.mark.limit_sec(self.config.timeout, self.slow)
 
     def save(self) -> Path:
-        """Write a checkpoint of this position with all ranks."""
+        """Write a checkpoint of this position with all ranks, whose copies must be alike. Raises `RuntimeError`."""
+        self.engine.check_copies(self.nets)
         with self.stop.saving():
             path = self._save()
         self.saved_step = self.step

@@ -284,7 +284,7 @@ MISTAKES = [
         ":10: metrics.select_by recall cannot choose best/: what metrics.names measures and is better when low: fid",
     ),
     ("sd: 3", None),
-    ("engine: fsdp2", ":10: engine 'fsdp2' is not available in this version: use ddp"),
+    ("engine: deepspeed", None),
     (
         "log_img: 10",
         ":10: log_img 10 is less than one batch of 64, and nothing happens between steps: "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import torch
@@ -125,6 +126,12 @@ def test_a_frozen_network_stays_in_eval_inside_a_training_parent():
     parent.train()
     assert not parent["teacher"].training and not parent["teacher"].norm.training and parent["student"].training
     assert not any(p.requires_grad for p in parent["teacher"].parameters())
+
+
+def test_a_copy_of_a_frozen_network_is_on_its_own():
+    net = freeze(Small())
+    made = copy.deepcopy(net)
+    assert made.train() is made and not made.training and made.eval() is made
 
 
 def test_a_schedule_is_a_function_of_images_seen():

@@ -22,6 +22,7 @@ HARMLESS = (
     *("data.workers", "data.prefetch", "data.cache", "data.max_bad", "data.check", "data.val", "data.test"),
     *("data.allow_pipe", "weights.inception", "weights.alex", "weights.vgg16", "sd.log", "snapshots"),
     *("timeout", "max_time"),
+    *("engine", "shard_teacher", "shard_ranks", "offload_optimizer"),
 )
 
 
@@ -80,8 +81,16 @@ class Config:
     """Arithmetic of the trained networks; weights and averages are fp32 always."""
     tf32: bool = False
     """Let a GPU round the factors of float32 products and convolutions to 10 bits, as official StyleNAT does."""
-    engine: Literal["ddp", "fsdp2", "deepspeed"] = "ddp"
-    """How ranks share a network."""
+    engine: Literal["ddp", "fsdp2", "hsdp", "zero1", "zero2"] | None = None
+    """How ranks share a network. ddp: each holds all of it. zero1: optimizer state is dealt out, zero2: gradients too
+    (both by DeepSpeed), fsdp2: weights too, hsdp: within groups of ranks. null = what accelerate's configuration asks
+    for, else ddp. Checkpoints are the same for all."""
+    shard_teacher: bool = False
+    """fsdp2 and hsdp: averages and teachers are dealt out too; they are then gathered whenever they are called."""
+    shard_ranks: Count | None = None
+    """[ranks] hsdp: neighbours that share one copy of the networks; null = those of one machine."""
+    offload_optimizer: bool = False
+    """zero1 and zero2: optimizer state lives in the memory of the host, where the optimizer then runs."""
     on_nonfinite: Literal["stop", "skip", "clamp"] = "stop"
     """What all ranks do when a loss or gradient is not finite: stop, undo the step, or replace gradients (nan by 0, inf
     by 1e5, as StyleGAN2-ADA does for its float16 layers) and count them."""
@@ -131,10 +140,19 @@ def common_problems(config: Config, world: int | None) -> Iterator[tuple[str, st
     name = config.name
     if not name or len(name) > MAX_NAME or "/" in name or name.startswith(".") or not name.isprintable():
         yield "name", f"name '{clip(name)}' cannot be a folder name: use letters, digits, - and _"
-    if config.engine != "ddp":
-        yield "engine", f"engine '{config.engine}' is not available in this version: use ddp"
+    yield from _engine_problems(config, world)
     if config.data is not None and config.data.train in ("", []):
         yield "data.train", "data.train is empty: give it a folder of shards or a pattern"
+
+
+def _engine_problems(config: Config, world: int | None) -> Iterator[tuple[str, str]]:
+    engine = config.engine or "ddp"
+    owners = {"shard_teacher": "fsdp2, hsdp", "shard_ranks": "hsdp", "offload_optimizer": "zero1, zero2"}
+    for key, wanted in owners.items():
+        if getattr(config, key) and config.engine and engine not in wanted:
+            yield f"{key}, engine", f"{key} means nothing to engine {engine}: it belongs to {wanted}"
+    if world and config.shard_ranks and world % config.shard_ranks:
+        yield "shard_ranks", f"shard_ranks {config.shard_ranks} does not divide {world} ranks"
 
 
 def _metric_problems(config: Config) -> Iterator[tuple[str, str]]:

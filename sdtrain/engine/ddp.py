@@ -20,6 +20,7 @@ from sdtrain.engine.net import LocalNet
 from sdtrain.engine.phases import PhaseEngine
 from sdtrain.engine.player import BasePlayer, Span
 from sdtrain.engine.ranks import sum_over_ranks, world
+from sdtrain.engine.sums import SumPlayer
 
 
 class DdpNet(LocalNet):
@@ -37,41 +38,6 @@ class DdpNet(LocalNet):
         """Buffers stay ours: pass state is summed over ranks by the ledger of `models/ghost.py`."""
         if self.parameters():  # DDP refuses a network in which nothing is trained
             self.wrapped = DistributedDataParallel(self.module, broadcast_buffers=False, gradient_as_bucket_view=True)
-
-
-class ExactPlayer(BasePlayer):
-    """Every chunk is one ghost; its gradient goes into a float64 sum at once."""
-
-    sums: list[Tensor | None]
-
-    def clear(self) -> None:
-        super().clear()
-        self.sums = []
-
-    def backward(self, loss: Tensor, share: float) -> None:
-        """`loss`: a scalar. Its gradient moves into the float64 sums."""
-        loss.backward()
-        if not self.sums:
-            self.sums = [None if p.grad is None else p.grad.double() for p in self.params]
-        else:
-            self.sums = [_plus(held, p.grad) for held, p in zip(self.sums, self.params)]
-        super().clear()  # else autograd would add the next ghost to this one in the parameters' own precision
-
-    def finish(self, phase: Phase, num_chunks: int) -> None:
-        """The mean over all ghosts of all ranks, rounded to the parameters' precision once."""
-        pairs = zip(self.sums, self.params)
-        # a parameter that no loss has reached takes part: all ranks must add up the same list
-        sums = [torch.zeros_like(p, dtype=torch.float64) if held is None else held for held, p in pairs]
-        sum_over_ranks(sums)
-        torch._foreach_div_(sums, num_chunks * world())
-        for p, mean in zip(self.params, sums):
-            p.grad = mean.to(p.dtype)
-
-
-def _plus(held: Tensor | None, gradient: Tensor | None) -> Tensor | None:
-    if gradient is None:
-        return held
-    return gradient.double() if held is None else held.add_(gradient)
 
 
 class FastPlayer(BasePlayer):
@@ -120,7 +86,7 @@ class Ddp(PhaseEngine):
         return DdpNet(placed) if trained else LocalNet(placed)
 
     def player(self, nets: Sequence[Net], options: Optimizer, span: Span, lazy: int | None) -> BasePlayer:
-        return (ExactPlayer if self.exact else FastPlayer)(nets, options, span, lazy)
+        return (SumPlayer if self.exact else FastPlayer)(nets, options, span, lazy)
 
     def modules(self, nets: Mapping[str, Net]) -> list[nn.Module]:
         return [net.module for net in nets.values() if isinstance(net, LocalNet)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import MethodType
+
 import torch
 from torch import nn
 
@@ -40,5 +42,5 @@ def update_ema(ema: nn.Module, net: nn.Module, beta: float) -> None:
 def freeze(net: nn.Module) -> nn.Module:
     """Teachers and averages are in eval mode for good: no gradients, and a parent's `.train()` does not reach them."""
     net.eval().requires_grad_(False)
-    net.train = lambda mode=True: net  # type: ignore[method-assign]
+    net.train = MethodType(lambda self, mode=True: self, net)  # type: ignore[method-assign]  # a copy gets its own
     return net

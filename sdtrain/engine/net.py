@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -37,13 +37,22 @@ class LocalNet:
         """See `contracts.Net`."""
         return own_tensors(self.module)
 
+    def copied(self) -> dict[str, Tensor]:
+        """What every rank holds a copy of, [...] by official name."""
+        return own_tensors(self.module)
+
     def load(self, tensors: Tensors, where: str) -> None:
         """Tensors [...] by official name. Raises `RunError` naming the first difference."""
         load_strictly(self.module, tensors, where)
 
     def follow(self, other: Net, beta: float) -> None:
-        assert isinstance(other, LocalNet)  # an average is held as its student is
-        update_ema(self.module, other.module, beta)
+        assert isinstance(other, LocalNet)
+        with other.gathered():
+            update_ema(self.module, other.module, beta)
+
+    def gathered(self) -> AbstractContextManager[None]:
+        """Its module is complete inside. Entered by all ranks together."""
+        return nullcontext()
 
     def freeze(self) -> None:
         freeze(self.module)
@@ -51,8 +60,8 @@ class LocalNet:
     def parameters(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.module.named_parameters() if p.requires_grad}
 
-    def size(self) -> int:
-        return sum(p.numel() for p in self.module.parameters())
+    def size(self, trained: bool = False) -> int:
+        return sum(p.numel() for p in self.module.parameters() if p.requires_grad or not trained)
 
 
 def own_tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -66,10 +75,14 @@ def load_strictly(module: nn.Module, tensors: Tensors, where: str) -> None:
 
     Raises `RunError` naming the first difference.
     """
-    wanted = own_tensors(module)
+    require_fit(own_tensors(module), tensors, where)
+    module.load_state_dict(tensors, strict=False)  # only frozen parts can be missing, everything else was compared
+
+
+def require_fit(wanted: Tensors, tensors: Tensors, where: str) -> None:
+    """Both have the same names and shapes [...]. Raises `RunError` naming the first difference."""
     wrong = [k for k in wanted if k not in tensors or tensors[k].shape != wanted[k].shape]
     wrong += [k for k in tensors if k not in wanted]
     if wrong:
         what = f"tensor {wrong[0]} and {len(wrong) - 1} more do not fit this network"
         raise RunError(f"{where}: {what}; is it of another configuration?")
-    module.load_state_dict(tensors, strict=False)  # only frozen parts can be missing, everything else was compared

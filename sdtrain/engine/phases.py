@@ -6,6 +6,8 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,15 +15,31 @@ from torch import nn
 from sdtrain.config.options import Optimizer
 from sdtrain.contracts import Chunk, Loss, Net, Phase, Stage, Terms
 from sdtrain.engine.meter import Meter
-from sdtrain.engine.nonfinite import clamp_nonfinite
+from sdtrain.engine.net import LocalNet
 from sdtrain.engine.player import BasePlayer, Span, only_training
 from sdtrain.engine.pulse import PULSE
-from sdtrain.engine.ranks import agree_max, gather_objects, rank, sum_over_ranks
+from sdtrain.engine.ranks import agree_max, first_difference, gather_objects, rank, sum_over_ranks
 from sdtrain.models.ghost import close_phase, next_chunk, open_phase
 
 
 class NonFinite(RuntimeError):
     """A loss or gradient was not finite; no optimizer of this phase has moved on any rank."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sharing:
+    """What engines that share networks out can be told."""
+
+    name: str = "ddp"
+    """The engine's."""
+    ranks: int | None = None
+    """Ranks that share one copy of a network; None = all."""
+    teacher: bool = False
+    """Averages and teachers are dealt out too."""
+    stage: int = 0
+    """ZeRO's."""
+    offload: bool = False
+    """Optimizer state lives in the memory of the host."""
 
 
 class PhaseEngine(ABC):
@@ -34,12 +52,18 @@ class PhaseEngine(ABC):
         precision: str = "fp32",
         exact: bool = True,
         clamp: bool = False,
+        sharing: Sharing | None = None,
     ) -> None:
         """`options`: by player. `exact`: one ghost a chunk, sums in float64. `clamp`: repair gradients, never stop."""
+        self.sharing = sharing or Sharing()
         self.device, self.options, self.exact, self.clamp = device, options, exact, clamp
         self.bf16 = precision == "bf16"
         self.players: dict[str, BasePlayer] = {}
         self.meter = Meter()
+
+    def described(self) -> dict[str, Any]:
+        """What is used, for environment.json and the log."""
+        return {**asdict(self.sharing), "class": type(self).__name__, "precision": "bf16" if self.bf16 else "fp32"}
 
     @abstractmethod
     def net(self, module: nn.Module, trained: bool = True) -> Net:
@@ -54,6 +78,8 @@ class PhaseEngine(ABC):
         """What holds the layers that have pass state."""
 
     def begin(self, stage: Stage, start_img: int, nets: Mapping[str, Net], lazy: Mapping[str, int]) -> None:
+        for player in self.players.values():
+            player.close()
         span = (start_img, stage.end_img)
         self.players = {
             name: self.player([nets[net] for net in own], self.options[name], span, lazy.get(name))
@@ -62,6 +88,13 @@ class PhaseEngine(ABC):
         for player in self.players.values():
             player.clear()
         self.layers = self.modules(nets)
+
+    def check_copies(self, nets: Mapping[str, Net]) -> None:
+        """Networks of which every rank holds a copy are the same on all. Raises `RuntimeError` on all ranks."""
+        copies = {n: net.copied() for n, net in nets.items() if isinstance(net, LocalNet)}
+        found = first_difference({f"{n}: {k}": t for n, tensors in copies.items() for k, t in tensors.items()})
+        if found:
+            raise RuntimeError(f"ranks hold different copies of {found}; nothing was saved: resume the last checkpoint")
 
     def run(self, phase: Phase, chunks: Sequence[Chunk]) -> Terms:
         """See `contracts.Engine`. Raises `NonFinite` on all ranks together, before its optimizer moves."""
@@ -72,7 +105,7 @@ class PhaseEngine(ABC):
             open_phase(*self.layers)
             terms = self._backward(phase, player, chunks)
             if self.clamp:
-                terms[f"{phase.name}/clamped"] = clamp_nonfinite(player.gradients())
+                terms[f"{phase.name}/clamped"] = player.clamp()
             finite = self.clamp or self._agree_finite(player, terms)
             # before the raise: a phase that comes to nothing must leave no trace in running statistics either
             close_phase(*self.layers, sum_over_ranks=sum_over_ranks, apply=finite)

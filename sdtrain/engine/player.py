@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sdtrain.config.options import Optimizer
 from sdtrain.config.schedule import value_at
 from sdtrain.contracts import Net, Phase, Tensors
+from sdtrain.engine.nonfinite import clamp_nonfinite
 from sdtrain.losses.regularizers import lazy_adam
 
 Span = tuple[int, int]  # images at the beginning and at the end of a stage
@@ -29,6 +30,7 @@ class BasePlayer(ABC):
             for key, p in net.parameters().items()
         }
         self.params = list(self.named.values())
+        self.leaves = self.params  # what autograd differentiates by; sharded networks compute with other tensors
         self.optimizer = make_optimizer(self.params, *self.settings(span[0]), options)
 
     def settings(self, seen_img: int) -> tuple[float, tuple[float, float]]:
@@ -65,9 +67,22 @@ class BasePlayer(ABC):
         for p in self.params:
             p.grad = None
 
+    def ask(self, wanted: bool) -> None:
+        """Whether its parameters ask for gradients."""
+        for p in self.leaves:
+            p.requires_grad_(wanted)
+
+    def close(self) -> None:
+        """The stage is over: let go of what outlives a list of parameters."""
+        self.clear()
+
     def gradients(self) -> list[Tensor]:
         """Those that are there, shapes [...] as the parameters'."""
         return [p.grad for p in self.params if p.grad is not None]
+
+    def clamp(self) -> Tensor:
+        """Make every element of the averaged gradient finite; how many were not, an int64 scalar."""
+        return clamp_nonfinite(self.gradients())
 
     def clip_gradients(self) -> None:
         """Shorten the averaged gradient to `clip_norm`, all parameters together; 0 leaves it."""
@@ -111,12 +126,12 @@ def make_optimizer(
 @contextmanager
 def only_training(player: BasePlayer, players: Sequence[BasePlayer]) -> Iterator[None]:
     """The fence: while `player` trains, no parameter of the others asks for a gradient, and none has one."""
-    others = [p for other in players if other is not player for p in other.params]
-    for p in others:
-        p.requires_grad_(False)
+    others = [other for other in players if other is not player]
+    for other in others:
+        other.ask(False)
     try:
         yield
     finally:
-        for p in others:
-            p.requires_grad_(True)
+        for other in others:
+            other.ask(True)
         player.clear()

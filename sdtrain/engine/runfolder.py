@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdtrain.engine import starts
+from sdtrain.engine.launcher import said
 from sdtrain.engine.precision import described
 from sdtrain.engine.ranks import gather_objects, is_main, world
 from sdtrain.engine.restart import lines_of, position
@@ -150,9 +151,10 @@ class RunFolder:
             with self.writing(self.path / name):
                 write_json(self.path / name, value, default=str)
 
-    def note_environment(self, weights: dict[str, Any], threads: list[int]) -> None:
+    def note_environment(self, weights: dict[str, Any], threads: list[int], engine: dict[str, Any]) -> None:
         """Add this start to environment.json; earlier starts are kept."""
-        self.write_json(starts.FILE, {"starts": [*self._starts(), environment(weights, threads)]})
+        used = {**environment(weights, threads), "engine": engine, "launcher": said()}
+        self.write_json(starts.FILE, {"starts": [*self._starts(), used]})
 
     def note_finished(self) -> None:
         """Add to this start that it came to the end of the run."""
@@ -188,7 +190,7 @@ def environment(weights: dict[str, Any], threads: list[int]) -> dict[str, Any]:
         except PackageNotFoundError:
             return "absent"
 
-    packages = "sdtrain torch torchvision accelerate webdataset lpips numpy".split()
+    packages = "sdtrain torch torchvision accelerate deepspeed webdataset lpips numpy".split()
     return {
         "time": now(),
         "command": sys.argv,
