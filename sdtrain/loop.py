@@ -36,6 +36,7 @@ def train(run: Run) -> int:
                     raise Interrupted
                 if run.due(run.config.save_img):
                     run.save()
+                    run.give_way()
         return finish(run)
     except Interrupted:
         return stopped(run)

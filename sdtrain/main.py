@@ -198,7 +198,7 @@ def other_teachers(config: Config, out: Path) -> Iterator[Difference]:
     for key in method(config.method).teacher_keys:
         file, sha256 = noted_weights(out, key)
         if file.is_file() and (now := sha256_of(file)) != sha256:
-            yield Difference(key, f"{file} of sha256 {sha256[:12]}", now[:12])
+            yield Difference(key, f"{file.name} of sha256 {sha256[:12]}", f"sha256 {now[:12]}")
 
 
 def write_down(run: Run, plan: dict[str, Any] | None, used: dict[str, Any]) -> None:

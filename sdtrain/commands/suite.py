@@ -44,6 +44,7 @@ examples:
 
 The same command goes on where it stopped. Suites lie in configs/suites; a file of yours does as well."""
 LOCK = ".lock"
+ENGINE = "engine"  # a run writes down the one it has used, and all train to the same weights
 AFTER = dict.fromkeys((EXIT_REQUEUE, EXIT_INTERRUPTED), "the same command goes on there")
 MEND = "its last words say why; the same command goes on there"
 PROGRAM = Path(__file__).resolve().parents[1] / "main.py"
@@ -208,11 +209,13 @@ def working_on(suite: Suite) -> str:
 
 def finished(member: Member) -> bool:
     """Whether the newest start of the run came to its end, asked as it is now and with the teacher that there is."""
-    from sdtrain.config.compare import dump
+    from sdtrain.config.compare import differences, read_tree, to_tree
 
-    written, ended = member.out / "config.yaml", "finished" in last_start(member.out)
-    same = ended and written.is_file() and written.read_text() == dump(member.config)
-    return same and not any(other_teachers(member.config, member.out))
+    written = member.out / "config.yaml"
+    if "finished" not in last_start(member.out) or not written.is_file():
+        return False
+    changed = (d for d in differences(read_tree(written), to_tree(member.config)) if d.key != ENGINE)
+    return not any(changed) and not any(other_teachers(member.config, member.out))
 
 
 def state(suite: Suite, member: Member) -> str:

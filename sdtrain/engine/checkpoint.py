@@ -26,6 +26,7 @@ from torch import Tensor
 
 from sdtrain.contracts import Tensors
 from sdtrain.engine.ranks import gather_objects, is_main
+from sdtrain.engine.writing import cannot_write
 from sdtrain.errors import RunError
 from sdtrain.files import (
     fault_point,
@@ -41,6 +42,7 @@ from sdtrain.files import (
 )
 
 MARKER = "complete.json"
+UNFINISHED = ".writing-"
 STATE = "state.json"
 
 
@@ -108,7 +110,7 @@ def save_checkpoint(
     checkpoints are untouched then.
     """
     final = write_folder(root, seen_img, shared, state, ghosts)
-    together(lambda: _tidy(root, final, keep) if is_main() else None, final)
+    together(lambda: _tidy(root, final, keep) if is_main() else None, final, root.parent)
     return final
 
 
@@ -123,13 +125,13 @@ def write_folder(
 
     `shared`: {file: {name: [...]}}, `ghosts`: {ghost: {name: [...]}}; any shapes and devices.
     """
-    final, tmp, ghosts = root / f"img_{seen_img:09d}", root / f".writing-img_{seen_img:09d}", ghosts or {}
+    final, tmp, ghosts = root / f"img_{seen_img:09d}", root / f"{UNFINISHED}img_{seen_img:09d}", ghosts or {}
     needed = sum(t.nbytes for tensors in [*shared.values(), *ghosts.values()] for t in tensors.values())
-    together(lambda: _begin(tmp) if is_main() else None, tmp, needed)
+    together(lambda: _begin(tmp) if is_main() else None, tmp, root.parent, needed)
     mine = (shared, state) if is_main() else ({}, None)
-    files = together(lambda: _write_files(tmp, mine[0], ghosts, mine[1]), tmp, needed)
+    files = together(lambda: _write_files(tmp, mine[0], ghosts, mine[1]), tmp, root.parent, needed)
     listed = {name: facts for part in files for name, facts in part.items()}
-    together(lambda: _commit(tmp, final, listed) if is_main() else None, tmp, needed)
+    together(lambda: _commit(tmp, final, listed) if is_main() else None, tmp, root.parent, needed)
     return final
 
 
@@ -146,7 +148,7 @@ def _commit(tmp: Path, final: Path, files: Mapping[str, Any]) -> None:
     write_json(tmp / MARKER, {"files": files})
     fault_point("after-marker")
     if final.exists():  # it was refused when this run resumed from an older one, or it holds this very position
-        os.rename(final, final.with_name(f".writing-old-{final.name}"))
+        os.rename(final, final.with_name(f"{UNFINISHED}old-{final.name}"))
         fault_point("between-renames")
     os.rename(tmp, final)
     sync_folder(final.parent)
@@ -173,33 +175,23 @@ def _write_files(
     return {name: digest(folder / name) for name in names}
 
 
-def together(action: Callable[[], Any], folder: Path, needed: int = 0) -> list[Any]:
+def together(action: Callable[[], Any], folder: Path, run_folder: Path, needed: int = 0) -> list[Any]:
     """Run `action` on every rank, and wait for all; if it failed on one, all raise the same `RunError`.
 
     An unfinished `folder` is removed then; `needed` bytes are part of the message.
     """
-    mine, problem = None, None
+    mine, problem = None, ""
     try:
         mine = action()
     except OSError as error:
-        problem = f"{error.strerror or error}"
-    results = gather_objects((mine, problem, needed))
-    if problem := next((p for _, p, _ in results if p), None):
-        if is_main() and folder.name.startswith(".writing-"):
+        wanted = folder.with_name(folder.name.removeprefix(UNFINISHED))
+        problem = cannot_write(wanted, error, run_folder, needed)
+    results = gather_objects((mine, problem))
+    if problem := next((p for _, p in results if p), ""):
+        if is_main() and folder.name.startswith(UNFINISHED):
             shutil.rmtree(folder, ignore_errors=True)
-        raise RunError(_cannot_write(folder, problem, max(n for _, _, n in results)))
-    return [result for result, _, _ in results]
-
-
-def _cannot_write(folder: Path, problem: str, needed: int) -> str:
-    there = next(path for path in folder.parents if path.exists())
-    free = shutil.disk_usage(there).free
-    kind = folder.parent.name.removesuffix("s")  # checkpoint or snapshot
-    return (
-        f"cannot write the {kind} {folder.name.removeprefix('.writing-')} in {folder.parent}: {problem}; it needs "
-        f"{needed} bytes ({needed / 1e9:.3f} GB), {free} bytes ({free / 1e9:.3f} GB) are free; earlier checkpoints are "
-        "untouched; free some space and start the same command again"
-    )
+        raise RunError(problem)
+    return [result for result, _ in results]
 
 
 def retain(root: Path, keep: int) -> None:
@@ -211,7 +203,7 @@ def retain(root: Path, keep: int) -> None:
     if root.is_symlink():
         return
     sweep(root)
-    for leftover in root.glob(".writing-*"):
+    for leftover in root.glob(f"{UNFINISHED}*"):
         if leftover.is_symlink():
             leftover.unlink()
         shutil.rmtree(leftover, ignore_errors=True)

@@ -13,6 +13,7 @@ else opens it. Commands that only read a run do not ask.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import logging
@@ -40,6 +41,7 @@ class FolderLock:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._fd = -1
+        self._made = False  # whether the folder is ours alone, and to be taken away when nothing comes of it
 
     def __enter__(self) -> FolderLock:
         problem = gather_objects(self._take() if is_main() else None)[0]
@@ -48,22 +50,41 @@ class FolderLock:
             raise RunError(problem)
         return self
 
-    def __exit__(self, *problem: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._fd >= 0:
             os.ftruncate(self._fd, 0)
+        if kind and self._made:
+            with contextlib.suppress(OSError):  # gone already
+                self._take_away()
         self._close()
+
+    def _take_away(self) -> None:
+        if os.listdir(self._folder) == [NAME]:
+            (self._folder / NAME).unlink()
+            self._folder.rmdir()
 
     def _take(self) -> str | None:
         """Why it cannot be had, or None."""
         try:
+            self._made = self._made or not self._folder.exists()
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             return f"{self._folder}: the run folder cannot be written ({error.strerror}); choose another with --out"
         try:
             self._fd = os.open(self._folder / NAME, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
-            return self._lock()
+            problem = self._lock()
         except OSError as error:
             return f"{self._folder / NAME} cannot be locked ({error.strerror}); choose another run folder with --out"
+        if problem or self._is_there():
+            return problem
+        self._close()
+        return self._take()  # the one who held it has taken file and folder away
+
+    def _is_there(self) -> bool:
+        try:
+            return os.path.samestat(os.stat(self._folder / NAME), os.fstat(self._fd))
+        except OSError:
+            return False
 
     def _lock(self) -> str | None:
         try:

@@ -65,7 +65,7 @@ def set_aside(folder: Path) -> Path | None:
     Raises `RunError` on every rank when that fails.
     """
     aside = folder / time.strftime("before-%Y%m%d-%H%M%S")
-    moved: Path | None = together(lambda: _move(folder, aside) if is_main() else None, aside)[0]
+    moved: Path | None = together(lambda: _move(folder, aside) if is_main() else None, aside, folder)[0]
     return moved
 
 

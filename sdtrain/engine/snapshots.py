@@ -31,13 +31,15 @@ def save_snapshot(root: Path, seen_img: int, nets: Mapping[str, Mapping[str, Ten
     Raises `RunError` on every rank when it cannot be written.
     """
     final = write_folder(root, seen_img, nets)
-    together(lambda: retain(root, 0) if is_main() else None, final)  # keeps all, removes what was interrupted
+    # keeps all, removes what was interrupted
+    together(lambda: retain(root, 0) if is_main() else None, final, root.parent)
     return final
 
 
 def cut_back(root: Path, seen_img: int) -> None:
     """Remove what lies later than `seen_img`: the run that goes on from there writes it again. All ranks together."""
-    together(lambda: _remove_later(root, seen_img) if is_main() else None, root / f"img_{seen_img:09d}")
+    at = root / f"img_{seen_img:09d}"
+    together(lambda: _remove_later(root, seen_img) if is_main() else None, at, root.parent)
 
 
 def _remove_later(root: Path, seen_img: int) -> None:

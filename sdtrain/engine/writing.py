@@ -49,11 +49,12 @@ def on_main(action: Callable[[], None], path: Path) -> None:
         raise RunError(told)
 
 
-def cannot_write(path: Path, error: OSError, run_folder: Path | None = None) -> str:
-    """What failed, how much is free, what is safe and what to do."""
+def cannot_write(path: Path, error: OSError, run_folder: Path | None = None, needed: int = 0) -> str:
+    """What failed, how much it needs (where that is known) and how much is free [bytes], what is safe, what to do."""
     there = next((folder for folder in path.parents if folder.exists()), Path("/"))
     free = shutil.disk_usage(there).free
-    said = f"cannot write {path}: {error.strerror or error} ({free / 1e9:.3f} GB are free in {there})"
+    room = f"{f'it needs {needed} bytes, ' if needed else ''}{free} bytes are free in {there}"
+    said = f"cannot write {path}: {error.strerror or error} ({room})"
     if run_folder is None:
         return f"{said}; make room, or give the folder back, and start the same command again"
     if not run_folder.exists():

@@ -41,15 +41,16 @@ def index_findings(
     findings = [(INDEX_NAME, name, f"shard is listed, but not in the manifest; {REINDEX}") for name in strangers]
     if not findings and listed != index.shards.tolist():
         findings.append((INDEX_NAME, "", f"it lists other shards than the manifest, or in another order; {REINDEX}"))
-    findings += [
+    wrong_sizes = [
         (INDEX_NAME, name, f"it says that the shard has {size} bytes, the shard has {actual}; {REINDEX}")
         for name, size in zip(index.shards.tolist(), index.shard_sizes.tolist(), strict=True)
         if size != (actual := sizes.get(name, size))
     ]
-    return findings + [
+    told = {name for _, name, _ in wrong_sizes}
+    return [*findings, *wrong_sizes] + [
         (INDEX_NAME, name, f"index differs from the shard; {REINDEX}")
         for name, found in shards.items()
-        if name not in number or not _same_rows(index, number[name], found)
+        if name not in number or name not in told and not _same_rows(index, number[name], found)
     ]
 
 
