@@ -20,6 +20,16 @@ def visible(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
 
 
+def printable(text: str) -> str:
+    """The text on one line: line ends and tabs are written out too."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def clip(text: str, width: int = 80) -> str:
+    """At most `width` characters of a text, which is not so short when they must be written out, on one line."""
+    return printable(text if len(text) <= width else f"{text[: width - 3]}...")
+
+
 class Visible:
     """A stream that is given `visible` text only; a return to the start of the line counts where a text begins."""
 

@@ -14,8 +14,9 @@ from sdtrain.config.load import load_config
 from sdtrain.config.markdown import page
 from sdtrain.config.messages import NO_VALUE, value_at
 from sdtrain.config.reference import PLAYER, Key, yaml_line
-from sdtrain.config.words import clip, nearest
+from sdtrain.config.words import nearest
 from sdtrain.errors import EXIT_OK, ConfigError
+from sdtrain.terminal import clip
 
 WIDTH = 118
 

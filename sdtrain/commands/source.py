@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdtrain.config.words import clip, is_address
+from sdtrain.config.words import is_address
 from sdtrain.errors import ConfigError
 from sdtrain.files import read_json
+from sdtrain.terminal import clip
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -12,9 +12,10 @@ from typing import Any
 
 from sdtrain.config.find import read_written
 from sdtrain.config.keys import HARMLESS, Config
-from sdtrain.config.words import MAX_PROBLEMS, clip, report
+from sdtrain.config.words import MAX_PROBLEMS, report
 from sdtrain.config.yaml_source import Tree, dump_tree
 from sdtrain.errors import ConfigError
+from sdtrain.terminal import clip
 
 
 def to_tree(config: Any) -> Any:

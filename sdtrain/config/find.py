@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
-from sdtrain.config.words import clip, nearest
+from sdtrain.config.words import nearest
 from sdtrain.config.yaml_source import MAX_BYTES, Source, merge, read_text, too_long
 from sdtrain.errors import ConfigError
 from sdtrain.files import open_regular
+from sdtrain.terminal import clip
 
 CONFIG_FOLDERS = (Path("configs"), Path(__file__).resolve().parents[2] / "configs")
 SUITES = "suites/"  # in configs/; no configurations

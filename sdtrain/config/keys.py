@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from sdtrain.config.options import Count, CountOrZero, Data, Duration, Ema, Images, Metrics, Optimizer, Weights
 from sdtrain.config.schedule import Schedule, out_of_order
 from sdtrain.config.sizes import size_problems
-from sdtrain.config.words import clip, nearest
+from sdtrain.config.words import nearest
 from sdtrain.metrics.table import METRICS
+from sdtrain.terminal import clip
 
 INTERVALS = ("log_img", "sample_img", "eval_img", "save_img")
 MAX_RANKS = 1 << 16

@@ -27,9 +27,10 @@ from sdtrain.config.declare import ROLES
 from sdtrain.config.find import RUN_CONFIG, find_config, read_with_bases, read_written
 from sdtrain.config.keys import Config, common_problems
 from sdtrain.config.schema import Schema
-from sdtrain.config.words import clip, dotted, is_address, nearest, report, show
+from sdtrain.config.words import dotted, is_address, nearest, report, show
 from sdtrain.config.yaml_source import KeyPath, Source, merge, parse_overrides
 from sdtrain.errors import ConfigError
+from sdtrain.terminal import clip
 
 
 def load_config(path_or_name: str | Path, overrides: Iterable[str] = (), world: int | None = None) -> Config:

@@ -27,9 +27,10 @@ from sdtrain.config.keys import MAX_NAME, Config
 from sdtrain.config.load import read_config, resolve, validated
 from sdtrain.config.messages import NO_VALUE, value_at
 from sdtrain.config.options import CountOrZero
-from sdtrain.config.words import clip, report
+from sdtrain.config.words import report
 from sdtrain.config.yaml_source import KeyPath, Source, merge, parse_overrides
 from sdtrain.errors import ConfigError
+from sdtrain.terminal import clip
 
 TEACHER = "teacher"
 ARM = re.compile(rf"(?!.*seed)[A-Za-z0-9][A-Za-z0-9_.-]{{0,{MAX_NAME - 20}}}", re.IGNORECASE)  # reports group by seed

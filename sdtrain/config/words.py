@@ -6,13 +6,9 @@ import difflib
 from collections.abc import Iterable
 from typing import Any
 
+from sdtrain.terminal import clip
+
 MAX_WORD, MAX_PROBLEMS = 100, 30  # longer words resemble no name; more lines help nobody
-
-
-def clip(text: str, width: int = 80) -> str:
-    """At most `width` characters of a text, all of them printable."""
-    text = text if len(text) <= width else f"{text[: width - 3]}..."
-    return text if text.isprintable() else text.encode("unicode_escape").decode()
 
 
 def is_address(value: object) -> bool:

@@ -15,8 +15,9 @@ from typing import Any
 
 import yaml
 
-from sdtrain.config.words import clip, dotted
+from sdtrain.config.words import dotted
 from sdtrain.errors import ConfigError
+from sdtrain.terminal import clip
 
 KeyPath = tuple[str, ...]
 Tree = dict[str, Any]

@@ -9,6 +9,7 @@ from typing import Any, BinaryIO
 
 from sdtrain.errors import WeightsError
 from sdtrain.files import open_regular
+from sdtrain.terminal import clip
 
 MAX_FILE_BYTES = 16 << 30
 MAX_CARD_BYTES = 1 << 20
@@ -78,9 +79,7 @@ def max_header(num_bytes: int) -> int:
 
 def quoted(text: Any) -> str:
     """Text of a file for a message: one line, no control characters, not long."""
-    said = str(text)[: MAX_QUOTED + 1]
-    said = said if said.isprintable() else ascii(said)[1:-1]
-    return said if len(said) <= MAX_QUOTED else said[:MAX_QUOTED] + "..."
+    return clip(str(text), MAX_QUOTED)
 
 
 def refuse(source: str, what: str) -> WeightsError:

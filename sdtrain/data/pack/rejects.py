@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from sdtrain.data.read.tars import printable
 from sdtrain.errors import DataError
+from sdtrain.terminal import printable
 
 Rejected = Sequence[Sequence[str]]  # (file, reason) each; what stands before the colon of a reason is its kind
 

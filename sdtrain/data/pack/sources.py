@@ -9,9 +9,9 @@ from pathlib import Path, PurePosixPath
 
 from sdtrain.data.read.budget import LIMITS, LIST_BYTES, PictureLimits
 from sdtrain.data.read.images import ImageRejected, is_image_name, read_file, refuse_bytes
-from sdtrain.data.read.tars import printable
 from sdtrain.errors import DataError
 from sdtrain.files import read_within
+from sdtrain.terminal import printable
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _print_table(findings: list[tuple[str, str, str]]) -> None:
     from sdtrain.data.pack.checking import totals
-    from sdtrain.data.read.tars import printable
+    from sdtrain.terminal import printable
 
     print(f"{len(findings)} damaged places\n{'damage':>7}  {'shard':<24} first finding")
     for shard, count in totals(findings)[:SHOWN]:

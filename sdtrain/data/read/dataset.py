@@ -24,9 +24,9 @@ from sdtrain.data.read.images import ImageRejected, decode_image, refuse_bytes
 from sdtrain.data.read.index import INDEX_NAME, Index, build_index, load_index
 from sdtrain.data.read.manifest import MANIFEST_NAME, read_manifest
 from sdtrain.data.read.patterns import expand
-from sdtrain.data.read.tars import printable
 from sdtrain.errors import DataError
 from sdtrain.files import MAX_JSON, Stamp, open_regular, stamp_of
+from sdtrain.terminal import printable
 
 PROBES = 8
 

@@ -15,9 +15,10 @@ from pathlib import Path
 import numpy as np
 
 from sdtrain.data.read.budget import INDEX_BYTES
-from sdtrain.data.read.tars import Member, printable, scan_tar
+from sdtrain.data.read.tars import Member, scan_tar
 from sdtrain.errors import DataError
 from sdtrain.files import open_regular, write_bytes
+from sdtrain.terminal import printable
 
 IMAGE_EXTS = ("png", "jpg", "jpeg", "webp", "bmp", "tif", "tiff", "gif", "ppm")
 INDEX_NAME = "index.npz"

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sdtrain.data.read.tars import printable
 from sdtrain.errors import DataError
 from sdtrain.files import read_json
+from sdtrain.terminal import printable
 
 MANIFEST_NAME = "manifest.json"
 LARGEST_SIDE = 1 << 16

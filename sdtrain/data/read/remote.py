@@ -18,9 +18,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from sdtrain.data.read.budget import DOWNLOAD_BYTES
-from sdtrain.data.read.tars import printable
 from sdtrain.errors import DataError
 from sdtrain.files import AtomicFile, sha256_of_file
+from sdtrain.terminal import printable
 
 SCHEMES = ("http://", "https://", "s3://", "gs://", "hf://", "pipe:")
 CHUNK = 1 << 20

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sdtrain.files import AtomicFile, open_regular
+from sdtrain.terminal import printable
 
 BLOCK = 512
 KEY_AND_EXT = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$", re.DOTALL)
@@ -172,11 +173,6 @@ def refused_member(member: Member, info: tarfile.TarInfo, pax: dict[str, str]) -
     if member.size > MAX_MEMBER_BYTES:
         return f"refused: {member.size} bytes are more than any picture has"
     return ""
-
-
-def printable(text: str) -> str:
-    """Text for a screen: control characters and broken UTF-8 as escapes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 class ShardWriter:
