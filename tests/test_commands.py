@@ -269,9 +269,9 @@ def test_sample_says_what_a_source_has_not(run_folder, plain_file, tmp_path, cap
     critic = run_folder / "checkpoints" / "img_000000032" / "D.safetensors"
     said = refusal(capsys, "sample", critic, *to)
     assert said == f"sdtrain: {critic} holds a discriminator, which makes no images; give the file of a generator"
-    picture = next((run_folder / "samples").glob("*.png"))
+    Image.new("RGB", (8, 8)).save(picture := tmp_path / "a.png")
     said = refusal(capsys, "upscale", picture, "--model", run_folder, *to)
-    assert said == f"sdtrain: {best} holds fastgan, which draws images from noise; use `sdtrain sample`"
+    assert said == f"sdtrain: {best} holds stylegan2, which draws images from noise; use `sdtrain sample`"
     said = refusal(capsys, "sample", tmp_path / "nothing", *to)
     assert said.endswith("nothing; give a run folder, a checkpoint folder or a weights file")
     monkeypatch.setenv("PATH", str(tmp_path))
