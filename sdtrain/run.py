@@ -108,7 +108,7 @@ class Run(Trainer):
                 self.bad_samples = stream.bad
 
     def next_of(self, stream: Stream) -> Batch:
-        """The next batch. Raises `DataError` on every rank when one cannot have its images; the state is saved then."""
+        """The next batch. Raises `RunError` on every rank when one cannot have its images; the state is saved then."""
         problem, batch = "", None
         try:
             batch = next(stream)
@@ -120,7 +120,7 @@ class Run(Trainer):
         problem = next(filter(None, gather_objects(problem)))
         if self.step and self.saved_step != self.step:
             problem += f"; {self.save()} was kept"
-        raise DataError(f"{problem}; the same command goes on from the newest checkpoint")
+        raise RunError(f"{problem}; the same command goes on from the newest checkpoint")
 
     def _waited_enough(self, waited_sec: float) -> bool:
         """Whether to give decoding processes up. Raises `Interrupted` where a stop need not wait for them."""

@@ -215,4 +215,4 @@ def test_an_out_folder_that_cannot_be_written_is_named(place: Path, tmp_path: Pa
     out = ["--cfg", str(place / "tiny.yaml"), "--out", str(tmp_path / "file")]
     done = run_jobs(tmp_path, [{"args": out}])[0]
     assert done["code"] == 2 and "Traceback" not in done["said"]
-    assert "the run folder cannot be written (Not a directory); choose another with --out" in done["said"]
+    assert "the run folder cannot be written (File exists); choose another with --out" in done["said"]
