@@ -129,14 +129,18 @@ def test_ctrl_c_ends_a_rank_that_waits_for_others_inside_a_library(place: Path) 
     assert "Traceback" not in said
 
 
+def wait_for_rows(out: Path) -> None:
+    """Until a run that has just been started has logged something."""
+    log, deadline = out / "metrics.jsonl", time.monotonic() + 120
+    while time.monotonic() < deadline and not (log.exists() and log.read_text()):
+        time.sleep(0.3)
+
+
 def test_ctrl_c_for_torchrun_saves_once_on_all_ranks(place: Path) -> None:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "sdtrain/main.py"]
     command = [*launch, *args(place, "both", "--set", "total_img=16000")]
     running = subprocess.Popen(command, cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    log = place / "both" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not (log.exists() and log.read_text()):
-        time.sleep(0.3)
+    wait_for_rows(place / "both")
     running.send_signal(signal.SIGINT)
     said = running.communicate(timeout=60)[0]
     [kept] = re.findall(r"SIGINT: stopped at \d+ images; kept (\S+); the same command goes on from here", said)
@@ -200,10 +204,7 @@ def test_a_run_of_two_ranks_goes_on_with_one_as_if_it_had_always_had_one(
 def test_a_real_signal_at_a_random_moment_is_obeyed_within_seconds(place: Path) -> None:
     command = [sys.executable, "sdtrain/main.py", *args(place, "live", "--set", "total_img=16000")]
     process = subprocess.Popen(command, cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    log = place / "live" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not (log.exists() and log.read_text()):
-        time.sleep(0.3)
+    wait_for_rows(place / "live")
     process.send_signal(signal.SIGUSR1)
     said = process.communicate(timeout=60)[0]
     assert process.returncode == STOPPED, said

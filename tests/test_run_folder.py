@@ -268,7 +268,8 @@ def test_an_orphan_of_the_holder_does_not_keep_the_folder(tmp_path: Path) -> Non
     os.waitpid(pid, 0)
     orphan_pid = int(os.read(ready, 20))
     with FolderLock(tmp_path):
-        os.kill(orphan_pid, 0)  # it still lives
+        assert (Path("/proc") / str(orphan_pid)).exists(), "the orphan ended before its lock could matter"
+        assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
     os.kill(orphan_pid, signal.SIGKILL)
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import GOLDEN
+from fuzz.mutate import zipped
 
 from sdtrain.cli import main
 from sdtrain.errors import WeightsError
@@ -126,14 +127,6 @@ def tensor(held: bytes, offset: int, size: list[int], stride: list[int]) -> byte
     pairs = [b"(" + b"".join(number(n) for n in numbers) + b"t" for numbers in (size, stride)]
     ordered = call(known("collections", "OrderedDict"))
     return call(known("torch._utils", "_rebuild_tensor_v2"), held, number(offset), *pairs, b"\x89", ordered)
-
-
-def zipped(members: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> bytes:
-    out = io.BytesIO()
-    with zipfile.ZipFile(out, "w", compression) as archive:
-        for name, data in members.items():
-            archive.writestr(name, data)
-    return out.getvalue()
 
 
 PAYLOAD = "import os; os.environ['SDTRAIN_PKL_PWNED']='1'"

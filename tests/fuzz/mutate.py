@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import io
+import zipfile
 from collections.abc import Sequence
 from random import Random
 from typing import Any
@@ -109,3 +111,12 @@ def next_to(chance: Random, value: Any) -> Any:
         at = chance.randrange(len(value) + 1)
         return value[:at] + chance.choice(NAMES) + value[at:]
     return value * 2 if isinstance(value, list) else {**value, "extra": 1}
+
+
+def zipped(members: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> bytes:
+    """An archive with these members, in this order."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", compression) as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+    return out.getvalue()

@@ -19,6 +19,7 @@ from random import Random
 from typing import Any
 
 from fuzz.harness import Inputs
+from fuzz.mutate import zipped
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 PICKLES = ("sdgan/sg2_snapshot.pkl", "r3gan/r3_snapshot.pkl", "r3gan/r3_snapshot_legacy.pkl", "sdgan/pg_snapshot.pkl")
@@ -158,14 +159,6 @@ def a_bomb(dice: Random, folder: Path) -> Path:
     if dice.random() < 0.5:
         return written(folder / "a.pkl", data)
     return written(folder / "a.pth", zipped({"a/data.pkl": data}))
-
-
-def zipped(members: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> bytes:
-    out = io.BytesIO()
-    with zipfile.ZipFile(out, "w", compression) as archive:
-        for name, data in members.items():
-            archive.writestr(name, data)
-    return out.getvalue()
 
 
 @cache

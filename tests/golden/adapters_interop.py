@@ -102,7 +102,7 @@ def snapshot(case: Case) -> Iterator[tuple]:
 
 
 def container(case: Case) -> Iterator[tuple]:
-    """StyleNAT containers hold placeholder tensors; roles and values must be those that torch's own loader finds."""
+    """Some tensors of a StyleNAT container are marks; roles and values must be those that torch's own loader finds."""
     import argparse
 
     from sdtrain.interop.official import read_official

@@ -17,11 +17,11 @@ BASE = 16384  # width times resolution of the official networks at channel_multi
 
 def _loaded(case: Case, name: str, module: nn.Module) -> nn.Module:
     """`module` in eval mode with the weights stored under sd.NAME; buffers of ours must equal the official ones."""
-    module.load_state_dict({**_placeholder(module), **case.group(f"sd.{name}.")})
+    module.load_state_dict({**_uninitialised(module), **case.group(f"sd.{name}.")})
     return module.eval()
 
 
-def _placeholder(module: nn.Module) -> dict[str, Tensor]:
+def _uninitialised(module: nn.Module) -> dict[str, Tensor]:
     """The buffer that official code leaves uninitialised is not in the golden files."""
     return {name: value for name, value in module.state_dict().items() if name.endswith("_float_tensor")}
 
