@@ -283,6 +283,8 @@ class Restoration(Method):
 
     task = "restoration"
     inputs: Inputs
+    judges: Mapping[str, str] = {}
+    """Discriminators whose verdicts on the student's images are shown, each under the name that pictures give it."""
 
 
 class Task:

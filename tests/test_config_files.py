@@ -195,7 +195,7 @@ def test_the_limits_leave_room_for_long_lists_of_shards():
 
 @pytest.mark.parametrize("name", ["os", "sdgan.method", "../methods/sdgan", "sdgan/../sdgan", "__init__", "SDGAN", ""])
 def test_only_methods_and_models_that_have_a_folder_can_be_chosen(name: str):
-    assert f"key 'method' must be one of dirac, sdakd, sdgan, not the text '{name}'" in refusal(
+    assert f"key 'method' must be one of dcd, dirac, omgd, sdakd, sdgan, not the text '{name}'" in refusal(
         f"base: dirac\nmethod: '{name}'\n"
     )
     found = refusal(f"base: dirac\nmodel: {{generator: {{kind: '{name}'}}}}\n")

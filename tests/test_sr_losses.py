@@ -124,7 +124,7 @@ def test_weights_of_another_network_and_unknown_layers_are_refused() -> None:
 
 def test_the_omgd_terms_vanish_where_student_and_teacher_agree_except_variation() -> None:
     image = rand(1, 3, 32, 32) * 2 - 1
-    terms = omgd_dcd.omgd_terms(omgd_dcd.response_network(), image, image)
+    (terms,) = omgd_dcd.omgd_terms(omgd_dcd.response_network(), image, image)
     assert terms["style"] == terms["feature"] == 0 and abs(terms["ssim"]) < 1e-6 and terms["tv"] > 0
 
 

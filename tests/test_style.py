@@ -200,7 +200,7 @@ def test_mathematics_knows_nothing_of_the_machinery(name: str):
 
 
 def test_all_of_the_mathematics_is_looked_at():
-    methods = {f"sdtrain.methods.{name}.method" for name in ("dirac", "sdgan", "sdakd")}
+    methods = {f"sdtrain.methods.{name}.method" for name in ("dcd", "dirac", "omgd", "sdakd", "sdgan")}
     assert methods | {"sdtrain.losses.distance", "sdtrain.augment.ada"} <= set(MATHEMATICS) and len(MATHEMATICS) > 30
 
 

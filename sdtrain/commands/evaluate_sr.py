@@ -28,7 +28,7 @@ def run(args: argparse.Namespace, config: Any) -> int:
     config = configured(args, config)
     from sdtrain.engine.ranks import is_main, start_ranks
     from sdtrain.interop.loading import load_network
-    from sdtrain.methods.sdakd.inputs import make_inputs
+    from sdtrain.restoration.inputs import make_inputs
     from sdtrain.tasks.validation import ValidationList
 
     earlier = last_row(args.against)

@@ -62,6 +62,8 @@ class ModelDeclaration:
 
     It takes the keywords it knows and leaves those of other models aside.
     """
+    deepened: Callable[[Any], Any] | None = None
+    """Options of a generator -> those of a deeper one of the same width; None = there is none."""
     feature_weights: str | None = None
     """Name in `sdtrain.weights` of a frozen network inside the discriminator, handed to it as `feature_weights`."""
 

@@ -6,18 +6,17 @@ the published DCD code departs from in several places.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sdtrain.losses.feature import VGGFeatures, gram
+from sdtrain.models.ghost import GhostBatchNorm2d
 
 STYLE_LAYERS = ("relu1_2", "relu2_2", "relu3_3", "relu4_3")
 FEATURE_LAYER = "relu2_2"
-OMGD_WEIGHTS = {"ssim": 10.0, "style": 1e4, "feature": 10.0, "tv": 1e-5}
-DCD_WEIGHTS = {"style": 1e4, "feature": 10.0}
 
 
 def response_network(state: Mapping[str, Tensor] | None = None, seed: int = 0) -> VGGFeatures:
@@ -28,14 +27,16 @@ def response_network(state: Mapping[str, Tensor] | None = None, seed: int = 0) -
     return VGGFeatures(STYLE_LAYERS, state, net="vgg16", imagenet_norm=False, seed=seed)
 
 
-def style_and_feature(vgg: VGGFeatures, student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
+def responses(vgg: VGGFeatures, images: Tensor) -> dict[str, Tensor]:
+    """What the network makes of images [N, 3, H, W] in [-1, 1]: maps [N, C, h, w] by layer."""
+    return vgg((images + 1) / 2)  # type: ignore[no-any-return]
+
+
+def style_and_feature(maps: Mapping[str, Tensor], aims: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """style = sum_l mean |Gram difference|; feature = mean |difference| at relu2_2.
 
-    [N, 3, H, W] in [-1, 1] twice -> two scalars; the gradient reaches the student alone.
+    `responses` of the student and of a teacher, [N, C, h, w] by layer -> two scalars.
     """
-    with torch.no_grad():
-        aims = vgg((teacher + 1) / 2)
-    maps = vgg((student + 1) / 2)
     style = torch.stack([F.l1_loss(gram(maps[name]), gram(aims[name])) for name in STYLE_LAYERS]).sum()
     return {"style": style, "feature": F.l1_loss(maps[FEATURE_LAYER], aims[FEATURE_LAYER])}
 
@@ -80,17 +81,18 @@ def mean_total_variation(x: Tensor) -> Tensor:
     return (x[..., 1:, :] - x[..., :-1, :]).abs().mean() + (x[..., :, 1:] - x[..., :, :-1]).abs().mean()
 
 
-def omgd_terms(vgg: VGGFeatures, student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
-    """The student's terms against ONE teacher, unweighted; the paper adds both teachers up with OMGD_WEIGHTS.
+def omgd_terms(vgg: VGGFeatures, student: Tensor, *teachers: Tensor) -> list[dict[str, Tensor]]:
+    """The student's terms against each teacher, unweighted; the paper adds all up.
 
-    [N, 3, H, W] in [-1, 1] twice -> scalars by name; the gradient reaches the student alone.
+    [N, 3, H, W] in [-1, 1] each -> scalars by name for each teacher; the gradient reaches the student alone.
     """
-    teacher = teacher.detach()
-    return {
-        "ssim": 1 - ssim_zero_padded(student, teacher),
-        **style_and_feature(vgg, student, teacher),
-        "tv": total_variation(student),
-    }
+    maps, tv, found = responses(vgg, student), total_variation(student), []
+    for teacher in teachers:
+        with torch.no_grad():
+            aims = responses(vgg, teacher)
+        ssim = 1 - ssim_zero_padded(student, teacher.detach())
+        found.append({"ssim": ssim, **style_and_feature(maps, aims), "tv": tv})
+    return found
 
 
 def weighted(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
@@ -102,7 +104,21 @@ class Connector(nn.Sequential):
     """1x1 convolution without bias, batch norm, ReLU: to the teacher's channels (OMGD) or D's input (DCD)."""
 
     def __init__(self, c_in: int, c_out: int):
-        super().__init__(nn.Conv2d(c_in, c_out, 1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU())
+        super().__init__(nn.Conv2d(c_in, c_out, 1, bias=False), GhostBatchNorm2d(c_out), nn.ReLU())
+
+
+class Connectors(nn.Module):
+    """One for each distilled layer: {layer: [N, c_in, h, w]} -> {layer: [N, c_out, h, w]}."""
+
+    def __init__(self, layers: Sequence[str], widths: Sequence[tuple[int, int]]):
+        """`widths`: channels in and out, a layer each."""
+        super().__init__()
+        self.layers = tuple(layers)
+        self.connect = nn.ModuleList(Connector(*width) for width in widths)
+
+    def forward(self, maps: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Maps [N, c_in, h, w] by layer -> [N, c_out, h, w] by layer."""
+        return {layer: connector(maps[layer]) for layer, connector in zip(self.layers, self.connect, strict=True)}
 
 
 def channel_distillation(connected: Tensor, f_t: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ from sdtrain.tasks import sr_pictures
 from sdtrain.tasks.validation import HIGHER_IS_BETTER, Upscale, ValidationList
 
 if TYPE_CHECKING:
-    from sdtrain.methods.sdakd.options import Loaded
+    from sdtrain.restoration.options import Loaded
     from sdtrain.run import Run
 
 Values = Mapping[str, float]
@@ -267,9 +267,8 @@ class RestorationTask(Task):
     def histograms(self) -> None:
         """P(real) of every discriminator on images of the student from the first training images of a fixed order."""
         run, seen = self.run, self.run.seen_img
-        judge = self.config.adversary == "teacher"  # it has the teacher's width, and starts from D_T
-        names = {"D_T": "D_T", "D": "D_T_judge" if judge else "D_S"}
-        found = {names[name]: self.d_outputs(run.nets[name]) for name in names if name in run.nets}
+        judges = self.method.judges
+        found = {judges[name]: self.d_outputs(run.nets[name]) for name in judges if name in run.nets}
         counts = {name: sr_pictures.histogram(values) for name, values in found.items()}
         record = {name: {"probabilities": found[name], "counts": counts[name]} for name in found}
         run.folder.write_json(f"samples/d_outputs_{seen:09d}.json", {"seen_img": seen, **record})

@@ -32,7 +32,7 @@ from sdtrain.weights import load_weights
 
 if TYPE_CHECKING:
     from sdtrain.contracts import Inputs
-    from sdtrain.methods.sdakd.options import Loaded
+    from sdtrain.restoration.options import Loaded
 
 HIGHER_IS_BETTER = ("psnr_y", "ssim_y")
 

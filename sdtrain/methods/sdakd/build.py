@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from sdtrain.config import schema
 from sdtrain.config.declare import Role
 from sdtrain.config.options import span_img
 from sdtrain.contracts import Net, Stage, Start
@@ -19,9 +16,10 @@ from sdtrain.engine.ema import freeze
 from sdtrain.interop.architectures import require
 from sdtrain.interop.loading import file_of_run, load_network
 from sdtrain.interop.network import load_into
-from sdtrain.losses.feature import FeatureMLP, PerceptualLoss
-from sdtrain.methods.sdakd.inputs import make_inputs
+from sdtrain.losses.feature import FeatureMLP
 from sdtrain.methods.sdakd.method import SDAKD
+from sdtrain.restoration.inputs import make_inputs
+from sdtrain.restoration.networks import narrowed, perceptual, shortened
 from sdtrain.rng import seed_of
 from sdtrain.weights import sha256_of
 
@@ -43,7 +41,11 @@ def build(config: Loaded, builder: Builder) -> SDAKD:
     if config.lambda_1 and set(config.stages) != {"naive"}:
         teacher = given.get("G_T", trained.get("G_T_raw"))
         layers = (config.fm_layer or str(teacher.fm_layer),)  # type: ignore[union-attr]
-        trained["MLP"] = feature_mlp(config.seed, layers[0], trained["G"], teacher)
+        widths = [int(net.layer_channels(layers[0])) for net in (trained["G"], teacher)]  # type: ignore[operator, union-attr]
+        trained["MLP"] = feature_mlp(config.seed, "MLP", *widths)
+    if config.lambda_D and "supervised" in config.stages and config.adversary == "student":
+        judges = (trained["D"], given.get("D_T", trained.get("D_T")))
+        trained["MLP_D"] = feature_mlp(config.seed, "MLP_D", *(judge.hidden_channels for judge in judges))  # type: ignore
     nets: dict[str, Net] = builder.nets(trained, averages)
     nets |= {name: builder.engine.net(module, trained=False) for name, module in given.items()}
     uses_vgg, sd = config.recipe.perceptual or config.supervision.perceptual, bool(config.sd.alpha)
@@ -54,7 +56,7 @@ def build(config: Loaded, builder: Builder) -> SDAKD:
         make_inputs(config),
         given=tuple(given),
         layers=layers,
-        perceptual=perceptual(builder, config.perceptual) if uses_vgg else None,
+        perceptual=perceptual(builder) if uses_vgg else None,
         distance=builder.distance(config.sd) if sd else None,
         T=builder.paired_augment(config.sd) if sd else None,
     )
@@ -130,7 +132,8 @@ def players_of(config: Loaded, nets: set[str], name: str) -> dict[str, tuple[str
     student: tuple[str, ...] = ("G", "MLP") if "MLP" in nets else ("G",)
     judged_by_teacher = config.adversary == "teacher"
     if name == "supervised":
-        return {"G_sup": student} if judged_by_teacher else {"G_sup": student, "D_sup": ("D",)}
+        judge = ("D", "MLP_D") if "MLP_D" in nets else ("D",)
+        return {"G_sup": student} if judged_by_teacher else {"G_sup": student, "D_sup": judge}
     if name == "adversarial":
         frozen = judged_by_teacher and config.teacher_d == "frozen"
         return {"G": student} if frozen else {"G": student, "D": ("D",)}
@@ -163,22 +166,6 @@ def starts_of(config: Loaded, nets: set[str], name: str, before: str) -> dict[st
     return starts
 
 
-def shortened(stages: list[Stage], total_img: int | None) -> list[Stage]:
-    """The stages up to `total_img` images; None = all of them."""
-    if total_img is None:
-        return stages
-    begins = [0, *(stage.end_img for stage in stages)]
-    kept = [stage for begin, stage in zip(begins, stages) if begin < total_img]
-    return [replace(stage, end_img=min(stage.end_img, total_img)) for stage in kept]
-
-
-def narrowed(section: Any, C: Any, **how: Any) -> Any:
-    """The options of a student: `section` with the fraction C of its channels. Raises ConfigError when none is left."""
-    scaled = schema.model(section.kind).scaled
-    assert scaled is not None  # `checks` lets no other model through
-    return scaled(section, C, **how)
-
-
 def teacher_from(builder: Builder, path: str, which: Role, section: Any) -> nn.Module:
     """A frozen network from a file (or a run folder) that must be the one `section` describes.
 
@@ -205,15 +192,8 @@ def teacher_of_run(run: Path, which: Role, role: str) -> Path:
     return found[0] if found else file_of_run(run, role)
 
 
-def feature_mlp(seed: int, layer: str, student: Any, teacher: Any) -> nn.Module:
-    """MLP of L_MLP between two generators' maps of `layer`."""
+def feature_mlp(seed: int, name: str, c_s: int, c_t: int) -> nn.Module:
+    """MLP of L_MLP from maps of `c_s` channels to those of `c_t`."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed_of(seed, "init", "MLP"))
-        return FeatureMLP(student.layer_channels(layer), teacher.layer_channels(layer))
-
-
-def perceptual(builder: Builder, which: str) -> Callable[[Tensor, Tensor], Tensor]:
-    """The perceptual loss of Real-ESRGAN (vgg19, images in [0, 1]) or of GCFSR (vgg16, images in [-1, 1])."""
-    state = builder.weights(which, builder.config.weights.perceptual)
-    made = PerceptualLoss.for_real_esrgan(state) if which == "vgg19" else PerceptualLoss.for_gcfsr(state)
-    return builder.frozen(made)
+        torch.manual_seed(seed_of(seed, "init", name))
+        return FeatureMLP(c_s, c_t)

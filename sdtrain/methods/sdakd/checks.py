@@ -1,60 +1,22 @@
-"""What cannot work in a configuration of SDAKD, said before torch is imported."""
+"""What cannot work in a configuration of SDAKD beside what `restoration/checks.py` finds; free of torch."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from sdtrain.data.degrade.check import USM_MARGIN, check_options, pool_problem, smallest_side
-from sdtrain.errors import ConfigError, DataError
-from sdtrain.models.width import fraction, narrowed
+from sdtrain.restoration import checks
 
 if TYPE_CHECKING:
     from sdtrain.data.read.dataset import Dataset
     from sdtrain.methods.sdakd.options import Loaded
 
-GENERATORS = ("rrdbnet", "srvgg", "gcfsr")
-DISCRIMINATORS = ("unet_sn", "gcfsr")
-FACTORS = (4, 64)
-NEEDS = (  # pixels
-    "the second-order degradation needs {} pixels; lower the upper end of degradation.kernel_size, raise the lower end "
-    "of degradation.resize_range1, or use larger images"
-)
-WIDTHS = ("num_feat", "num_grow_ch", "num_style_feat")
-
 
 def problems(config: Loaded) -> list[tuple[str, str]]:
     """Combinations that cannot work, as (keys, sentence)."""
-    checks = (_kinds, _widths, _stages, _penalty, _inputs, _validation)
-    return [problem for check in checks for problem in check(config)]
-
-
-def _kinds(config: Loaded) -> Iterator[tuple[str, str]]:
-    G, D = config.model.generator.kind, config.model.discriminator.kind
-    if G not in GENERATORS:
-        yield "model.generator.kind", f"SDAKD distils super-resolution, and {G} does not enlarge: use {_or(GENERATORS)}"
-    if D not in DISCRIMINATORS:
-        yield "model.discriminator.kind", f"there is no narrow {D} for SDAKD: use {_or(DISCRIMINATORS)}"
-    elif (G == "gcfsr") != (D == "gcfsr") and G in GENERATORS:
-        other = "gcfsr" if G == "gcfsr" else "unet_sn"
-        yield "model.discriminator.kind", f"a {D} discriminator does not belong to a {G} generator: use {other}"
-
-
-def _widths(config: Loaded) -> Iterator[tuple[str, str]]:
-    student = config.student
-    D = (student.C, "student.C") if student.D_C is None else (student.D_C, "student.D_C")
-    scaled = {"num_grow_ch": student.growth, "num_style_feat": student.style}
-    for role, C, key in (("generator", student.C, "student.C"), ("discriminator", *D)):
-        section = getattr(config.model, role)
-        try:
-            fraction(C)
-            for name in WIDTHS:
-                if hasattr(section, name) and scaled.get(name) != "fixed":
-                    narrowed(name, getattr(section, name), C)
-        except ConfigError as error:
-            yield key, f"{role}: {error}"
+    by_recipe = not {"teacher", "naive"}.isdisjoint(config.stages)
+    return [*checks.problems(config, by_recipe), *_stages(config)]
 
 
 def _stages(config: Loaded) -> Iterator[tuple[str, str]]:
@@ -76,135 +38,15 @@ def _stages(config: Loaded) -> Iterator[tuple[str, str]]:
         yield "adversary", "a naive baseline has no teacher to judge it: set adversary: student"
 
 
-def _penalty(config: Loaded) -> Iterator[tuple[str, str]]:
-    """GCFSR's: R1 on ground truth, within D's step."""
-    if config.r1.gamma and not config.r1.joint:
-        yield "r1.joint", "R1 of SDAKD belongs to D's own step, as GCFSR trains: set r1.joint: true"
-    if config.r1.gamma and config.r1.on != "real":
-        yield "r1.on", f"SDAKD penalises D on real images alone, not on {config.r1.on}: set r1.on: real"
-
-
-def _inputs(config: Loaded) -> Iterator[tuple[str, str]]:
-    faces = config.model.generator.kind == "gcfsr"
-    if faces != (config.lq == "down_up"):
-        yield "lq", f"lq {config.lq} does not feed {config.model.generator.kind}: use down_up for gcfsr, and only there"
-    for key, factors in (("factors", config.factors), ("validation.factors", config.validation.factors)):
-        bad = [factor for factor in factors if not FACTORS[0] <= factor <= FACTORS[1]]
-        if faces and (bad or not factors):
-            what = f"factor {bad[0]} is outside [4, 64]" if bad else "the list is empty"
-            yield key, f"{key}: {what}; choose from 4, 8, 16, 32, 64"
-    if config.lq == "second_order":
-        yield from _degradation(config)
-    crop, trains = config.degradation.crop_size, {"teacher", "naive"} & set(config.stages)
-    if not faces and trains and config.recipe.sharpen_target and crop <= USM_MARGIN:
-        yield (
-            "recipe.sharpen_target, degradation.crop_size",
-            f"recipe.sharpen_target needs crops of at least {USM_MARGIN + 1} pixels, not {crop}: enlarge "
-            "degradation.crop_size or set recipe.sharpen_target: false",
-        )
-
-
-def _degradation(config: Loaded) -> Iterator[tuple[str, str]]:
-    try:
-        check_options(config.degradation)
-    except ConfigError as error:
-        yield "degradation", str(error)
-    need, source = smallest_side(config.degradation, scale_of(config)), config.degradation.source_size
-    if source < need:
-        yield "degradation.source_size", f"degradation.source_size {source} is too small: {NEEDS.format(need)}"
-    size = config.degradation.pool_size
-    problem = pool_problem(size, config.ghost_batch) if size else None
-    if problem:
-        yield "degradation.pool_size, ghost_batch", problem
-
-
-def _validation(config: Loaded) -> Iterator[tuple[str, str]]:
-    v, faces = config.validation, config.model.generator.kind == "gcfsr"
-    wrong = [lq for lq in v.lqs if (lq == "down_up") != faces]
-    if wrong:
-        right = "down_up" if faces else "second_order or bicubic"
-        yield "validation.lq", f"validation.lq {wrong[0]} does not feed {config.model.generator.kind}: use {right}"
-    if not v.lqs or len(set(v.lqs)) < len(v.lqs):
-        yield "validation.lq", f"validation.lq is [{', '.join(v.lqs)}]: name at least one way, and each once"
-    if v.select_by not in v.names:
-        yield "validation.select_by", f"validation.select_by {v.select_by} is not measured: add it to validation.names"
-    if config.eval_img and not config.data.val:
-        yield "data.val", "SDAKD chooses weights by a validation list: give data.val, or set eval_img: 0"
-
-
-def _or(names: tuple[str, ...]) -> str:
-    return f"{', '.join(names[:-1])} or {names[-1]}"
-
-
-def scale_of(config: Loaded) -> int:
-    """How much the generator enlarges; GCFSR keeps the size."""
-    generator = config.model.generator
-    return getattr(generator, "scale", 0) or getattr(generator, "upscale", 1)
-
-
-def crop_of(config: Loaded) -> int:
-    """The side a training image must have at least."""
-    if config.lq == "second_order":
-        return smallest_side(config.degradation, scale_of(config))
-    return 1 if config.lq == "down_up" else config.degradation.crop_size
-
-
 def data_problems(config: Loaded, dataset: Dataset) -> list[str]:
-    """What the opened training data cannot do for this configuration, and lists that overlap."""
-    found = [
+    """What the opened training data cannot do for this configuration, and teachers that are not there."""
+    missing = [
         f"teacher.{name} {path} does not exist: give a .pth or .safetensors file, or let stage 1 train one"
         for name in ("generator", "discriminator")
         if (path := getattr(config.teacher, name)) and set(config.stages) != {"naive"} and not _exists(path)
     ]
-    crop, side = crop_of(config), dataset.resolution
-    if side and side < crop:
-        said = f"{dataset.source} holds images of {side} pixels"
-        second = f"{said}, and {NEEDS.format(crop)}"
-        plain = f"{said}, smaller than the crop of {crop}: lower degradation.crop_size, or pack larger images"
-        found.append(second if config.lq == "second_order" else plain)
-    if config.lq == "paired" and not dataset.paired:
-        found.append(f"{dataset.source} lacks low-quality partners (KEY.lq.png): pack pairs, or choose another lq")
-    return found + overlaps(config, dataset)
+    return missing + checks.data_problems(config, dataset)
 
 
 def _exists(path: str) -> bool:
     return Path(path).expanduser().exists()
-
-
-def overlaps(config: Loaded, train: Dataset) -> list[str]:
-    """Images that two of the lists train, val and test share, byte for byte."""
-    from sdtrain.data.read.dataset import open_dataset, reading
-
-    sets = {"train": train}
-    for split in ("val", "test"):
-        source = getattr(config.data, split)
-        if source:
-            sets[split] = open_dataset(source, **reading(config.data))
-    found = []
-    names = list(sets)
-    for i, one in enumerate(names):
-        for other in names[i + 1 :]:
-            shared = shared_images(sets[one], sets[other])
-            if shared:
-                found.append(
-                    f"data.{other} shares {len(shared)} images with data.{one} (first {shared[0]}): a list that has "
-                    "seen training or selection measures nothing; pack disjoint lists"
-                )
-    return found
-
-
-def shared_images(large: Any, small: Any) -> list[str]:
-    """Keys of `small` whose stored bytes `large` holds too; only files of equal length are read."""
-    wanted = {int(size) for size in small.index.size}
-    candidates = [i for i, size in enumerate(large.index.size.tolist()) if size in wanted]
-    lengths = {int(large.index.size[i]) for i in candidates}
-    have = {_digest(large, i) for i in candidates}
-    pairs = [i for i, size in enumerate(small.index.size.tolist()) if size in lengths]
-    return [small.index.key(i) for i in pairs if _digest(small, i) in have]
-
-
-def _digest(dataset: Dataset, i: int) -> bytes:
-    try:
-        return hashlib.sha256(dataset.read(i)).digest()
-    except (OSError, EOFError) as error:
-        raise DataError(f"sample {dataset.index.key(i)} of {dataset.source} cannot be read ({error})") from None

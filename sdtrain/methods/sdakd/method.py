@@ -7,7 +7,7 @@
 The teacher's image replaces the ground truth in every loss of the student generator; ground truth is what D calls real.
 The stage `naive` is the baseline: the recipe of the original work at the student's widths, without a teacher.
 Networks: G, D are the students, G_ema the average of G, G_T, D_T the teachers, G_T_raw the generator whose average G_T
-is while it trains, MLP the transform of the student's feature map.
+is while it trains, MLP the transform of the student's feature map, MLP_D that of D's where one is distilled.
 """
 
 from __future__ import annotations
@@ -21,21 +21,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sdtrain.config.schedule import value_at
-from sdtrain.contracts import Chunk, Loss, Net, Phase, Restoration, Stage, State, Tensors, Terms
-from sdtrain.losses.adversarial import ADVERSARIAL, d_loss, gradient_penalty
+from sdtrain.contracts import Chunk, Loss, Net, Phase, Stage, State, Terms
 from sdtrain.losses.feature import mlp_loss, probability_loss
 from sdtrain.losses.self_distillation import self_distillation
-from sdtrain.methods.sdakd.inputs import Faces, Photos
 from sdtrain.methods.sdakd.options import Options
+from sdtrain.restoration.inputs import Faces, Photos
+from sdtrain.restoration.recipe import OriginalRecipe
 from sdtrain.rng import Draws
 
 
-class SDAKD(Restoration):
+class SDAKD(OriginalRecipe):
     """The phases of the three stages. `inputs` makes low-quality images and calls generators on them."""
 
+    o: Options
     steering = ("G/sup", "G/mlp", "G/adv")
-    inputs: Photos | Faces
 
     def __init__(
         self,
@@ -51,41 +50,14 @@ class SDAKD(Restoration):
         T: Callable[[Tensor, Tensor, Draws], tuple[Tensor, Tensor]] | None = None,
     ) -> None:
         """`given`: teachers that come from files; `layers`: maps that MLP distils; images are in the inputs' range."""
-        self.o, self.nets, self.stages, self.inputs = options, dict(nets), list(stages), inputs
-        self.feed, self.given, self.layers = inputs.feed, given, layers
-        self.perceptual, self.distance, self.T = perceptual, distance, T
-        self.L_adv = ADVERSARIAL[options.adversarial]
+        super().__init__(options, nets, stages, inputs, perceptual)
+        self.given, self.layers, self.distance, self.T = given, layers, distance, T
+        judge = options.adversary == "teacher"  # it has the teacher's width, and starts from D_T
+        self.judges = {"D_T": "D_T", "D": "D_T_judge" if judge else "D_S"}
         self.lambda_2: float | None = None if options.lambda_2 == "auto" else options.lambda_2
-        self.made: dict[tuple[str, Sequence[int]], Tensor] = {}  # images of this step that several phases use
-
-    def to_range(self, images: Tensor) -> Tensor:
-        """uint8 [N, 3, H, W] -> float32 in the inputs' range."""
-        return self.inputs.to_range(images)
-
-    def prepare(self, x: Chunk, stage: Stage) -> Chunk:
-        return self.inputs.prepare(x, stage.name)
-
-    def blank(self, x: Chunk) -> Chunk:
-        return self.inputs.blank(x)
 
     def lazy(self) -> Mapping[str, int]:
         return {player: self.o.r1.every for player in ("D_original", "D_sup", "D")}
-
-    def loss_pixel(self, G: Net, x: Chunk) -> Loss:
-        """Real-ESRNet: L1 to the sharpened ground truth."""
-        L_1 = F.l1_loss(self.inputs(G, x, x.draws.sub("G")), self.inputs.target(x))
-        return L_1, {"G/l1": L_1}
-
-    def loss_G_original(self, G: Net, D: Net, x: Chunk) -> Loss:
-        """w_1 L_1 + w_p L_perceptual + w_adv L_adv_T against the ground truth, as the original works train."""
-        fake, target, w = self.inputs(G, x, x.draws.sub("G")), self.inputs.target(x), self.o.recipe
-        self.made["fake", x.draws.ghosts] = fake.detach()
-        terms = {"G/l1": F.l1_loss(fake, target), "G/adv": self.L_G_adv(D, fake, x)}
-        loss = w.pixel * terms["G/l1"] + w.adversarial * terms["G/adv"]
-        if w.perceptual and self.perceptual is not None:
-            terms["G/perceptual"] = self.perceptual(fake, target)
-            loss = loss + w.perceptual * terms["G/perceptual"]
-        return loss, terms
 
     def loss_G_stage2(self, x: Chunk) -> Loss:
         """Eq. (1): L_G_S-stage2 = L_sup + lambda_1 L_MLP."""
@@ -93,11 +65,15 @@ class SDAKD(Restoration):
         return self.eq_1(terms), terms
 
     def loss_D_stage2(self, x: Chunk) -> Loss:
-        """Eq. (2): L_D_S-stage2 = L_2(P_real_S, P_real_T)."""
+        """Eq. (2): L_D_S-stage2 = L_2(P_real_S, P_real_T) (+ lambda_D L_MLP of the last hidden maps)."""
         images = self.judged_in_stage2(x)
-        P_T = self.as_teacher(x, lambda: self.nets["D_T"](images))
-        L_2 = probability_loss(self.nets["D"](images), P_T, self.o.p_loss)
-        return L_2, {"D/p": L_2}
+        P_T, hidden_T = self.as_teacher(x, lambda: self.nets["D_T"](images, hidden=True))
+        P_S, hidden_S = self.nets["D"](images, hidden=True)
+        terms = {"D/p": probability_loss(P_S, P_T, self.o.p_loss)}
+        if not self.o.lambda_D:
+            return terms["D/p"], terms
+        terms["D/mlp"] = mlp_loss(self.nets["MLP_D"], hidden_S, hidden_T, self.o.fm_reduction)
+        return terms["D/p"] + self.o.lambda_D * terms["D/mlp"], terms
 
     def loss_G_stage3(self, x: Chunk) -> Loss:
         """Eq. (3): L_G_S-stage3 = L_sup + lambda_1 L_MLP + lambda_2 L_adv_S (+ alpha L_SD, SD-GAN's Eq. 2)."""
@@ -111,28 +87,7 @@ class SDAKD(Restoration):
 
     def loss_D_stage3(self, x: Chunk) -> Loss:
         """Eq. (4): L_D_S-stage3 = L_adv_S, the discriminator's side; ground truth is the real image."""
-        return self.loss_D_adv(self.nets["G"], self.nets["D"], x)
-
-    def loss_D_adv(self, G: Net, D: Net, x: Chunk) -> Loss:
-        """L_adv of D on the ground truth and on images of G: those of G's step, or new ones when D comes first."""
-        fake = self.made.get(("fake", x.draws.ghosts)) if self.o.order == "G first" else None
-        fake = self.no_grad(G, x, "D") if fake is None else fake
-        real_logits, fake_logits = D(x.real), D(fake)
-        loss, terms = d_loss(self.L_adv, real_logits, fake_logits)
-        logits = {"D/real_logit": real_logits.mean(), "D/fake_logit": fake_logits.mean()}
-        return loss, {**terms, **logits}
-
-    def L_G_adv(self, D: Net, fake: Tensor, x: Chunk) -> Tensor:
-        """L_adv of G for its images [N, 3, H, W] -> scalar; a relativistic one compares with the ground truth."""
-        return self.L_adv.g(D(fake), D(x.real) if self.L_adv.relativistic else None)
-
-    def with_R1(self, D: Net, loss: Callable[[Chunk], Loss], x: Chunk) -> Loss:
-        """L_adv + gamma/2 * interval * E ||grad_x D(x)||^2, one step for both as GCFSR does."""
-        total, terms = loss(x)
-        real = x.real.detach().requires_grad_(True)
-        R1 = gradient_penalty(real, D(real))
-        gamma = value_at(self.o.r1.gamma, x.seen_img)
-        return total + R1 * (gamma / 2 * self.o.r1.every), {**terms, "D/r1": R1}
+        return self.loss_D_adv("G", "D", x)
 
     def eq_1(self, terms: Terms) -> Tensor:
         """L_sup + lambda_1 L_MLP, of scalars -> scalar."""
@@ -144,7 +99,7 @@ class SDAKD(Restoration):
         fake, maps = self.with_maps(self.nets["G"], x, draws)
         taught = draws if self.o.noise == "shared" else draws.sub("teacher")
         teacher, teacher_maps = self.as_teacher(x, lambda: self.with_maps(self.nets["G_T"], x, taught))
-        self.made |= {("fake", x.draws.ghosts): fake.detach(), ("teacher", x.draws.ghosts): teacher}
+        self.made |= {("G", x.draws.ghosts): fake.detach(), ("G_T", x.draws.ghosts): teacher}
         terms = {"G/sup": self.L_sup(fake, teacher)}
         for layer in self.layers:
             terms["G/mlp"] = mlp_loss(
@@ -159,12 +114,12 @@ class SDAKD(Restoration):
         return fake, terms
 
     def L_sup(self, fake: Tensor, teacher: Tensor) -> Tensor:
-        """L_1 + perceptual distance to the teacher's image, with the original work's weights.
+        """L_1 (or L_2) + perceptual distance to the teacher's image, with the original work's weights.
 
         [N, 3, H, W] in the inputs' range twice -> scalar.
         """
         w = self.o.supervision
-        loss = w.pixel * F.l1_loss(fake, teacher)
+        loss = w.pixel * (F.mse_loss if w.distance == "l2" else F.l1_loss)(fake, teacher)
         return loss + w.perceptual * self.perceptual(fake, teacher) if w.perceptual and self.perceptual else loss
 
     def L_SD(self, x: Chunk, fake: Tensor) -> Tensor:
@@ -172,7 +127,7 @@ class SDAKD(Restoration):
 
         `fake` [N, 3, H, W] in the inputs' range -> scalar.
         """
-        fake_ema = self.no_grad(self.nets["G_ema"], x, "G")
+        fake_ema = self.no_grad("G_ema", x, "G")
         assert self.distance is not None
         both = self.inputs.signed(fake), self.inputs.signed(fake_ema)
         return self_distillation(*both, self.distance, self.T, x.draws.sub("G"))
@@ -198,7 +153,7 @@ class SDAKD(Restoration):
         phases = [phase_D, phase_G] if d_first else [phase_G, phase_D]
         return [phase for phase in phases if phase.player in stage.players]
 
-    def phase_G(self, stage: str, G: Net, D: Net) -> Phase:
+    def phase_G(self, stage: str, G: str, D: str) -> Phase:
         whole = self.o.fm_tiles == 1  # DDP cannot follow recomputed strips
         if stage == "supervised":
             return Phase(name="G", player="G_sup", loss=self.loss_G_stage2, reaches_all=whole)
@@ -211,26 +166,18 @@ class SDAKD(Restoration):
             return Phase(name="G", player="G_pixel", loss=partial(self.loss_pixel, G))
         return Phase(name="G", player="G_original", loss=partial(self.loss_G_original, G, D))
 
-    def phase_D(self, stage: str, G: Net, D: Net, step: int) -> Phase:
+    def phase_D(self, stage: str, G: str, D: str, step: int) -> Phase:
         if stage == "supervised":
             return Phase(name="D", player="D_sup", loss=self.loss_D_stage2)
-        adversarial = stage == "adversarial"
-        player = "D" if adversarial else "D_original"
-        loss = self.loss_D_stage3 if adversarial else partial(self.loss_D_adv, G, D)
-        if self.o.r1.gamma and step % self.o.r1.every == 0:
-            return Phase(name="D", player=player, loss=partial(self.with_R1, D, loss), reaches_all=False, fp32=True)
-        return Phase(name="D", player=player, loss=loss)
+        if stage == "adversarial":
+            return self.judging("D", "D", "D", self.loss_D_stage3, step)
+        return self.judging("D", "D_original", D, partial(self.loss_D_adv, G, D), step)
 
-    def game(self, stage: str) -> tuple[Net, Net]:
+    def game(self, stage: str) -> tuple[str, str]:
         """Who plays in a stage: the teachers or the students."""
         if stage.startswith("teacher"):
-            return self.nets.get("G_T_raw", self.nets["G_T"]), self.nets["D_T"]
-        return self.nets["G"], self.nets["D"]
-
-    def no_grad(self, G: Net, x: Chunk, purpose: str) -> Tensor:
-        """Images [N, 3, H, W] of G in the inputs' range, without a graph."""
-        with torch.no_grad():
-            return self.inputs(G, x, x.draws.sub(purpose))
+            return "G_T_raw" if "G_T_raw" in self.nets else "G_T", "D_T"
+        return "G", "D"
 
     def with_maps(self, G: Net, x: Chunk, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
         """Images [N, 3, H, W] of G, and the maps [N, C, h, w] that MLP distils by layer."""
@@ -249,7 +196,7 @@ class SDAKD(Restoration):
         """
         if self.o.p_images == "real":
             return x.real
-        teacher = self.made["teacher", x.draws.ghosts]
+        teacher = self.made["G_T", x.draws.ghosts]
         if self.o.p_images == "teacher":
             return teacher
         position = torch.arange(len(teacher), device=teacher.device) % x.draws.ghost_batch
@@ -260,11 +207,3 @@ class SDAKD(Restoration):
 
     def load_state(self, state: State) -> None:
         self.lambda_2 = state["lambda_2"]
-
-    def ghost_state(self) -> Mapping[int, Tensors]:
-        """{ghost: {name: [...]}}, the pair pools."""
-        return self.inputs.state()
-
-    def load_ghost_state(self, state: Mapping[int, Tensors], device: torch.device) -> None:
-        """Take over {ghost: {name: [...]}}. Raises RunError for pools of another size."""
-        self.inputs.load_state(state, device)

@@ -245,6 +245,10 @@ class Generator(nn.Module):
             self.style_convs.append(StyleConv(ch[r // 2], ch[r], style, sample="up"))
             self.style_convs.append(StyleConv(ch[r], ch[r], style))
         self.to_rgbs = nn.ModuleList(ToRGB(ch[r], style) for r in self.sizes[1:])
+        levels = self.sizes if options.extra_convs else []
+        self.extra_convs = nn.ModuleList(
+            nn.ModuleList(StyleConv(ch[r], ch[r], style) for _ in range(options.extra_convs)) for r in levels
+        )
         self.noises = self._unused_noises()
 
     def _unused_noises(self) -> nn.Module:
@@ -259,6 +263,11 @@ class Generator(nn.Module):
     def layer_names(self) -> tuple[str, ...]:
         levels = (*(f"enc.{r}" for r in self.sizes), *(f"style_conv.{r}" for r in self.sizes))
         return (*levels, "final_conv", "last_style_conv", "codes")
+
+    @property
+    def distilled_layers(self) -> tuple[str, ...]:
+        """The maps that OMGD and DCD distil: the decoder at 16, 64, 256 px and full size."""
+        return tuple(f"style_conv.{r}" for r in self.sizes if r in (16, 64, 256, self.resolution))
 
     def layer_channels(self, layer: str) -> int:
         """Channels of a returned layer; ConfigError for a name that does not exist."""
@@ -300,16 +309,23 @@ class Generator(nn.Module):
         conditions = self._conditions(encoded, self._condition_input(x, factor))
         noise = self._noise(draws) if noise is None else list(noise)
 
-        out = keep("style_conv.16", self.style_conv1(start, codes[:, 0], noise[0], conditions[16]))
+        out = self._deepen(0, self.style_conv1(start, codes[:, 0], noise[0], conditions[16]), codes[:, 0])
+        keep("style_conv.16", out)
         rgb = self.to_rgb1(out, codes[:, 1])
         # the picture of one level and the doubling into the next share a code
         for t, r in enumerate(self.sizes[1:]):
             out = self.style_convs[2 * t](out, codes[:, 2 * t + 1], noise[2 * t + 1])
             out = self.style_convs[2 * t + 1](out, codes[:, 2 * t + 2], noise[2 * t + 2], conditions[r])
-            keep(f"style_conv.{r}", out)
+            out = keep(f"style_conv.{r}", self._deepen(t + 1, out, codes[:, 2 * t + 2]))
             rgb = self.to_rgbs[t](out, codes[:, 2 * t + 3], rgb)
         keep("last_style_conv", out)
         return (rgb, maps) if layers else rgb
+
+    def _deepen(self, level: int, x: Tensor, style: Tensor) -> Tensor:
+        """x [N, C, r, r] through the extra convolutions of its level, whose style [N, S] is the level's."""
+        for conv in self.extra_convs[level] if self.extra_convs else ():  # type: ignore[union-attr]
+            x = conv(x, style, None)
+        return x
 
     def _encode(self, x: Tensor) -> dict[int, Tensor]:
         if tuple(x.shape[-2:]) != (self.resolution, self.resolution):
@@ -379,6 +395,7 @@ class Discriminator(nn.Module):
         super().__init__()
         self.options, self.resolution = options, resolution
         ch = channels(options, resolution)
+        self.hidden_channels = ch[4]
         sizes = [2**k for k in range(int(math.log2(resolution)), 2, -1)]
         self.conv_body = nn.Sequential(conv_layer(3, ch[resolution], 1), *(ResBlock(ch[r], ch[r // 2]) for r in sizes))
         self.final_conv = conv_layer(ch[4] + bool(options.stddev_group), ch[4], 3)
@@ -396,6 +413,13 @@ class Discriminator(nn.Module):
             out = torch.cat([minibatch_stddev(ghost, group) for ghost in ghosts])
         return self.final_conv(out)
 
-    def forward(self, x: Tensor, c: Tensor | None = None) -> Tensor:
-        """[N, 3, R, R] in [-1, 1] -> logits [N, 1]; c is ignored. Raises ConfigError as `features` does."""
-        return self.final_linear(self.features(x).flatten(1))
+    def forward(
+        self, x: Tensor, c: Tensor | None = None, hidden: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """[N, 3, R, R] in [-1, 1] -> logits [N, 1], with `features` where `hidden`; c is ignored.
+
+        Raises ConfigError as `features` does.
+        """
+        last = self.features(x)
+        logits = self.final_linear(last.flatten(1))
+        return (logits, last) if hidden else logits

@@ -22,6 +22,8 @@ class GeneratorOptions:
     """[times] The condition is factor / factor_max: 64 for the 1024 px network, 32 for the 512 px one."""
     blind: bool = False
     """The variant without a factor: condition 1 always, twice as wide a path to the codes."""
+    extra_convs: CountOrZero = 0
+    """[layers] Further style convolutions after each level, without noise and condition (OMGD's deep teacher)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,4 +50,11 @@ def scaled(
     return replace(options, narrow=narrow, num_style_feat=width)
 
 
-MODEL = ModelDeclaration(generator=GeneratorOptions, discriminator=DiscriminatorOptions, scaled=scaled)
+def deepened(options: GeneratorOptions) -> GeneratorOptions:
+    """OMGD's deep teacher: one more convolution at each level of the decoder."""
+    return replace(options, extra_convs=options.extra_convs + 1)
+
+
+MODEL = ModelDeclaration(
+    generator=GeneratorOptions, discriminator=DiscriminatorOptions, scaled=scaled, deepened=deepened
+)

@@ -87,6 +87,12 @@ class Generator(nn.Module):
     def layer_names(self) -> tuple[str, ...]:
         return ("conv_first", *(f"body.{b}" for b in range(len(self.body))), "conv_body", "trunk", "conv_hr")
 
+    @property
+    def distilled_layers(self) -> tuple[str, ...]:
+        """The maps that OMGD and DCD distil: before the blocks and after each third of them (8, 15, 23 of 23)."""
+        blocks = (round(third * len(self.body) / 3) for third in (1, 2, 3))
+        return ("conv_first", *dict.fromkeys(f"body.{max(b, 1) - 1}" for b in blocks))
+
     def layer_channels(self, layer: str) -> int:
         """Channels of a returned layer; ConfigError for a name that does not exist."""
         check_layers((layer,), self.layer_names)

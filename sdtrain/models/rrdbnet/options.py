@@ -34,4 +34,9 @@ def scaled(
     return replace(options, num_feat=narrowed("num_feat", options.num_feat, C), num_grow_ch=grow)
 
 
-MODEL = ModelDeclaration(generator=GeneratorOptions, scaled=scaled)
+def deepened(options: GeneratorOptions) -> GeneratorOptions:
+    """OMGD's deep teacher: twice as many blocks."""
+    return replace(options, num_block=2 * options.num_block)
+
+
+MODEL = ModelDeclaration(generator=GeneratorOptions, scaled=scaled, deepened=deepened)

@@ -20,11 +20,11 @@ def _activation(kind: str, channels: int) -> nn.Module:
 class Generator(nn.Module):
     """[N, 3, H, W] in [0, 1] -> [N, 3, sH, sW]: a plain stack at input size, pixel-shuffle, plus the enlarged input.
 
-    The input is enlarged by nearest neighbour. The layer `trunk` is the last hidden map, after its activation.
+    The input is enlarged by nearest neighbour. The layer `body.K` is hidden map K from 0, after its activation; `trunk`
+    is the last one.
     """
 
     fm_layer = "trunk"
-    layer_names = ("trunk",)
 
     def __init__(self, options: GeneratorOptions, *, resolution: int | None = None, num_classes: int = 0):
         super().__init__()
@@ -36,6 +36,15 @@ class Generator(nn.Module):
         body.append(nn.Conv2d(nf, options.num_out_ch * options.upscale**2, 3, 1, 1))
         self.body = nn.ModuleList(body)
 
+    @property
+    def layer_names(self) -> tuple[str, ...]:
+        return (*(f"body.{k}" for k in range(self.options.num_conv + 1)), "trunk")
+
+    @property
+    def distilled_layers(self) -> tuple[str, ...]:
+        """The maps that OMGD and DCD distil: the first, and those after each third of the hidden convolutions."""
+        return tuple(dict.fromkeys(f"body.{round(third * self.options.num_conv / 3)}" for third in range(4)))
+
     def layer_channels(self, layer: str) -> int:
         """Channels of a returned layer; ConfigError for a name that does not exist."""
         check_layers((layer,), self.layer_names)
@@ -44,12 +53,16 @@ class Generator(nn.Module):
     def forward(self, x: Tensor, layers: Sequence[str] = ()) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """[N, 3, H, W] in [0, 1] -> the image [N, 3, sH, sW], or (image, {layer: map}) when `layers` are asked for.
 
-        The map is [N, num_feat, H, W]. Raises ConfigError for a layer that does not exist.
+        A map is [N, num_feat, H, W]. Raises ConfigError for a layer that does not exist.
         """
         check_layers(layers, self.layer_names)
-        trunk = x
-        for layer in self.body[:-1]:
+        trunk, maps = x, {}
+        for i, layer in enumerate(self.body[:-1]):
             trunk = layer(trunk)
+            if i % 2 and f"body.{i // 2}" in layers:
+                maps[f"body.{i // 2}"] = trunk
+        if "trunk" in layers:
+            maps["trunk"] = trunk
         out = F.pixel_shuffle(self.body[-1](trunk), self.scale)
         out = out + F.interpolate(x, scale_factor=self.scale, mode="nearest")
-        return (out, {"trunk": trunk}) if layers else out
+        return (out, maps) if layers else out

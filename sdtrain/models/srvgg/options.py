@@ -31,4 +31,9 @@ def scaled(options: GeneratorOptions, C: float | str, **others: str) -> Generato
     return replace(options, num_feat=narrowed("num_feat", options.num_feat, C))
 
 
-MODEL = ModelDeclaration(generator=GeneratorOptions, scaled=scaled)
+def deepened(options: GeneratorOptions) -> GeneratorOptions:
+    """OMGD's deep teacher: twice as many convolutions."""
+    return replace(options, num_conv=2 * options.num_conv)
+
+
+MODEL = ModelDeclaration(generator=GeneratorOptions, scaled=scaled, deepened=deepened)

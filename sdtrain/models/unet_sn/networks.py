@@ -25,7 +25,7 @@ class Discriminator(nn.Module):
 
     def __init__(self, options: DiscriminatorOptions, *, resolution: int | None = None, num_classes: int = 0):
         super().__init__()
-        self.options = options
+        self.options, self.hidden_channels = options, options.num_feat
         nf = options.num_feat
         self.conv0 = nn.Conv2d(options.num_in_ch, nf, 3, 1, 1)
         self.conv1 = SpectralConv2d(nf, nf * 2, 4, 2, 1, bias=False)
@@ -61,6 +61,13 @@ class Discriminator(nn.Module):
         """[N, 3, H, W] in [0, 1] -> logits [N, 1, H, W]. Raises ValueError as `features` does."""
         return self.conv9(self.features(x))
 
-    def forward(self, x: Tensor, c: Tensor | None = None) -> Tensor:
-        """[N, 3, H, W] in [0, 1] -> logits [N, H * W]; c is ignored. Raises ValueError as `features` does."""
-        return self.logit_map(x).flatten(1)
+    def forward(
+        self, x: Tensor, c: Tensor | None = None, hidden: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """[N, 3, H, W] in [0, 1] -> logits [N, H * W], with `features` where `hidden`; c is ignored.
+
+        Raises ValueError as `features` does.
+        """
+        last = self.features(x)
+        logits = self.conv9(last).flatten(1)
+        return (logits, last) if hidden else logits

@@ -21,7 +21,7 @@ from sdtrain.data.degrade.resize_matlab import draw_factors, gcfsr_train_input, 
 from sdtrain.rng import Draws
 
 if TYPE_CHECKING:
-    from sdtrain.methods.sdakd.options import Loaded
+    from sdtrain.restoration.options import Loaded
 
 
 class Photos:
