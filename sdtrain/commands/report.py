@@ -1,6 +1,8 @@
-"""`sdtrain report RUN [RUN ...]`: curves and tables of the papers from what runs have written.
+"""`sdtrain report RUN [RUN ...]`: curves and tables from what runs have written.
 
-    PAGE.md, .html, .tex   the tables, with the pictures below in it (--out PAGE.png: the curves alone); report.md
+`sdtrain report table1 --runs RUN ...`: tables of the papers, filled.
+
+    PAGE.md, .html, .tex, .csv  the tables, with the pictures below in it (--out PAGE.png: the curves alone); report.md
     PAGE.png               metrics and losses against images; runs whose names differ by seed become a mean with a band
     PAGE_interplay_RUN.png with --interplay: Figure 6 of SD-GAN, extremes of L_SD and D
 
@@ -19,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from sdtrain.commands import tables
+from sdtrain.commands.paper_tables import paper_tables
+from sdtrain.commands.papers import is_table, wanted
 from sdtrain.commands.results import METRICS, RISING, Row, Written, chosen, comparable, conflicts, judge, read_runs
 from sdtrain.commands.tables import Table
 from sdtrain.errors import EXIT_OK, ConfigError, UserError
@@ -30,8 +34,10 @@ NAME_IN_FILE = 100  # characters of a run's name in the name of its picture
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("runs", nargs="+", type=Path, metavar="RUN", help="run folders, or files written by `sdtrain evaluate --json`")
-    what = "PAGE.md (or PAGE), .html, .tex: a page; .png: the curves alone (default: report.md)"
+    what = "run folders, or files of `sdtrain evaluate --json`; with --runs: tables of the papers, such as table1"
+    add("what", nargs="+", metavar="RUN|TABLE", help=what)
+    add("--runs", nargs="+", type=Path, metavar="RUN", help="the runs that fill the tables named before")
+    what = "PAGE.md (or PAGE), .html, .tex, .csv: a page; .png: the curves alone (default: report.md)"
     add("--out", type=Path, default=Path("report.md"), metavar="PAGE", help=what)
     add("--smooth", type=int, metavar="POINTS", help="points of the running mean drawn over a curve; 0 = none")
     add("--no-smooth", action="store_const", const=0, dest="smooth", help="no running mean")
@@ -51,8 +57,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Returns 0; raises ConfigError or RunError before anything is written."""
     check(args)
-    runs, notes = read_runs(args.runs)
-    found = tables_of_metrics(runs, notes)
+    runs, notes = read_runs(args.runs or [Path(run) for run in args.what])
+    found = paper_tables(args.what, runs, notes) if args.runs else tables_of_metrics(runs, notes)
     if args.variation:
         found += tables_of_variation(runs, args, notes)
     extremes = of_each(runs, lambda run: interplay(run, args), notes) if args.interplay else []
@@ -70,10 +76,15 @@ def run(args: argparse.Namespace) -> int:
 
 def check(args: argparse.Namespace) -> None:
     """Raises ConfigError for everything that can be wrong with the arguments, before torch is imported."""
+    for name in args.what:
+        if args.runs:
+            wanted(name)
+        elif is_table(name) and not os.path.exists(name):
+            raise ConfigError(f"{name} is a table of a paper: say which runs fill it with --runs RUN ...")
     if not args.out.suffix:
         args.out = args.out / "report.md" if os.path.isdir(args.out) else args.out.with_suffix(".md")
     if args.out.suffix not in (*tables.PAGES, ".png"):
-        raise ConfigError(f"--out {args.out} ends in neither .md, .html, .tex (a page) nor .png (the curves)")
+        raise ConfigError(f"--out {args.out} ends in neither .md, .html, .tex, .csv (a page) nor .png (the curves)")
     if args.latents < 2 or args.batch < 1:
         raise ConfigError("--latents must be at least 2, --batch at least 1")
     if args.smooth is not None and args.smooth < 0:

@@ -1,8 +1,11 @@
-"""Tables, pictures and notes as one page of Markdown, HTML or LaTeX. Names come from files, so all text is escaped."""
+"""Tables, pictures and notes as a page of Markdown, HTML, LaTeX or CSV. Names come from files: all text is escaped."""
 
 from __future__ import annotations
 
+import base64
+import csv
 import html
+import io
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,6 +17,12 @@ BLANK = re.compile(r"[\x00-\x20\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]+
 IN_MARKDOWN = str.maketrans(
     {c: f"\\{c}" for c in "\\*[]~$#!"} | {"|": "&#124;", "`": "&#96;", "<": "&lt;", ">": "&gt;", "&": "&amp;"}
 )
+HEAD = (
+    '<meta charset="utf-8">',
+    '<meta name="viewport" content="width=device-width, initial-scale=1">',
+    "<title>sdtrain report</title>",
+)
+FORMULA = re.compile(r"[=+@]|-(?!$|[\d.])")
 LONE_UNDERSCORE = re.compile(r"(?<![^\W_])_|_(?![^\W_])")  # inside a word it is no emphasis
 IN_LATEX = str.maketrans(
     {c: f"\\{c}" for c in "{}$&#_%"}
@@ -63,20 +72,39 @@ def markdown(tables: Sequence[Table], notes: Sequence[str], pictures: Sequence[P
 
 def as_html(tables: Sequence[Table], notes: Sequence[str], pictures: Sequence[Path] = ()) -> str:
     style = "body{font-family:sans-serif;margin:2em}td,th{padding:.2em .8em;border-bottom:1px solid #ccc}"
-    style += "td.n,th.n{text-align:right}caption{text-align:left}img{max-width:100%}"
-    parts = ["<!DOCTYPE html>", '<meta charset="utf-8">', "<title>sdtrain report</title>", f"<style>{style}</style>"]
+    style += "td.n,th.n{text-align:right}caption{text-align:left}img{max-width:100%}div{overflow-x:auto}"
+    parts = ["<!DOCTYPE html>", *HEAD, f"<style>{style}</style>"]
     for table in tables:
-        parts += ["<table>", f"<caption>{in_html(table.caption)}</caption>"]
+        parts += ["<div><table>", f"<caption>{in_html(table.caption)}</caption>"]
         parts += [_html_row(line, "td" if i else "th", table.words) for i, line in enumerate([table.head, *table.rows])]
-        parts.append("</table>")
+        parts.append("</table></div>")
     parts += ["<ul>", *(f"<li>{in_html(note)}</li>" for note in notes), "</ul>"] if notes else []
-    parts += [f'<p><img src="{quote(file.name)}" alt="{in_html(file.stem)}"></p>' for file in pictures]
+    for file in pictures:  # inside the page, so that it can be sent as one file
+        data = base64.b64encode(file.read_bytes()).decode()
+        parts.append(f'<p><img src="data:image/png;base64,{data}" alt="{in_html(file.stem)}"></p>')
     return "\n".join(parts)
 
 
 def _html_row(line: Sequence[str], tag: str, words: int) -> str:
     kinds = ["" if column < words else ' class="n"' for column in range(len(line))]
     return "<tr>" + "".join(f"<{tag}{kind}>{in_html(cell)}</{tag}>" for kind, cell in zip(kinds, line)) + "</tr>"
+
+
+def as_csv(tables: Sequence[Table], notes: Sequence[str], pictures: Sequence[Path] = ()) -> str:
+    """Each table under its caption, with an empty line between; notes last. Pictures are files beside it."""
+    out = io.StringIO()
+    write = csv.writer(out, lineterminator="\n")
+    for table in tables:
+        for line in ([table.caption], table.head, *table.rows, []):
+            write.writerow(map(in_csv, line))
+    write.writerows([in_csv(note)] for note in notes)
+    return out.getvalue().rstrip("\n")
+
+
+def in_csv(text: str) -> str:
+    """One line that no spreadsheet takes for a formula."""
+    text = one_line(text)
+    return f"'{text}" if FORMULA.match(text) else text
 
 
 def latex(tables: Sequence[Table], notes: Sequence[str], pictures: Sequence[Path] = ()) -> str:
@@ -97,6 +125,7 @@ PAGES: dict[str, Callable[[Sequence[Table], Sequence[str], Sequence[Path]], str]
     ".md": markdown,
     ".html": as_html,
     ".tex": latex,
+    ".csv": as_csv,
 }
 
 
