@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import subprocess
 import sys
 import tempfile
 import time
@@ -27,7 +28,7 @@ import tiny  # noqa: E402
 from cluster import Cluster, install, wait  # noqa: E402
 from nodes import SKIPPED, isolated, must  # noqa: E402
 
-END = 96
+END = 320
 SHAPE = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1")
 LIMIT_SEC = 400.0
 
@@ -38,7 +39,7 @@ class Trial:
     def __init__(self, folder: Path) -> None:
         self.folder, self.began = folder, time.monotonic()
         tiny.make_shards(folder / "shards")
-        config = tiny.tiny_config(folder / "shards", total_img=END, log_img=16, save_img=16, timeout=20)
+        config = tiny.tiny_config(folder / "shards", total_img=END, log_img=32, save_img=32, timeout=20)
         tiny.write_config(folder / "tiny.yaml", config)
         self.cluster = Cluster(folder, "n1", "n2")
         self.see("a controller and two slurmd, n1 and n2, each with an address of its own")
@@ -62,7 +63,7 @@ class Trial:
         found = (self.folder / name / "checkpoints").glob("img_*/complete.json")
         return max((int(path.parent.name[4:]) for path in found), default=0)
 
-    def until_saved(self, name: str, img: int = 16) -> None:
+    def until_saved(self, name: str, img: int = 32) -> None:
         wait(lambda: self.saved(name) >= img, LIMIT_SEC, f"{name}: a checkpoint at {img} images")
         self.see(f"{name}: {self.saved(name)} images are saved")
 
@@ -71,6 +72,9 @@ class Trial:
         state = self.cluster.ended(job, LIMIT_SEC)
         self.see(f"{name}: {state} after {self.cluster.restarts(job)} restart(s)")
         assert state == "COMPLETED" and self.cluster.restarts(job) >= restarts, self.log(name)
+        self.must_equal(name)
+
+    def must_equal(self, name: str) -> None:
         apart = tiny.unequal(tiny.tensors(self.folder / "whole", END), tiny.tensors(self.folder / name, END))
         assert not apart, f"{name}: {len(apart)} tensors are not those of the undisturbed run"
         assert tiny.rows(self.folder / "whole") == tiny.rows(self.folder / name)
@@ -89,7 +93,7 @@ def whole(trial: Trial) -> None:
     assert trial.cluster.ended(job, LIMIT_SEC) == "COMPLETED", trial.log("whole")
     said = trial.log("whole")
     trial.see("whole: COMPLETED; " + "; ".join(re.findall(r"ok   ranks +(.*)|(.* on 2 rank\(s\), cpu)", said)[0]))
-    assert "2 on 2 host(s) met" in said and "n1, n2" in said and "finished at 96 on 2 rank(s)" in said, said
+    assert "2 on 2 host(s) met" in said and "n1, n2" in said and "finished at 320 on 2 rank(s)" in said, said
 
 
 def requeue(trial: Trial) -> None:
@@ -171,8 +175,47 @@ def bad(trial: Trial) -> None:
     trial.see(f"bad: {told}")
 
 
+LAUNCHERS = {
+    "accelerate": "accelerate.commands.launch --config_file launch/nodes.yaml --machine_rank {rank} --num_processes 2 "
+    "--main_process_ip {first}",
+    "torchrun": "torch.distributed.run --nnodes 2 --nproc_per_node 1 --node_rank {rank} --master_addr {first}",
+}
+
+
+def link(trial: Trial) -> None:
+    """Without Slurm: one launcher a host. A cable that is pulled ends both, in time; started again, they go on."""
+    for name in LAUNCHERS:
+        first = launched(trial, name)
+        trial.until_saved(name)
+        trial.cluster.hosts["n2"].cut()
+        began = time.monotonic()
+        for host, launcher in first.items():
+            code = launcher.wait(120)
+            [said] = re.findall(r"^sdtrain.*: (.*)", trial.log(f"{name}-{host}"), re.MULTILINE)[:1] or [""]
+            trial.see(f"{name}: cut off; {time.monotonic() - began:.0f} s later {host} has ended ({code}): {said}")
+            assert code != 0 and re.search(r"exitcode *: 75", trial.log(f"{name}-{host}")), trial.log(f"{name}-{host}")
+        assert "on n2) does not answer" in trial.log(f"{name}-n1"), trial.log(f"{name}-n1")
+        assert "the process at 10.77.0.1:" in trial.log(f"{name}-n2"), trial.log(f"{name}-n2")
+        trial.cluster.hosts["n2"].mend()
+        for host, launcher in launched(trial, name).items():
+            assert launcher.wait(LIMIT_SEC) == 0, trial.log(f"{name}-{host}")
+        trial.must_equal(name)
+
+
+def launched(trial: Trial, name: str) -> dict[str, subprocess.Popen[str]]:
+    """The launcher of this name on both hosts."""
+    train = ["sdtrain/main.py", "--cfg", str(trial.folder / "tiny.yaml"), "--out", str(trial.folder / name)]
+    started = {}
+    for rank, host in enumerate(trial.cluster.hosts.values()):
+        words = LAUNCHERS[name].format(rank=rank, first=trial.cluster.hosts["n1"].address).split()
+        with open(trial.folder / f"{name}-{host.name}.log", "w") as log:
+            streams = {"stdout": log, "stderr": subprocess.STDOUT}
+            started[host.name] = host.start([sys.executable, "-m", *words, *train], cwd=REPO, **streams)
+    return started
+
+
 SCENES: dict[str, Callable[[Trial], None]] = {
-    scene.__name__: scene for scene in (whole, requeue, preempt, cancel, mistake, crash, node, bad)
+    scene.__name__: scene for scene in (whole, requeue, preempt, cancel, mistake, crash, node, bad, link)
 }
 
 

@@ -91,6 +91,7 @@ class Cluster:
         must("munged", "--force", f"--key-file={key}", f"--socket={socket}", *more)
 
     def boot(self, host: Host) -> None:
+        host.mend()
         host.must("slurmd", "-f", os.environ["SLURM_CONF"], "-N", host.name)
 
     def until_idle(self, limit_sec: float = 60.0) -> None:
@@ -113,8 +114,10 @@ class Cluster:
         return int(self.facts(job)["Restarts"])
 
     def hurry(self, job: str) -> None:
-        """A requeued job is held back for two minutes."""
-        if self.state(job) == "PENDING":
+        """A requeued job is held for two minutes; its last attempt has to leave the nodes before it starts."""
+        facts = self.facts(job)
+        if facts["JobState"] == "PENDING" and facts["Reason"] == "BeginTime":
+            time.sleep(4)
             subprocess.run(["scontrol", "update", f"jobid={job}", "StartTime=now"], capture_output=True)
 
     def ended(self, job: str, limit_sec: float) -> str:

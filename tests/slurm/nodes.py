@@ -6,6 +6,7 @@ nothing is left running, mounted or configured when the program ends, however it
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from typing import Any
 HEAD = "10.77.0.254"
 INSIDE = "SDTRAIN_TEST_INSIDE"
 NAMESPACES = ("--mount", "--net", "--pid", "--uts", "--ipc")
+PR_SET_PDEATHSIG = 1
 SKIPPED = 77  # what test programs answer when they cannot run here
 
 
@@ -32,7 +34,15 @@ def isolated(program: Path) -> int | None:
         return SKIPPED
     first = ["bash", "-c", '"$@"; exit $?', "first"]  # the first process of a namespace has to bury its orphans
     inner = [*unshare, *first, sys.executable, str(program), *sys.argv[1:]]
-    return subprocess.run(inner, env={**os.environ, INSIDE: "1"}).returncode
+    process = subprocess.Popen(inner, env={**os.environ, INSIDE: "1"}, preexec_fn=end_with_parent)
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, lambda *_: process.kill())  # unshare itself does not listen
+    return process.wait()
+
+
+def end_with_parent() -> None:
+    """However the parent ends."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class Host:
@@ -74,7 +84,7 @@ class Host:
         return [pid for pid in there if pid != self._holder.pid and _namespace(pid) == mine]
 
     def lose_power(self) -> int:
-        """Kill everything that runs on it; returns how many processes that were. The link goes first: none says bye."""
+        """Kill everything that runs on it, with its link cut: nobody is told. Returns how many processes that were."""
         self.cut()
         killed = 0
         while found := self.processes():
@@ -82,7 +92,6 @@ class Host:
             for pid in found:
                 os.kill(pid, signal.SIGKILL)
             time.sleep(0.02)
-        self.mend()
         return killed
 
 
