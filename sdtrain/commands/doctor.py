@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     together = "what all ranks of a launcher have to find out together, on each of them, before training with --cfg"
     parser.add_argument("--ranks", action="store_true", help=together)
     parser.add_argument("--within", type=float, default=30, metavar="SEC", help="time for --ranks (default: 30)")
-    for switch in ("--allow-pipe", "--restart"):  # words of training, which job scripts hand to both
+    for switch in ("--allow-pipe", "--restart", "--plan"):  # words of training, which job scripts hand to both
         parser.add_argument(switch, action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--allow", action="append", help=argparse.SUPPRESS)
 

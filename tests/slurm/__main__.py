@@ -54,7 +54,7 @@ class Trial:
     def submit(self, name: str, *words: str, script: str = "sdgan", args: tuple[str, ...] = (), **env: str) -> str:
         """A job of an unchanged script, whose run folder and log carry `name`."""
         own = args or ("--cfg", str(self.folder / "tiny.yaml"), "--out", str(self.folder / name))
-        shape = [*SHAPE, "--output", str(self.folder / f"{name}.log"), "--chdir", str(REPO)]
+        shape = [*SHAPE, "--output", str(self.folder / f"{name}.log")]
         job = self.cluster.submit(*shape, *words, f"slurm/{script}.sh", *own, **env)
         self.see(f"{name}: sbatch {' '.join([*SHAPE, *words])} slurm/{script}.sh is job {job}")
         return job
@@ -163,7 +163,7 @@ def node(trial: Trial) -> None:
 
 
 def bad(trial: Trial) -> None:
-    """A node that cannot write is named before anything is trained."""
+    """A node that cannot write, or that others cannot reach, is named before anything is trained."""
     run = trial.folder / "bad"
     run.mkdir()
     host = trial.cluster.hosts["n2"]
@@ -173,6 +173,10 @@ def bad(trial: Trial) -> None:
     host.must("umount", str(run))
     [told] = set(re.findall(r"sdtrain: (rank 1 on n2: .*)", trial.log("bad")))
     trial.see(f"bad: {told}")
+    job = trial.submit("lost", SDTRAIN_MAX_REQUEUES="0", GLOO_SOCKET_IFNAME="lo")
+    trial.must_fail("lost", job, restarts=0)
+    [told] = set(re.findall(r"sdtrain.*: (ranks report, but .*)", trial.log("lost")))
+    trial.see(f"lost: a network that joins no hosts: {told}")
 
 
 LAUNCHERS = {

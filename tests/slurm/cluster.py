@@ -13,6 +13,7 @@ from nodes import HEAD, Host, build, must
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "sinfo")
 PACKAGES = ("munge", "slurmctld", "slurmd", "slurm-client")
+REPO = Path(__file__).resolve().parents[2]
 GONE_SEC = 10  # a host that is silent this long counts as down
 
 CONF = """
@@ -100,7 +101,7 @@ class Cluster:
 
     def submit(self, *words: str, **env: str) -> str:
         """The id of a new job."""
-        told = must("sbatch", "--parsable", *words, env={**os.environ, **env})
+        told = must("sbatch", "--parsable", *words, env={**os.environ, **env}, cwd=REPO)
         return told.strip().partition(";")[0]
 
     def facts(self, job: str) -> dict[str, str]:

@@ -86,13 +86,13 @@ class Host:
     def lose_power(self) -> int:
         """Kill everything that runs on it, with its link cut: nobody is told. Returns how many processes that were."""
         self.cut()
-        killed = 0
+        killed: set[int] = set()
         while found := self.processes():
-            killed += len(found)
+            killed.update(found)
             for pid in found:
                 os.kill(pid, signal.SIGKILL)
             time.sleep(0.02)
-        return killed
+        return len(killed)
 
 
 def build(*names: str) -> list[Host]:
