@@ -29,6 +29,7 @@ COMMANDS = {
     "report": ("sdtrain.commands.report", "put the figures of runs into one page"),
     "config": ("sdtrain.commands.config_keys", "explain the keys of configurations: meaning, unit, type and default"),
     "doctor": ("sdtrain.commands.doctor", "check this machine, its ranks, weights and a configuration"),
+    "requeue": ("sdtrain.commands.requeue", "for job scripts: is a run that has ended worth another attempt?"),
     "fetch-weights": ("sdtrain.commands.fetch_weights", "download weights of frozen networks where there is a network"),
 }
 

@@ -1,7 +1,12 @@
 #!/usr/bin/env bash
 # Train on from a finished run or from official weights, with a configuration of your own.
 #   sbatch slurm/fine_tune.sh --cfg my_finetune.yaml [--set KEY=VALUE ...]
-# The same command goes on from the last checkpoint. Near its time limit the job saves and requeues itself.
+# The same command goes on from the last checkpoint. Near its time limit, or when a node or process fails, the job
+# requeues itself; a mistake of yours, or a run that no longer moves, ends it. Several nodes: sbatch --nodes=4 ...
+#
+# Settings; without the second # they count. What all jobs share is in slurm/common.sh.
+##SBATCH --account=NAME
+##SBATCH --partition=NAME
 #SBATCH --job-name=fine_tune
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=4

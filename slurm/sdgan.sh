@@ -2,7 +2,12 @@
 # SD-GAN on ProjectedGAN's networks.
 #   sbatch slurm/sdgan.sh                                   configs/sdgan_projected.yaml
 #   sbatch slurm/sdgan.sh --cfg FILE --set KEY=VALUE ...    any other; sbatch's own options come before the script
-# The same command goes on from the last checkpoint. Near its time limit the job saves and requeues itself.
+# The same command goes on from the last checkpoint. Near its time limit, or when a node or process fails, the job
+# requeues itself; a mistake of yours, or a run that no longer moves, ends it. Several nodes: sbatch --nodes=4 ...
+#
+# Settings; without the second # they count. What all jobs share is in slurm/common.sh.
+##SBATCH --account=NAME
+##SBATCH --partition=NAME
 #SBATCH --job-name=sdgan
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=4

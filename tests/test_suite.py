@@ -429,6 +429,51 @@ def test_the_plan_prints_the_commands_and_touches_nothing(table, tmp_path, capsy
     assert not (tmp_path / "out").exists()
 
 
+SBATCH = """#!/usr/bin/env bash
+printf '%s\\n' "$*" >> CALLS
+[ -f REFUSE ] && { echo "sbatch: error: invalid account" >&2; exit 1; }
+echo "$((100 + $(wc -l < CALLS)));cluster"
+"""
+
+
+@pytest.fixture
+def queue(table, tmp_path, monkeypatch) -> list[str]:
+    """The command that submits the small suite, with a stub in the place of sbatch."""
+    (tmp_path / "bin").mkdir()
+    sbatch = tmp_path / "bin" / "sbatch"
+    text = SBATCH.replace("CALLS", str(tmp_path / "calls")).replace("REFUSE", str(tmp_path / "refuse"))
+    sbatch.write_text(text)
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{sbatch.parent}:{os.environ['PATH']}")
+    monkeypatch.chdir(REPO)
+    return ["suite", "submit", table[2], "--sbatch", "--nodes=2 --qos='a b'"]
+
+
+def test_a_suite_is_submitted_a_job_a_run_and_arms_that_learn_wait_for_their_teacher(queue, tmp_path, capsys):
+    assert cli.main(queue) == 0
+    teacher, half, naive = (tmp_path / "calls").read_text().splitlines()
+    out = tmp_path / "out"
+    more = "--kill-on-invalid-dep=yes --nodes=2 --qos=a b slurm/fine_tune"
+    name = f"--parsable --job-name=table-{{}} --dependency={{}} {more}"
+    train = f".sh --cfg {tmp_path}/cfg/tiny.yaml --out {out}/"
+    assert teacher.startswith(f"{name.format('teacher', 'singleton')}{train}teacher")
+    assert half.startswith(name.format("half-seed0", "afterok:101,singleton") + train) and f'="{out}/teacher"' in half
+    assert naive.startswith(name.format("naive-seed0", "singleton"))
+    assert "job 102: table-half-seed0, after 101\njob 103: table-naive-seed0\n" in capsys.readouterr().out
+
+
+def test_a_plan_of_jobs_submits_none_and_what_sbatch_refuses_is_said(queue, tmp_path, capsys, monkeypatch):
+    assert cli.main([*queue, "--sbatch", "'"]) == 2 and "--sbatch ': No closing quotation" in capsys.readouterr().err
+    assert cli.main([*queue, "--plan", "--only", "half"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and "--dependency=afterok:ID-OF-THE-TEACHER,singleton" in lines[1]
+    assert not calls(tmp_path)
+    (tmp_path / "refuse").touch()
+    assert cli.main(queue) == 2 and "was refused: sbatch: error: invalid account" in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(queue) == 2 and "there is no slurm/fine_tune.sh here" in capsys.readouterr().err
+
+
 def test_status_imports_no_torch_and_no_numpy():
     script = """
 import sys

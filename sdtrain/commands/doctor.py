@@ -1,4 +1,7 @@
-"""`sdtrain doctor`: what this machine offers and lacks, one line a finding; exit code 2 if a run could not work."""
+"""`sdtrain doctor`: what this machine offers and lacks, one line a finding; exit code 2 if a run could not work.
+
+With --ranks it is started as training is, one process a rank (preflight.py): exit code 75 when a host is to blame.
+"""
 
 from __future__ import annotations
 
@@ -37,11 +40,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cfg", metavar="FILE|NAME", help="also check this configuration")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one key of it")
     parser.add_argument("--world", type=int, metavar="N", help="number of ranks it shall run on")
-    parser.add_argument("--out", type=Path, default=Path("runs"), metavar="DIR", help="where runs will be written")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where runs will be written (default: runs)")
     parser.add_argument("--quick", action="store_true", help="leave out what needs torch: devices and ranks")
+    together = "what all ranks of a launcher have to find out together, on each of them, before training with --cfg"
+    parser.add_argument("--ranks", action="store_true", help=together)
+    parser.add_argument("--within", type=float, default=30, metavar="SEC", help="time for --ranks (default: 30)")
+    for switch in ("--allow-pipe", "--restart", "--plan"):  # words of training, which job scripts hand to both
+        parser.add_argument(switch, action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--allow", action="append", help=argparse.SUPPRESS)
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.ranks:
+        from sdtrain.commands import preflight
+
+        return preflight.run(args)
     verdicts = []
     for verdict, what, found in findings(args):
         verdicts.append(verdict)
@@ -54,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
 def findings(args: argparse.Namespace) -> Iterator[Finding]:
     yield "ok", "sdtrain", f"{__version__}, Python {platform.python_version()}, {platform.platform()}"
     yield from packages()
-    yield disk(args.out)
+    yield disk(args.out or Path("runs"))
     yield from weights()
     if args.cfg:
         yield configuration(args.cfg, args.set, args.world)

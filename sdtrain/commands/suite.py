@@ -1,4 +1,4 @@
-"""`sdtrain suite run | status NAME`: the runs of a table in turn, with one teacher for all of them.
+"""`sdtrain suite run | submit | status NAME`: the runs of a table in turn, with one teacher for all of them.
 
     runs/suites/NAME/
       teacher/                  trained once, an ordinary run
@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING
 from sdtrain.commands import report
 from sdtrain.commands.relay import Relay
 from sdtrain.commands.results import planned, saved_img
+from sdtrain.commands.suite_jobs import Job, submit
 from sdtrain.config.words import nearest
 from sdtrain.engine.starts import last_start
 from sdtrain.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_REQUEUE, EXIT_USER_ERROR, ConfigError, RunError, UserError
@@ -40,6 +41,7 @@ examples:
   sdtrain suite run sdakd_gcfsr --plan                  what would be trained, in which order
   sdtrain suite run sdakd_gcfsr --launcher "accelerate launch --config_file launch/node4.yaml"
   sdtrain suite run sdakd_gcfsr --only half --only half_naive_CC
+  sdtrain suite submit sdakd_gcfsr --sbatch "--nodes=2 --time=12:00:00"
   sdtrain suite status sdakd_gcfsr
 
 The same command goes on where it stopped. Suites lie in configs/suites; a file of yours does as well."""
@@ -52,19 +54,23 @@ PROGRAM = Path(__file__).resolve().parents[1] / "main.py"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class, parser.epilog = argparse.RawDescriptionHelpFormatter, EXAMPLE
-    actions = parser.add_subparsers(dest="action", metavar="run|status", required=True)
+    actions = parser.add_subparsers(dest="action", metavar="run|submit|status", required=True)
     run = actions.add_parser("run", help="train what has not finished, then report")
+    queue = actions.add_parser("submit", help="put what has not finished into Slurm's queue, a job a run")
     status = actions.add_parser("status", help="where each run stands")
-    for action in (run, status):
+    for action in (run, queue, status):
         add = action.add_argument
         add("suite", metavar="FILE|NAME", help="suite: a path, or a name in configs/suites")
         add("--set", action="append", default=[], metavar="KEY=VALUE", help="override one key in every run; repeat")
         add("--out", metavar="DIR", help="folder of the runs (default: the suite's, else runs/suites/NAME)")
-    add = run.add_argument
-    add("--only", action="append", default=[], metavar="ARM", help="only this arm, and the teacher it needs; repeat")
-    add("--launcher", default=sys.executable, metavar="WORDS", help='what starts sdtrain/main.py: "accelerate launch"')
-    add("--plan", action="store_true", help="check everything, print the commands, touch nothing")
-    add("--allow", action="append", default=[], metavar="KEY", help="go on with runs although this key has changed")
+    for action in (run, queue):
+        add = action.add_argument
+        add("--only", action="append", default=[], metavar="ARM", help="this arm, and the teacher it needs; repeat")
+        add("--plan", action="store_true", help="check everything, print the commands, touch nothing")
+        add("--allow", action="append", default=[], metavar="KEY", help="go on although this key has changed")
+    words = 'what starts sdtrain/main.py: "accelerate launch"'
+    run.add_argument("--launcher", default=sys.executable, metavar="WORDS", help=words)
+    queue.add_argument("--sbatch", default="", metavar="WORDS", help='more words for sbatch: "--nodes=2 --qos=long"')
 
 
 def run(args: argparse.Namespace) -> int:
@@ -75,8 +81,10 @@ def run(args: argparse.Namespace) -> int:
     if args.action == "status":
         print(status(suite))
         return EXIT_OK
-    members, command = chosen(suite, args.only), [*words_of(args.launcher), str(PROGRAM)]
-    more = [word for key in args.allow for word in ("--allow", key)]
+    members, more = chosen(suite, args.only), [word for key in args.allow for word in ("--allow", key)]
+    if args.action == "submit":
+        return put_into_queue(suite, members, args, more)
+    command = [*words_of(args.launcher), str(PROGRAM)]
     commands = {member.out: [*command, *words(member), *more] for member in members}
     if args.plan:
         return show_plan(suite, members, commands, args.allow)
@@ -89,13 +97,25 @@ def run(args: argparse.Namespace) -> int:
     return code or tables(suite)
 
 
-def words_of(launcher: str) -> list[str]:
-    """The words of --launcher. Raises ConfigError when they are none."""
+def put_into_queue(suite: Suite, members: Sequence[Member], args: argparse.Namespace, more: list[str]) -> int:
+    """Put what has not finished into Slurm's queue. Raises UserError before any job is there."""
+    left = [member for member in members if not finished(member)]
+    for member in left:
+        check(member, args.allow)
+    jobs = [
+        Job(f"{suite.name}-{member.out.name}", [*words(member), *more], member is suite.teacher, member.taught)
+        for member in left
+    ]
+    return submit(jobs, words_of(args.sbatch, "--sbatch"), args.plan)
+
+
+def words_of(text: str, switch: str = "--launcher") -> list[str]:
+    """The words of a switch. Raises ConfigError where they are none of a shell, or no launcher."""
     try:
-        found = shlex.split(launcher)
+        found = shlex.split(text)
     except ValueError as error:
-        raise ConfigError(f"--launcher {launcher}: {error}; write it as in a shell") from None
-    if not found:
+        raise ConfigError(f"{switch} {text}: {error}; write it as in a shell") from None
+    if not found and switch == "--launcher":
         raise ConfigError('--launcher is empty: write it as "accelerate launch --config_file FILE"')
     return found
 

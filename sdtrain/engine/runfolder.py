@@ -12,6 +12,7 @@
       best/              best-by-validation weights and the metrics that chose them
       before-DATE-TIME/  an earlier run, see restart.py
       .lock              see lock.py
+      .attempts          of a Slurm job, see commands/requeue.py
 
 Only the main rank writes.
 """

@@ -200,7 +200,8 @@ class Watch:
     def _store_is_gone(self, why: str) -> None:
         if self._over.wait(MOMENT_SEC):  # the run ends anyway
             return
-        what = "the process that keeps the ranks' common store (the launcher, or rank 0) is stopped or gone"
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        what = f"the process at {where} that keeps the ranks' common store (the launcher, or rank 0) is stopped or gone"
         said = f"sdtrain: rank {rank()} ({self._who}): {what} ({why}); {self.stop.kept()}\n"
         os.write(2, f"{said}{_stack()}\n".encode())
         os._exit(EXIT_REQUEUE)

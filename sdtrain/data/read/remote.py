@@ -130,6 +130,9 @@ def _gopen_chunks(url: str) -> Iterator[bytes]:
 
 
 def default_cache() -> Path:
+    """SDTRAIN_SHARDS, which a job sets to a disk of its node; else beside everything else that is kept."""
+    if own := os.environ.get("SDTRAIN_SHARDS"):
+        return Path(own)
     return Path(os.environ.get("SDTRAIN_CACHE", Path.home() / ".cache" / "sdtrain")) / "shards"
 
 
