@@ -29,11 +29,29 @@ class MachineError(RuntimeError):
     """A process that died, hangs or cannot be reached: no mistake of the user's, and worth another attempt."""
 
 
-class Interrupted(Exception):
-    """Long work was left on all ranks because of a request to stop; the run that goes on does it again."""
+class Together(Exception):
+    """What all ranks raise at the same place: none of them has to be told."""
+
+
+class Interrupted(Together):
+    """Work was left on all ranks for this request to stop (`StopRequest.reason`); the run that goes on does it."""
+
+    def __init__(self, reason: int = 0) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class RankFailed(Together):
+    """Something has failed on a rank: the same sentence, and the same exit code, on every rank."""
+
+    def __init__(self, sentence: str, code: int, intact: bool = True) -> None:
+        """`intact`: the state is that of the step before, on every rank."""
+        super().__init__(sentence)
+        self.sentence, self.code, self.intact = sentence, code, intact
 
 
 EXIT_OK = 0
+EXIT_FAULT = 1
 EXIT_USER_ERROR = 2
 EXIT_REQUEUE = 75
 EXIT_INTERRUPTED = 130

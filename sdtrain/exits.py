@@ -8,13 +8,24 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import sys
 from collections.abc import Callable
 
-from sdtrain.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_REQUEUE, EXIT_USER_ERROR, MachineError, UserError
+from sdtrain.errors import (
+    EXIT_FAULT,
+    EXIT_INTERRUPTED,
+    EXIT_OK,
+    EXIT_REQUEUE,
+    EXIT_USER_ERROR,
+    MachineError,
+    RankFailed,
+    UserError,
+)
 from sdtrain.terminal import text_only
 
 OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.ESTALE)
+NO_MEMORY = re.compile("allocate memory|out of memory|not enough memory")
 
 
 def run_command(command: Callable[[], int]) -> int:
@@ -35,6 +46,9 @@ def _answered(command: Callable[[], int]) -> int:
     except MachineError as error:
         tell(error)
         return EXIT_REQUEUE
+    except RankFailed as failure:  # all ranks say the same
+        print(f"sdtrain: {failure.sentence}", file=sys.stderr)
+        return failure.code
     except BrokenPipeError:  # the reader of our output has left, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_OK
@@ -44,6 +58,15 @@ def _answered(command: Callable[[], int]) -> int:
         where = f" ({error.filename})" if error.filename else ""
         tell(f"a file cannot be written: {error.strerror}{where}; make room, or make it writable, and try again")
         return EXIT_USER_ERROR
+
+
+def code_of(error: BaseException) -> int:
+    """What a process ends with that this has ended: another attempt may help, somebody must mend it, or a fault."""
+    no_memory = isinstance(error, RuntimeError) and NO_MEMORY.search(str(error))
+    if isinstance(error, MachineError | MemoryError) or no_memory:
+        return EXIT_REQUEUE
+    mend = isinstance(error, UserError) or isinstance(error, OSError) and error.errno in OF_THE_DISK
+    return EXIT_USER_ERROR if mend else EXIT_FAULT
 
 
 def tell(error: object) -> None:
@@ -61,8 +84,7 @@ def part(code: int) -> int:
         return code
     if code == EXIT_OK:
         ranks.barrier()  # nobody closes connections while another still sends
-    if code != EXIT_INTERRUPTED:  # which is not to wait for anyone
-        ranks.destroy()
+        ranks.destroy()  # after a fault it may wait for others that never come
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # what threads of the group do in the interpreter's exit may abort a finished process

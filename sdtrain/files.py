@@ -18,9 +18,10 @@ import secrets
 import signal
 import stat
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,6 +30,9 @@ TEMPORARY = re.compile(r"\.[0-9a-f]{16}\.tmp")
 MAX_JSON, MAX_ITEMS = 1 << 26, 4_000_000  # bytes of a file; commas and brackets in it, each of up to 100 bytes
 MAX_ROW = 1 << 20  # bytes of a line; what we write is far below
 Stamp = tuple[int, int]
+T = TypeVar("T")
+PAUSES_SEC = (0.1, 0.4, 1.6, 4.0)  # what a network file system may take to come back
+CERTAIN = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EINVAL, errno.ELOOP)
 _passed: dict[str, int] = {}  # how often each boundary has been crossed, counted only in fault tests
 
 
@@ -108,6 +112,18 @@ def open_regular(path: str | Path) -> int:
         return fd
     os.close(fd)
     raise OSError(errno.EINVAL, "not a regular file", str(path))
+
+
+def patiently(read: Callable[[], T], pauses_sec: Sequence[float] = PAUSES_SEC) -> T:
+    """What `read` gives; where the file system fails it is asked again, after a pause that grows. Raises OSError."""
+    for pause in pauses_sec:
+        try:
+            return read()
+        except OSError as error:
+            if error.errno in CERTAIN:
+                raise
+            time.sleep(pause)
+    return read()
 
 
 def stamp_of(file: str | Path | int) -> Stamp:

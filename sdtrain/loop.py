@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Callable
+from functools import partial
 
 from sdtrain.contracts import Chunk, State
 from sdtrain.engine.phases import NonFinite
@@ -11,7 +13,7 @@ from sdtrain.engine.preempt import name_of
 from sdtrain.engine.pulse import PULSE
 from sdtrain.engine.ranks import gather_objects, is_main, world
 from sdtrain.engine.timing import peak_memory_gb
-from sdtrain.errors import EXIT_OK, EXIT_REQUEUE, Interrupted
+from sdtrain.errors import EXIT_OK, EXIT_REQUEUE, Interrupted, RankFailed, RunError
 from sdtrain.run import Run
 
 log = logging.getLogger("sdtrain")
@@ -28,35 +30,36 @@ def train(run: Run) -> int:
                 advance(run, run.chunks(batch))
                 if run.due(run.config.log_img):
                     tick(run)
-                if run.seen_img in run.snapshot_img:
-                    run.save_snapshot()
                 run.undone = due(run)
                 attend(run)
-                if run.stop_agreed():
-                    raise Interrupted
                 if run.due(run.config.save_img):
                     run.save()
-                    run.give_way()
         return finish(run)
-    except Interrupted:
-        return stopped(run)
+    except Interrupted as request:
+        return stopped(run, request.reason)
+    except RankFailed as failure:
+        raise RankFailed(f"{failure.sentence}; {kept(run, failure)}", failure.code) from failure
 
 
 def due(run: Run) -> list[str]:
     """What this position asks for besides the step."""
     evaluate = run.due(run.task.eval_img) or run.at_stage_end and run.task.ends_with_evaluation
-    return ["pictures"] * run.due(run.config.sample_img) + ["evaluate"] * evaluate
+    asked = {"snapshot": run.seen_img in run.snapshot_img, "pictures": run.due(run.config.sample_img)}
+    return [what for what, wanted in {**asked, "evaluate": evaluate}.items() if wanted]
 
 
 def attend(run: Run) -> None:
-    """Do what is due. A stop signal cuts it short, with `Interrupted` on all ranks; `run.undone` says what is left."""
+    """Do what is due. A stop signal or a failure cuts it short, on all ranks; `run.undone` says what is left."""
+    do: dict[str, Callable[[], None]] = {
+        "snapshot": run.save_snapshot,
+        "pictures": run.task.pictures,
+        "evaluate": partial(run.task.evaluate, "val"),
+    }
     while run.undone:
         run.give_way()
         with PULSE.section(run.undone[0]):
-            if run.undone[0] == "pictures":
-                run.task.pictures()
-            else:
-                run.task.evaluate("val")
+            do[run.undone[0]]()
+        run.folder.writing.raise_together()  # what could not be written stays undone
         run.undone = run.undone[1:]
 
 
@@ -121,7 +124,7 @@ def tick(run: Run) -> None:
         "sec_per_kimg": seconds / images * 1000,
         "data_wait_frac": max(waits),
         "peak_mem_gb": max(gather_objects(peak_memory_gb(run.device))),
-        "bad_samples": sum(len(b) for b in gather_objects(run.bad_samples)),
+        "bad_samples": len(run.bad_samples),
         "skipped_steps": run.skipped,
     }
     perf |= {f"sec/{name}": s / images * 1000 for name, s in sections.items()}
@@ -158,9 +161,19 @@ def progress(run: Run, losses: dict[str, float], perf: dict[str, float]) -> None
     )
 
 
-def stopped(run: Run) -> int:
+def kept(run: Run, failure: RankFailed) -> str:
+    """Save the state where it is whole, with all ranks; what the next start goes on from, as a sentence."""
+    if not (failure.intact and run.step):
+        return run.stop.kept()
+    try:
+        path = run.folder.checkpoints / f"img_{run.seen_img:09d}" if run.saved_step == run.step else run.save()
+    except RunError:
+        return run.stop.kept()
+    return f"{path} was kept; the same command goes on from there"
+
+
+def stopped(run: Run, reason: int) -> int:
     """Save where this is a new position, and say what goes on from it."""
-    reason = run.stop_agreed()
     if run.saved_step != run.step:
         run.save()
     if is_main():

@@ -103,9 +103,10 @@ def train(config: Config, out: Path, allow: list[str], stop: StopRequest, restar
     device = start(config)
     from sdtrain.engine.lock import FolderLock
     from sdtrain.engine.restart import set_aside
-    from sdtrain.run import Run
+    from sdtrain.engine.watch import Watch
+    from sdtrain.run import Run, slow_sections
 
-    with FolderLock(out):
+    with Watch(config.timeout, stop, slow_sections(dataset)), FolderLock(out):
         if restart and (aside := set_aside(out)):
             log.info("--restart: the run that was here was moved into %s", aside)
         return go_on(Run(config, out, device, dataset), allow, initial, used, stop)
@@ -113,7 +114,6 @@ def train(config: Config, out: Path, allow: list[str], stop: StopRequest, restar
 
 def go_on(run: Run, allow: list[str], initial: Initial | None, used: dict[str, Any], stop: StopRequest) -> int:
     """Resume, or begin from `initial`, write down what is used, and train."""
-    from sdtrain.engine.watch import Watch
     from sdtrain.loop import train as train_loop
     from sdtrain.plan import check_initial, make_plan
 
@@ -129,18 +129,22 @@ def go_on(run: Run, allow: list[str], initial: Initial | None, used: dict[str, A
     run.folder.open_log(run.seen_img, redo_evaluation="evaluate" in run.undone)
     run.folder.writing.raise_together()
     run.stop = stop
-    with Watch(config.timeout, stop, run.slow):
-        stop.begin_training()
-        return train_loop(run)
+    stop.begin_training()
+    return train_loop(run)
 
 
 def end_with_launcher() -> None:
     """A rank ends with a launcher that is killed: no signal would reach it, and the next start needs the folder."""
-    if not {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"} & set(os.environ) or sys.platform != "linux":
+    from sdtrain.engine.launcher import started_by_launcher
+
+    parent = os.getppid()
+    if sys.platform != "linux" or not started_by_launcher():
         return
     import ctypes
 
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it was killed just before
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def simulate(config: Any, out: Path, only_plan: bool) -> int:
@@ -155,10 +159,12 @@ def simulate(config: Any, out: Path, only_plan: bool) -> int:
 
 def start(config: Config) -> torch.device:
     """The process group and logging. Returns this rank's device."""
+    from sdtrain.engine.pulse import LONGER, PULSE
     from sdtrain.engine.ranks import is_main, start_ranks
     from sdtrain.engine.threads import set_threads
 
-    device = start_ranks(tf32=config.tf32)
+    PULSE.restart()
+    device = start_ranks(tf32=config.tf32, timeout_sec=LONGER * config.timeout)
     set_threads()
     level = logging.INFO if is_main() else logging.WARNING
     logging.basicConfig(level=level, format="%(asctime)s  %(message)s", datefmt="%H:%M:%S")

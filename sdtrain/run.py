@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import signal
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -16,22 +17,23 @@ from sdtrain.contracts import Stage, State, Task
 from sdtrain.data.read.dataset import Dataset
 from sdtrain.data.read.remote import is_remote
 from sdtrain.data.read.stream import Batch, Stream
+from sdtrain.engine.agree import failure_of, raise_together
 from sdtrain.engine.checkpoint import STATE, Checkpoint, newest, save_checkpoint
 from sdtrain.engine.fitting import wrong_slots, wrong_state
 from sdtrain.engine.meter import Meter
 from sdtrain.engine.origin import compare_origin, origin_of
 from sdtrain.engine.player import BasePlayer
-from sdtrain.engine.preempt import StopRequest
+from sdtrain.engine.preempt import OUT_OF_TIME, STOP_SIGNALS, StopRequest
 from sdtrain.engine.pulse import LONG, PULSE
-from sdtrain.engine.ranks import agree_max, gather_objects, world
+from sdtrain.engine.ranks import gather_objects, sum_up, world
 from sdtrain.engine.restart import refuse_to_start_over
 from sdtrain.engine.runfolder import RunFolder
 from sdtrain.engine.snapshots import cut_back, save_snapshot, snapshot_positions
-from sdtrain.errors import DataError, Interrupted, RunError
+from sdtrain.errors import EXIT_USER_ERROR, Interrupted, RankFailed, RunError
 from sdtrain.finetune import Initial, apply_initial
 from sdtrain.trainer import Trainer
 
-FAILED = 1 << 20  # beyond every reason to stop
+REASONS = (*STOP_SIGNALS, signal.SIGINT, OUT_OF_TIME)  # to stop
 
 
 class Run(Trainer):
@@ -48,8 +50,7 @@ class Run(Trainer):
         self.bad_samples: Sequence[object] = ()
         self.best: dict[str, State] = {}  # by stage: what chose its best weights
         self.stop = StopRequest()
-        remote = any(is_remote(shard) for shard in dataset.shards)
-        self.slow = (*LONG, "data") if remote else LONG  # sections that may be silent for long
+        self.slow = slow_sections(dataset)
         self.saved_step = -1  # of the newest checkpoint that this process has read or written
         self.undone: list[str] = []  # what was due at this position and a stop signal cut short
         self.checkpoint: Checkpoint | None = None  # where this process took up the run
@@ -84,7 +85,10 @@ class Run(Trainer):
         self.timer.restart()
 
     def batches(self) -> Iterator[Batch]:
-        """The steps of this stage from the present position, with the time spent waiting for each on the timer."""
+        """The steps of this stage from the present position, with the time spent waiting for each on the timer.
+
+        Between two of them, and after the last, all ranks agree to go on. Raises as `agree`.
+        """
         c = self.config
         stream = Stream(
             self.dataset,
@@ -103,28 +107,39 @@ class Run(Trainer):
         with stream:
             while self.seen_img < self.stage.end_img:
                 with self.timer.section("data", host=True):
-                    batch = self.next_of(stream)
+                    batch, failure = fetched(stream)
+                self.go_on(failure, stream)
+                assert batch is not None
                 yield batch
-                self.bad_samples = stream.bad
+            self.go_on(None, stream)
 
-    def next_of(self, stream: Stream) -> Batch:
-        """The next batch. Raises `RunError` on every rank when one cannot have its images; the state is saved then."""
-        problem, batch = "", None
-        try:
-            batch = next(stream)
-        except DataError as error:
-            problem = str(error)
-        if not agree_max(batch is None, self.device):
-            assert batch is not None
-            return batch
-        problem = next(filter(None, gather_objects(problem)))
-        if self.step and self.saved_step != self.step:
-            problem += f"; {self.save()} was kept"
-        raise RunError(f"{problem}; the same command goes on from the newest checkpoint")
+    def go_on(self, failure: Exception | None, stream: Stream) -> None:
+        """The one agreement of a step, at its boundary: on failures, stops and bad samples. Raises as `agree`."""
+        new = stream.news()
+        if self.agree(failure, len(new)):
+            found = [sample for part in gather_objects(new) for sample in part]
+            if too_many := failure_of(lambda: stream.learn(found)):
+                raise RankFailed(str(too_many), EXIT_USER_ERROR)
+        self.bad_samples = stream.bad
+
+    def agree(self, failure: Exception | None = None, news: int = 0) -> int:
+        """All ranks together, in one collective: the sum of their `news`.
+
+        Raises `RankFailed` on all of them when a rank has a `failure` or could not write into the run folder, and
+        `Interrupted` when a rank was told to stop.
+        """
+        failure, reason = failure or self.folder.writing.failure, self.stop.reason
+        told = [int(reason == known) for known in REASONS]
+        failed, total, *stops = sum_up([int(failure is not None), news, *told], self.device)
+        if failed:
+            raise_together(failure)
+        if any(stops):
+            raise Interrupted(max(known for known, count in zip(REASONS, stops) if count))
+        return total
 
     def _waited_enough(self, waited_sec: float) -> bool:
-        """Whether to give decoding processes up. Raises `Interrupted` where a stop need not wait for them."""
-        if world() == 1 and self.stop.reason:  # other ranks may have their data already, and have begun the step
+        """Whether to give decoding processes up. Raises `Interrupted` when a stop need not wait for them."""
+        if self.stop.reason:
             raise Interrupted
         return waited_sec > PULSE.mark.limit_sec(self.config.timeout, self.slow)
 
@@ -154,6 +169,7 @@ class Run(Trainer):
             "skipped": self.skipped,
             "skipped_in_a_row": self.skipped_in_a_row,
             "undone": self.undone,
+            "owed": self.folder.owed,
         }
         where, keep = self.folder.checkpoints, self.config.keep_checkpoints
         return save_checkpoint(where, self.seen_img, shared, state, self.method.ghost_state(), keep)
@@ -161,7 +177,10 @@ class Run(Trainer):
     def save_snapshot(self) -> None:
         """Keep the weights of G and of its average at this position for good, with all ranks."""
         nets = {name: self.nets[name].state() for name in ("G", self.stage.evaluated)}
-        save_snapshot(self.folder.snapshots, self.seen_img, nets)
+        try:
+            save_snapshot(self.folder.snapshots, self.seen_img, nets)
+        except RunError as problem:  # the state is whole
+            raise RankFailed(str(problem), EXIT_USER_ERROR) from problem
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Take up the position and every tensor of a checkpoint; players follow in `begin`. Raises `RunError`."""
@@ -171,6 +190,7 @@ class Run(Trainer):
             self.step, self.last_tick_img, self.skipped = (int(state[n]) for n in ("step", "last_tick_img", "skipped"))
             self.saved_step, self.skipped_in_a_row = self.step, int(state.get("skipped_in_a_row", 0))
             self.best, self.undone = dict(state["best"]), [str(what) for what in state.get("undone", ())]
+            self.folder.owed = [dict(row) for row in state.get("owed", ())]
         own = [name for name in self.nets if name not in self.method.given]
         for name in own:  # all are looked at before any is replaced
             checkpoint.require_fit(name, {key: value.shape for key, value in self.nets[name].state().items()})
@@ -212,20 +232,24 @@ class Run(Trainer):
         """Fine-tuning: a fresh run takes these weights; everything else starts as in any run."""
         apply_initial(initial, self.nets, self.method)
 
-    def stop_agreed(self) -> int:
-        """Why any rank wants to stop (`StopRequest.reason`), 0 when none does: the same answer on all ranks.
-
-        Raises `RunError`, on all of them, when a write into the run folder has failed.
-        """
-        reason = agree_max(FAILED if self.folder.writing.problem else self.stop.reason, self.device)
-        if reason == FAILED:
-            self.folder.writing.raise_together()
-        return reason
-
     def give_way(self) -> None:
-        """Between pieces of long work, all ranks together. Raises `Interrupted` when any rank was told to stop."""
-        if self.stop_agreed():
-            raise Interrupted
+        """Between pieces of long work, all ranks together. Raises as `agree`."""
+        self.agree()
+
+
+def slow_sections(dataset: Dataset) -> Sequence[str]:
+    """Sections that may be silent for long."""
+    return (*LONG, "data") if any(is_remote(shard) for shard in dataset.shards) else LONG
+
+
+def fetched(stream: Stream) -> tuple[Batch | None, Exception | None]:
+    """The next batch, or why there is none; neither where a stop did not wait for it."""
+    try:
+        return next(stream), None
+    except Interrupted:
+        return None, None
+    except Exception as error:
+        return None, error
 
 
 @contextmanager

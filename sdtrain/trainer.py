@@ -20,10 +20,11 @@ from sdtrain.engine.meter import Meter
 from sdtrain.engine.pulse import PULSE
 from sdtrain.engine.ranks import rank, world
 from sdtrain.engine.timing import Timer
-from sdtrain.errors import ConfigError
+from sdtrain.errors import ConfigError, RankFailed
+from sdtrain.exits import NO_MEMORY
 from sdtrain.rng import Draws
 
-TOO_LARGE = re.compile("allocate memory|out of memory|not enough memory|overflow")
+TOO_LARGE = re.compile(f"{NO_MEMORY.pattern}|overflow")
 
 
 class Trainer:
@@ -118,9 +119,13 @@ class Trainer:
 
     def _advance(self, chunks: list[Chunk]) -> None:
         steering: Terms = {}
-        for phase in self.method.phases(self.stage, self.step):
-            with self.timer.section(phase.name):
-                terms = self.engine.run(phase, chunks)
+        for number, phase in enumerate(self.method.phases(self.stage, self.step)):
+            try:
+                with self.timer.section(phase.name):
+                    terms = self.engine.run(phase, chunks)
+            except RankFailed as failure:
+                failure.intact = number == 0 and phase.prepass is None and not self.method.ghost_state()
+                raise
             steering |= {n: terms[n] for n in terms if n in self.method.steering}
         if self.method.steering:
             self.engine.meter.add(self.controls(steering))

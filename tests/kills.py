@@ -1,9 +1,11 @@
 """Kill and stop real runs at random moments, start them again, and compare with a run that nobody touched.
 
-    python tests/kills.py [--kills 30] [--signals 20] [--seed 0]
+    python tests/kills.py [--kills 30] [--signals 20] [--seed 0] [--victim rank|launcher|group|each]
+    python tests/kills.py --in-a-row [--kills 30] [--victim rank]
 
-A third of the kills (SIGKILL) hits the whole group, a third one rank, a third the launcher (torchrun); then the same
-command is given again, and weights, optimizers and rows must be those of an undisturbed run, bit for bit. A signal
+SIGKILL hits one rank, the launcher (torchrun), the whole group, or these in turn (each); then the same command is given
+again, and weights, optimizers and rows must be those of an undisturbed run, bit for bit. With --in-a-row it is one long
+run that is killed so often, and started again each time, until it is left alone at last. A signal
 (SIGTERM or SIGUSR1, to one rank or all, from half a second after the start on) must end the run within 30 seconds with
 75 and a complete checkpoint, and that run must end the same way too. Prints a line each; exits 1 when one has failed.
 
@@ -30,6 +32,7 @@ import tiny
 
 REPO = Path(__file__).resolve().parents[1]
 END, RANKS, OBEYED_SEC = 32, 2, 30.0
+VICTIMS = ["group", "rank", "launcher"]
 LISTENING_SEC = 0.5  # before, Python itself is still starting, and a signal ends it
 
 
@@ -73,10 +76,10 @@ class Attempt:
 class Place:
     """Shards, a configuration and run folders."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, end: int = END, eval_img: int = 16) -> None:
+        self.folder, self.end = folder, end
         tiny.make_shards(folder / "shards", samples=24)
-        clock = {"batch_size": 8, "total_img": END, "log_img": 8, "save_img": 8, "eval_img": 16, "sample_img": 16}
+        clock = {"batch_size": 8, "total_img": end, "log_img": 8, "save_img": 8, "eval_img": eval_img, "sample_img": 16}
         metrics = {"names": ["rfid"], "num_fake": 64, "seeds": 1, "tap": 64, "select_by": "rfid", "batch_size": 2}
         config = tiny.tiny_config(folder / "shards", **clock, metrics=metrics, tensorboard=True)
         tiny.write_config(folder / "tiny.yaml", config)
@@ -101,9 +104,12 @@ class Place:
         popen = subprocess.Popen(command, env=env, start_new_session=True, cwd=REPO, **pipes)
         return Attempt(popen, [], {})
 
+    def started(self, kind: str, out: str) -> Attempt:
+        return self.launched(out) if kind == "launcher" else self.forked(out)
+
     def differs(self, out: str, reference: str) -> str:
         """What of a finished run is not as in the reference, or nothing."""
-        one, other = (tiny.tensors(self.folder / name, END) for name in (reference, out))
+        one, other = (tiny.tensors(self.folder / name, self.end) for name in (reference, out))
         apart = tiny.unequal(one, other)
         if apart:
             return f"{len(apart)} of {len(one)} tensors differ"
@@ -128,33 +134,55 @@ def members(session: int) -> list[int]:
     return found
 
 
-def killed(place: Place, kind: str, out: str, after: float, chance: random.Random) -> str:
-    """Kill once, start again; what went wrong, or nothing."""
-    attempt = place.launched(out) if kind == "launcher" else place.forked(out)
+def strike(place: Place, kind: str, out: str, after: float, chance: random.Random) -> str:
+    """Start, and kill after a while; what went wrong with ending, or nothing."""
+    attempt = place.started(kind, out)
     time.sleep(after)
-    if kind == "launcher":
-        assert attempt.launcher is not None
+    if attempt.launcher is not None:
         session = attempt.launcher.pid
         attempt.launcher.kill()
-        attempt.launcher.wait()
+        attempt.launcher.communicate()
         deadline = time.monotonic() + 60
         while (left := members(session)) and time.monotonic() < deadline:
             time.sleep(0.1)
-        if left:
-            return f"{len(left)} ranks outlived their launcher by a minute"
-        again = place.launched(out)
-        again.wait()
-        if again.codes[0] != 0:
-            return f"the next start ended with {again.codes[0]}: {again.out[-400:]}"
-        return place.differs(out, "launched")
-    for pid in attempt.left() if kind == "group" else [chance.choice(attempt.pids)]:
+        return f"{len(left)} ranks outlived their launcher by a minute" if left else ""
+    attempt.reap()
+    targets = attempt.left()
+    for pid in targets if kind == "group" else [chance.choice(targets)] if targets else []:
         os.kill(pid, signal.SIGKILL)
     attempt.wait()
-    again = place.forked(out)
+    return ""
+
+
+def finished(place: Place, kind: str, out: str) -> str:
+    """Start, and leave it alone; how it differs from an undisturbed run, or nothing."""
+    again = place.started(kind, out)
     again.wait()
     if set(again.codes.values()) != {0}:
-        return f"the next start ended with {sorted(again.codes.values())}: {place.log(out)[-400:]}"
-    return place.differs(out, "whole")
+        return f"the next start ended with {sorted(again.codes.values())}: {(again.out or place.log(out))[-400:]}"
+    return place.differs(out, "launched" if kind == "launcher" else "whole")
+
+
+def killed(place: Place, kind: str, out: str, after: float, chance: random.Random) -> str:
+    """Kill once, start again; what went wrong, or nothing."""
+    return strike(place, kind, out, after, chance) or finished(place, kind, out)
+
+
+def in_a_row(place: Place, kinds: list[str], kills: int, chance: random.Random) -> str:
+    """Kill one run again and again; what went wrong, or nothing."""
+    reference = "launched" if kinds[-1] == "launcher" else "whole"
+    whole = measure(lambda: place.started(kinds[-1], reference))
+    startup = measure(lambda: place.started(kinds[-1], reference))  # there is nothing left to do
+    span = startup + 2 * max(whole - startup, 0.0) / kills
+    print(f"{place.end // 8} undisturbed steps take {whole:.1f} s, {startup:.1f} s of it to start", flush=True)
+    for number in range(kills):
+        kind, after = kinds[number % len(kinds)], chance.random() * span
+        problem = strike(place, kind, "row", after, chance)
+        at = max((int(path.name[4:]) for path in (place.folder / "row" / "checkpoints").glob("img_*")), default=0)
+        print(f"SIGKILL {number:2d} {kind:9} after {after:5.2f} s, at step {at // 8}: {problem or 'ended'}", flush=True)
+        if problem:
+            return problem
+    return finished(place, kinds[-1], "row")
 
 
 def told(place: Place, out: str, after: float, chance: random.Random) -> str:
@@ -195,11 +223,16 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--signals", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--kinds", default="group,rank,launcher")
+    parser.add_argument("--victim", choices=[*VICTIMS, "each"], default="each", help="whom SIGKILL hits")
+    parser.add_argument("--in-a-row", action="store_true", help="one run, killed again and again")
     args = parser.parse_args()
     tiny.warm_up()
-    chance, failed, kinds = random.Random(args.seed), 0, args.kinds.split(",")
+    chance, failed, kinds = random.Random(args.seed), 0, VICTIMS if args.victim == "each" else [args.victim]
     with tempfile.TemporaryDirectory() as folder:
+        if args.in_a_row:
+            problem = in_a_row(Place(Path(folder), 32 * args.kills, 0), list(kinds), args.kills, chance)
+            print(f"{args.kills} kills in a row: {problem or 'bit-equal'}", flush=True)
+            return int(bool(problem))
         place = Place(Path(folder))
         whole = measure(lambda: place.forked("whole"))
         launched = measure(lambda: place.launched("launched")) if "launcher" in kinds and args.kills else 0.0

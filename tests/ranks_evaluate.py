@@ -11,7 +11,7 @@ import sys
 import torch
 import torch.distributed as dist
 
-from sdtrain.errors import RunError
+from sdtrain.errors import RankFailed
 from sdtrain.metrics.evaluate import Evaluator
 from sdtrain.metrics.images import open_images
 from sdtrain.rng import generator
@@ -37,7 +37,7 @@ if __name__ == "__main__":
     try:
         judge.measure(lambda indices: sample(indices) if dist.get_rank() == 0 else 1 / 0)  # type: ignore[arg-type]
         values["fault"] = "unnoticed"
-    except (RunError, ZeroDivisionError) as error:
+    except RankFailed as error:
         values["fault"] = f"{type(error).__name__}: {error}"
     with open(f"{out}.{dist.get_rank()}", "w") as file:
         json.dump(values, file)

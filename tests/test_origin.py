@@ -22,7 +22,7 @@ from sdtrain.config.load import load_config
 from sdtrain.data.read.dataset import open_dataset
 from sdtrain.data.read.identity import PIECE_BYTES, differences, identity
 from sdtrain.data.read.stream import Stream
-from sdtrain.engine import threads
+from sdtrain.engine import launcher, threads
 from sdtrain.engine.checkpoint import verify
 from sdtrain.engine.origin import warnings
 from sdtrain.errors import ShardChanged
@@ -302,4 +302,5 @@ def test_a_wish_is_told_from_a_launchers_habit_by_the_environment_it_was_started
         (tmp_path / str(os.getppid()) / "environ").write_text(f"PATH=/bin\0{parent}\0")
         (tmp_path / str(os.getppid()) / "cmdline").write_text(words)
     monkeypatch.setattr(threads, "PROC", tmp_path)
+    monkeypatch.setattr(launcher, "PROC", tmp_path)
     assert threads.asked(env) is asked

@@ -51,7 +51,13 @@ WRITERS = {
     "rows": ("sdtrain.engine.runfolder", "_append"),
     "board": ("tensorboard.summary.writer.record_writer", "RecordWriter.write"),
 }
-POINTS = SIGNAL_POINTS | LONG_POINTS
+FAILING_POINTS = {
+    "in a loss": ("sdtrain.engine.phases", "PhaseEngine.loss"),
+    "while chunks are made": ("sdtrain.trainer", "Trainer.chunks"),
+    "in a grid": ("sdtrain.tasks.generation", "grid"),
+    "in features": ("sdtrain.metrics.features", "Extractor.__call__"),
+}
+POINTS = SIGNAL_POINTS | LONG_POINTS | FAILING_POINTS
 
 
 def picture(number: int) -> np.ndarray:
@@ -133,9 +139,18 @@ def run_jobs(folder: Path, jobs: list[dict[str, Any]], ranks: int = 1) -> list[d
     done = run(program, str(file), timeout=1200)
     assert done.returncode == 0, done.stdout + done.stderr
     if ranks == 1:
-        return json.loads(file.with_suffix(".0").read_text())
+        return note_seconds(json.loads(file.with_suffix(".0").read_text()))
     found = [json.loads(file.with_suffix(f".{r}").read_text()) for r in range(ranks)]
     return [{"ranks": list(of_job)} for of_job in zip(*found, strict=True)]
+
+
+def note_seconds(done: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Add to the file that `python tests/faults` names how long jobs lasted after their faults."""
+    each = [one for job in done for one in job.get("ranks", [job])]
+    if seconds := [one["lasted_sec"] for one in each if "lasted_sec" in one]:
+        with open(os.environ.get("FAULT_SECONDS", os.devnull), "a") as file:
+            file.write(f"{max(seconds)}\n")
+    return done
 
 
 def rows(out: Path, *kinds: str) -> list[dict[str, Any]]:
@@ -207,6 +222,7 @@ def signalled(job: dict[str, Any], rank: int) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
             calls[0] += 1
             if calls[0] == request.get("time", 1) and rank == request.get("rank", 0):
+                struck()
                 for _ in range(presses := request.get("presses", 1)):
                     os.kill(os.getpid(), getattr(signal, request["name"]))
                     time.sleep(0.1 * (presses > 1))  # two that come at once are one
@@ -228,6 +244,7 @@ def harmed(job: dict[str, Any], rank: int) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
             calls[0] += 1
             if calls[0] == wish.get("time", 1) and rank == wish.get("rank", 0):
+                struck()
                 if "file" in wish:
                     Path(wish["file"]).touch()
                 if wish["how"] == "sleep":
@@ -237,6 +254,40 @@ def harmed(job: dict[str, Any], rank: int) -> Any:
                 else:
                     pid = args[0].workers[0].pid if wish["point"] == "with a worker" else os.getpid()
                     os.kill(pid, getattr(signal, wish["how"]))
+            return original(*args, **kwargs)
+
+        return call
+
+    return wrapped(*POINTS[wish["point"]], make)
+
+
+def struck() -> None:
+    """Note when the fault came, so that the time until the job has ended can be told."""
+    if (file := os.environ.get("TINY_STRUCK")) and not Path(file).exists():
+        Path(file).write_text(str(time.time()))
+
+
+def failing(job: dict[str, Any], rank: int) -> Any:
+    """At a point, for the n-th time, on one rank: raise."""
+    import torch
+
+    from sdtrain.errors import DataError
+
+    wish = job["fail"]
+    error = {
+        "memory": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        "data": DataError("shard 001.tar is nowhere"),
+        "fault": ZeroDivisionError("a mistake of ours"),
+    }[wish["error"]]
+    calls = [0]
+
+    def make(original: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls[0] += rank == wish["rank"] and wish.get("phase") in (None, getattr(args[1], "name", None))
+            if calls[0] == wish.get("time", 1) and rank == wish["rank"]:
+                calls[0] += 1
+                struck()
+                raise error
             return original(*args, **kwargs)
 
         return call
@@ -336,6 +387,7 @@ def full_disk(job: dict[str, Any]) -> Any:
             path = str(args[0].path) if wish["where"] == "file" else wish["word"]
             calls[0] += wish["word"] in path
             if wish["word"] in path and calls[0] >= wish.get("time", 1):
+                struck()
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             return original(*args, **kwargs)
 
@@ -362,6 +414,8 @@ def do(job: dict[str, Any], rank: int) -> dict[str, Any]:
             stack.enter_context(limited(job))
         if "full" in job:
             stack.enter_context(full_disk(job))
+        if "fail" in job:
+            stack.enter_context(failing(job, rank))
         if "harm" in job:
             stack.enter_context(harmed(job, rank))
         for name, value in job.get("patch", {}).items():
@@ -384,7 +438,7 @@ def started(job: dict[str, Any], log: Path, rank: int = 0) -> int:
     fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(fd, 1)
     os.dup2(fd, 2)
-    os.environ.update(job.get("env", {}))
+    os.environ.update({"TINY_STRUCK": str(log.parent / f"{log.name.partition('_')[0]}.struck"), **job.get("env", {})})
     code = 1
     try:
         told = do(job, rank)
@@ -404,7 +458,9 @@ def outcome(log: Path, status: int) -> dict[str, Any]:
     told_file = log.with_suffix(".told")
     told = json.loads(told_file.read_text()) if told_file.exists() else {}
     raised = told["code"] if isinstance(told.get("code"), str) else ""
-    return {**told, "code": os.waitstatus_to_exitcode(status), "said": log.read_text() + raised}
+    at = log.parent / f"{log.name.partition('_')[0]}.struck"
+    lasted = {"lasted_sec": time.time() - float(at.read_text())} if at.exists() else {}
+    return {**told, **lasted, "code": os.waitstatus_to_exitcode(status), "said": log.read_text() + raised}
 
 
 def forked(job: dict[str, Any], log: Path) -> dict[str, Any]:

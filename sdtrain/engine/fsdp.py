@@ -193,6 +193,8 @@ def dealer_of(mesh: DeviceMesh) -> Dealer:
 class ShardedPlayer(SumPlayer):
     """The optimizer moves this rank's parts, held as plain tensors."""
 
+    meets_once = False  # networks are gathered in between
+
     def __init__(self, nets: Sequence[Net], options: Optimizer, span: Span, lazy: int | None, exact: bool) -> None:
         super().__init__(nets, options, span, lazy)
         self.exact = exact

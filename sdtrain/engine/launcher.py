@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdtrain.errors import ConfigError
@@ -31,6 +32,11 @@ NOT_FOLLOWED = {
     "FSDP_TRANSFORMER_CLS_TO_WRAP": "sdtrain cuts networks into blocks itself",
     "FSDP_MIN_NUM_PARAMS": "sdtrain cuts networks into blocks itself",
 }
+MARKS = ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")  # one of which a launcher sets
+PROC = Path("/proc")
+PROGRAMS = {"torchrun", "accelerate", "accelerate-launch"}
+MODULES = ("torch.distributed.run", "torch.distributed.launch", "accelerate.commands.launch", "accelerate")
+FILES = tuple(f"{module.replace('.', '/')}.py" for module in (*MODULES[:3], "accelerate.commands.accelerate_cli"))
 FSDP_REFUSED = ("OFFLOAD_PARAMS", "ACTIVATION_CHECKPOINTING", "ACTIVATION_CHECKPOINTING_OFFLOAD", "IGNORED_MODULES")
 
 
@@ -90,6 +96,22 @@ def said(env: Environment = os.environ) -> dict[str, str]:
     """Everything that `accelerate launch` has set, for environment.json."""
     prefixes = ("ACCELERATE_", FSDP, "PARALLELISM_CONFIG_")
     return {name: env[name] for name in sorted(env) if name.startswith(prefixes)}
+
+
+def started_by_launcher(env: Environment = os.environ) -> bool:
+    """Whether the parent of this process is torchrun or `accelerate launch`; anybody may export what they set."""
+    return any(name in env for name in MARKS) and _launches(PROC / str(os.getppid()))
+
+
+def _launches(process: Path) -> bool:
+    """A launcher is a program of that name, or a module after python's -m."""
+    try:
+        words = (process / "cmdline").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return False
+    named = {Path(word).name for word in words[:2]} & PROGRAMS
+    run = any(flag == "-m" and module in MODULES for flag, module in zip(words, words[1:]))
+    return bool(named) or run or any(word.endswith(FILES) for word in words[1:2])
 
 
 def wants_cpu(env: Environment = os.environ) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -14,15 +15,23 @@ from torch import nn
 
 from sdtrain.config.options import Optimizer
 from sdtrain.contracts import Chunk, Loss, Net, Phase, Stage, Terms
+from sdtrain.engine.agree import raise_together
 from sdtrain.engine.meter import Meter
 from sdtrain.engine.net import LocalNet
 from sdtrain.engine.player import BasePlayer, Span, only_training
 from sdtrain.engine.pulse import PULSE
 from sdtrain.engine.ranks import agree_max, first_difference, gather_objects, rank, sum_over_ranks
+from sdtrain.errors import Together
 from sdtrain.models.ghost import close_phase, next_chunk, open_phase
 
+FINE, NOT_FINITE, FAILED = 0, 1, 2  # what a rank says of its share of a phase
 
-class NonFinite(RuntimeError):
+
+class Unlike(RuntimeError, Together):
+    """Copies of a network are not the same on all ranks."""
+
+
+class NonFinite(RuntimeError, Together):
     """A loss or gradient was not finite; no optimizer of this phase has moved on any rank."""
 
 
@@ -94,22 +103,24 @@ class PhaseEngine(ABC):
         copies = {n: net.copied() for n, net in nets.items() if isinstance(net, LocalNet)}
         found = first_difference({f"{n}: {k}": t for n, tensors in copies.items() for k, t in tensors.items()})
         if found:
-            raise RuntimeError(f"ranks hold different copies of {found}; nothing was saved: resume the last checkpoint")
+            raise Unlike(f"ranks hold different copies of {found}; nothing was saved: resume the last checkpoint")
 
     def run(self, phase: Phase, chunks: Sequence[Chunk]) -> Terms:
-        """See `contracts.Engine`. Raises `NonFinite` on all ranks together, before its optimizer moves."""
+        """See `contracts.Engine`. Raises `NonFinite` or `RankFailed` on all ranks, before its optimizer moves."""
         player = self.players[phase.player]
         player.set_clock(chunks[0].seen_img)
         with self.fence(phase):
             self._prepass(phase, chunks)
             open_phase(*self.layers)
-            terms = self._backward(phase, player, chunks)
+            terms, failure = self._backward(phase, player, chunks)
             if self.clamp:
                 terms[f"{phase.name}/clamped"] = player.clamp()
-            finite = self.clamp or self._agree_finite(player, terms)
+            found = self._agree(player, terms, failure)
             # before the raise: a phase that comes to nothing must leave no trace in running statistics either
-            close_phase(*self.layers, sum_over_ranks=sum_over_ranks, apply=finite)
-            if not finite:
+            close_phase(*self.layers, sum_over_ranks=sum_over_ranks, apply=found == FINE)
+            if found == FAILED:
+                raise_together(failure)
+            if found == NOT_FINITE:
                 raise NonFinite(self._explain(phase, terms, chunks[0].step))
             if not phase.fp32:  # penalties are not clipped (official StyleNAT)
                 player.clip_gradients()
@@ -130,8 +141,24 @@ class PhaseEngine(ABC):
     def autocast(self, wanted: bool = True) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16 and wanted)
 
-    def _backward(self, phase: Phase, player: BasePlayer, chunks: Sequence[Chunk]) -> Terms:
-        share, total = Meter(), sum(chunk.draws.num_samples for chunk in chunks)
+    def _backward(
+        self, phase: Phase, player: BasePlayer, chunks: Sequence[Chunk]
+    ) -> tuple[Terms, Exception | None]:
+        """The terms, and what failed here: this rank then still adds its part up with the others, who wait for it."""
+        share = Meter()
+        failure: Exception | None = None
+        try:
+            self._add_up(phase, player, chunks, share)
+        except Exception as error:
+            if not player.meets_once:
+                raise
+            failure = error
+            traceback.clear_frames(error.__traceback__)  # they hold the memory of the graph
+        player.finish(phase, len(chunks))
+        return share.sums, failure
+
+    def _add_up(self, phase: Phase, player: BasePlayer, chunks: Sequence[Chunk], share: Meter) -> None:
+        total = sum(chunk.draws.num_samples for chunk in chunks)
         for i, chunk in enumerate(chunks):
             PULSE.beat()
             next_chunk(*self.layers)
@@ -140,8 +167,6 @@ class PhaseEngine(ABC):
                 loss, terms = self.loss(phase, chunk)
                 player.backward(loss, weight)
             share.add({**terms, f"{phase.name}/loss": loss}, weight)
-        player.finish(phase, len(chunks))
-        return share.sums
 
     def _prepass(self, phase: Phase, chunks: Sequence[Chunk]) -> None:
         if phase.prepass is None:
@@ -159,12 +184,16 @@ class PhaseEngine(ABC):
         if phase.receive is not None:
             phase.receive({n: torch.tensor(v, device=self.device, dtype=torch.float32) for n, v in values.items()})
 
-    def _agree_finite(self, player: BasePlayer, terms: Terms) -> bool:
+    def _agree(self, player: BasePlayer, terms: Terms, failure: Exception | None) -> int:
+        """The worst that any rank has to say of the phase."""
+        mine = FAILED if failure else FINE if self.clamp else self._finite(player, terms)
+        return agree_max(mine, self.device)
+
+    def _finite(self, player: BasePlayer, terms: Terms) -> int:
         numbers = [t.reshape(()).float() for t in terms.values()]
         # a norm is not finite when one element is not; one answer for all spares a wait for each
         numbers += [n.float() for n in torch._foreach_norm(player.gradients())]
-        bad = not bool(torch.stack(numbers).isfinite().all())
-        return agree_max(int(bad), self.device) == 0
+        return FINE if bool(torch.stack(numbers).isfinite().all()) else NOT_FINITE
 
     def _explain(self, phase: Phase, terms: Terms, step: int) -> str:
         mine = {n: float(t) for n, t in terms.items()}

@@ -21,6 +21,8 @@ Span = tuple[int, int]  # images at the beginning and at the end of a stage
 class BasePlayer(ABC):
     """See `contracts.Player`. An engine says how gradients of chunks and ranks are added up."""
 
+    meets_once = False  # ranks meet in `finish` alone, so that one whose chunk has failed can still come there
+
     def __init__(self, nets: Sequence[Net], options: Optimizer, span: Span, lazy: int | None) -> None:
         """`lazy`: steps between two penalties of this player, None where it has none."""
         self.options, self.span, self.lazy = options, span, lazy

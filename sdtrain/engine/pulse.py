@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
-LONG = ("start", "evaluate", "pictures", "save")  # may be silent this much longer than anything else
+LONG = ("start", "evaluate", "pictures", "snapshot", "save")  # may be silent this much longer than anything else
 LONGER = 10
 
 
@@ -76,6 +76,9 @@ class Pulse:
         self.beat(name)
         try:
             yield
+        except BaseException as error:
+            error.__dict__.setdefault("section", name)  # the innermost that it has left
+            raise
         finally:
             self.beat(outer)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import functools
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -17,7 +17,7 @@ from sdtrain.engine.precision import set_precision
 from sdtrain.engine.pulse import PULSE
 from sdtrain.errors import ConfigError, MachineError
 
-RANK_TIMEOUT = datetime.timedelta(minutes=30)  # a collective waits this long for the slowest rank
+RANK_TIMEOUT_SEC = 1800.0  # a collective waits this long for the slowest rank, unless a run says otherwise
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -38,7 +38,7 @@ def pick_device(name: str = "auto", tf32: bool = False) -> torch.device:
     return device
 
 
-def start_ranks(name: str = "auto", tf32: bool = False) -> torch.device:
+def start_ranks(name: str = "auto", tf32: bool = False, timeout_sec: float = RANK_TIMEOUT_SEC) -> torch.device:
     """Join the process group that accelerate or torchrun announced; returns this rank's device.
 
     Arguments and errors are those of `pick_device`; with several ranks each has a GPU of its own.
@@ -49,7 +49,8 @@ def start_ranks(name: str = "auto", tf32: bool = False) -> torch.device:
     from accelerate import PartialState
 
     on_gpu = device.type == "cuda"
-    state = PartialState(cpu=not on_gpu, timeout=RANK_TIMEOUT, backend="nccl" if on_gpu else "gloo")
+    wait = datetime.timedelta(seconds=timeout_sec)
+    state = PartialState(cpu=not on_gpu, timeout=wait, backend="nccl" if on_gpu else "gloo")
     own: torch.device = state.device
     return own
 
@@ -130,6 +131,16 @@ def agree_max(value: int, device: torch.device | str = "cpu") -> int:
     flag = torch.tensor([value], dtype=torch.int64, device=device)
     dist.all_reduce(flag, op=dist.ReduceOp.MAX)
     return int(flag.item())
+
+
+@collective
+def sum_up(values: Sequence[int], device: torch.device | str = "cpu") -> list[int]:
+    """Each of `values` added up over all ranks, in one collective."""
+    if not _grouped():
+        return list(values)
+    total = torch.tensor(values, dtype=torch.int64, device=device)
+    dist.all_reduce(total)
+    return [int(value) for value in total.tolist()]
 
 
 @collective

@@ -20,6 +20,7 @@ Only the main rank writes.
 from __future__ import annotations
 
 import errno
+import functools
 import io
 import json
 import logging
@@ -62,6 +63,7 @@ class RunFolder:
         self._tensorboard = tensorboard
         self._board: SummaryWriter | None = None
         self._rows: FileIO | None = None
+        self.owed: list[dict[str, Any]] = []  # rows that could not be written, for the run that goes on
         self.writing = Writing(path)
         self._measured: set[tuple[int, str]] = set()  # positions and splits that already have an eval row
 
@@ -106,15 +108,23 @@ class RunFolder:
 
             hush_board()
             self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=resumed_img + 1)
+        owed, self.owed = self.owed, []
+        for row in owed:
+            if position(json.dumps(row), redo_evaluation) <= resumed_img:
+                self.row(row.pop("kind"), row.pop("seen_img"), row, row.pop("split", ""))
 
     def row(self, kind: str, seen_img: int, values: Mapping[str, object], split: str = "") -> None:
         """Append one row; TensorBoard gets its numbers under the same names."""
-        if self._rows is None or self.writing.problem:  # only the main rank has opened them; a row after a torn one
+        if self._rows is None:  # only the main rank has opened them
             return
         where = {"kind": kind, "seen_img": seen_img, **({"split": split} if split else {})}
-        line = json.dumps(where | {k: _plain(v) for k, v in values.items()}) + "\n"
+        row = where | {k: _plain(v) for k, v in values.items()}
         with self.writing(self.metrics):
-            _append(self._rows, self.metrics, line.encode())  # a run that is killed keeps the row
+            if not self.writing.problem:  # not after a row that is torn
+                _append(self._rows, self.metrics, (json.dumps(row) + "\n").encode())  # kept by a run that is killed
+        if self.writing.problem:
+            self.owed.append(row)
+            return
         if self._board is None:
             return
         prefix = {"train": "", "perf": "perf/"}.get(kind, f"{kind}/{split}/")
@@ -211,6 +221,7 @@ def now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
 
+@functools.cache
 def git_commit() -> str | None:
     """The commit of the code in use, None outside a git checkout."""
     import subprocess

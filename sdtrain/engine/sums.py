@@ -18,6 +18,7 @@ class SumPlayer(BasePlayer):
     """Exact: every chunk is one ghost, sums in float64. Fast: chunks of any size, sums in the parameters' precision."""
 
     exact = True
+    meets_once = True
     sums: list[Tensor | None]
 
     def clear(self) -> None:
@@ -42,7 +43,7 @@ class SumPlayer(BasePlayer):
         """The mean over all ghosts of all ranks, rounded to the parameters' precision once."""
         dtype = torch.float64 if self.exact else None
         # a parameter that no loss has reached takes part: all ranks must add up the same list
-        pairs = zip(self.sums, self.leaves, strict=True)
+        pairs = zip(self.sums or [None] * len(self.leaves), self.leaves, strict=True)
         sums = [torch.zeros_like(p, dtype=dtype) if total is None else total for total, p in pairs]
         self.sums = []
         means = self.over_ranks(sums)

@@ -9,6 +9,8 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from sdtrain.engine.launcher import started_by_launcher
+
 Environment = Mapping[str, str]
 ASKING = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 CGROUPS, PROC = Path("/sys/fs/cgroup"), Path("/proc")
@@ -26,7 +28,7 @@ def asked(env: Environment) -> bool:
     """Whether a person chose: torchrun and accelerate set a value of their own (1) where nobody has."""
     if not any(env.get(name) for name in ASKING):
         return False
-    if not any(name in env for name in ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")):
+    if not started_by_launcher(env):
         return True
     parent = PROC / str(os.getppid())  # the launcher, with the environment that it was started in
     try:

@@ -23,16 +23,22 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
+from sdtrain.engine.agree import explained
 from sdtrain.engine.preempt import StopRequest, name_of
 from sdtrain.engine.pulse import LONG, PULSE, Mark
-from sdtrain.engine.ranks import barrier, rank, world
-from sdtrain.errors import EXIT_REQUEUE, EXIT_USER_ERROR, DataError, MachineError
+from sdtrain.engine.ranks import RankLost, barrier, rank, world
+from sdtrain.errors import EXIT_FAULT, EXIT_REQUEUE, RunError, Together
+from sdtrain.exits import code_of
+from sdtrain.terminal import show_fault, visible
 
 PERIOD_SEC = 1.0
 WATCHERS = 2  # ranks that look after the others; two, so that one may hang
 STOP_PATIENCE_SEC = 20.0  # how long a rank may be silent after a stop signal
 LONG_STOP_PATIENCE_SEC = 60.0  # inside an evaluation, whose last sums cannot be interrupted
+START_PATIENCE_SEC = 60.0  # while libraries are read, Python may stand still
 MOMENT_SEC = 2.5  # for other ranks to hear the alarm
+GONE_SEC = 3 * PERIOD_SEC  # a rank that has not written for so long, when the connection to one was lost, is that one
+TOLD = (Together, RunError, KeyboardInterrupt, SystemExit, GeneratorExit)  # what all ranks know, or have been sent
 _numbers = itertools.count()
 
 
@@ -76,7 +82,7 @@ def accused(ranks: Mapping[int, Silence], timeout_sec: float, slow: Collection[s
         record, mark = found.record, found.record.mark
         limit, where = _limit(mark, timeout_sec, slow, reason), f"rank {number} ({record.who})"
         place = f"step {mark.step}, section {mark.section}"
-        if found.process_sec > min(limit, timeout_sec):
+        if found.process_sec > min(limit, timeout_sec if mark.settled else max(timeout_sec, START_PATIENCE_SEC)):
             gone.append(f"{where} does not answer for {found.process_sec:.0f} s: stopped or gone, last seen in {place}")
         elif found.main_sec > limit and not mark.waiting:
             stuck.append(f"{where} has not moved for {found.main_sec:.0f} s in {place}")
@@ -88,6 +94,8 @@ def accused(ranks: Mapping[int, Silence], timeout_sec: float, slow: Collection[s
 def _limit(mark: Mark, timeout_sec: float, slow: Collection[str], reason: int) -> float:
     # decoding processes are given up by the rank itself, with their names, which is to come first
     limit = mark.limit_sec(timeout_sec, slow) + (2 * PERIOD_SEC if mark.section == "data" else 0)
+    if mark.section == "start":
+        limit = max(limit, START_PATIENCE_SEC)
     if not reason or mark.section == "save":
         return limit
     patience = LONG_STOP_PATIENCE_SEC if mark.section == "evaluate" else STOP_PATIENCE_SEC
@@ -106,6 +114,7 @@ class Watch:
         self._who = f"pid {os.getpid()} on {os.uname().nodename}"
         self._over, self._obeying = threading.Event(), False
         self._store: Any = None
+        self._keeper = "the launcher"
         self._written = self._looks = 0
         self._ranks: dict[int, Silence] = {}
 
@@ -114,20 +123,50 @@ class Watch:
             self._store = _store(self.timeout_sec)
             self._write()
             barrier()  # everybody has written
+            if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+                self._keeper = f"rank 0 ({Record.read(self._store.get('0')).who})"
         for target in (self._run, self._guard):
             threading.Thread(target=target, name=f"watch{target.__name__}", daemon=True).start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if self._store is not None and isinstance(error, (MachineError, DataError)):
-            self._over.set()  # the thread is not to hear its own alarm
-            code = EXIT_REQUEUE if isinstance(error, MachineError) else EXIT_USER_ERROR
-            self._obey(self._raise_alarm(f"rank {rank()} ({self._who}): {error}", code, stacks=False))
+        if self._store is not None and error is not None and not isinstance(error, TOLD):
+            self._tell(error)
         self._over.set()
         faulthandler.cancel_dump_traceback_later()
         if self._store is not None and kind is None:
             with contextlib.suppress(RuntimeError):  # who keeps the store may have left already
                 self._write(done=True)
+
+    def _tell(self, error: BaseException) -> None:
+        """The others may wait in a collective for this rank, which something has befallen."""
+        code = code_of(error)
+        if code == EXIT_FAULT:
+            show_fault(type(error), error, error.__traceback__)
+        try:
+            lost = self._gone() if isinstance(error, RankLost) else []
+            section = error.__dict__.get("section", PULSE.mark.section)
+            told = "; ".join(lost) or f"{explained(error)}, in step {PULSE.mark.step}, section {section}"
+            self._over.set()  # the thread is not to hear its own alarm
+            self._obey(self._raise_alarm(f"{told}; {self.stop.kept()}", code, stacks=False))
+        except RuntimeError as gone:  # nobody can be told anything any more
+            self._store_is_gone(str(gone).splitlines()[0])
+
+    def _gone(self) -> list[str]:
+        """A sentence for each rank whose thread has stopped writing; the others still do."""
+        before = self._records()
+        time.sleep(GONE_SEC)
+        if self._store.check(["alarm"]):
+            self._obey(json.loads(self._store.get("alarm")))
+        now = self._records()
+        return [
+            f"rank {number} ({record.who}) is gone, last seen in step {record.mark.step}, section {record.mark.section}"
+            for number, record in now.items()
+            if record.written == before[number].written and not record.done
+        ]
+
+    def _records(self) -> dict[int, Record]:
+        return dict(enumerate(map(Record.read, self._store.multi_get([str(r) for r in range(world())]))))
 
     def _run(self) -> None:
         before = time.monotonic()
@@ -162,7 +201,7 @@ class Watch:
                 self._obey(json.loads(self._store.get("alarm")))
             if rank() >= WATCHERS:
                 return
-            records = dict(enumerate(map(Record.read, self._store.multi_get([str(r) for r in range(world())]))))
+            records = self._records()
         for number, record in records.items():
             self._ranks.setdefault(number, Silence(record)).hear(record, elapsed)
         if found := accused(self._ranks, self.timeout_sec, self.slow):
@@ -188,7 +227,7 @@ class Watch:
         if self._obeying:  # the other thread is at it
             time.sleep(2 * MOMENT_SEC)
         self._obeying = True
-        said = [f"sdtrain: {alarm['sentence']}"] if alarm["by"] == rank() else []
+        said = [f"sdtrain: {visible(alarm['sentence'])}"]
         if alarm["stacks"]:
             said += [f"rank {rank()} ({self._who}), step {PULSE.mark.step}, section {PULSE.mark.section}:", _stack()]
         os.write(2, "".join(f"{line}\n" for line in said).encode())
@@ -201,7 +240,7 @@ class Watch:
         if self._over.wait(MOMENT_SEC):  # the run ends anyway
             return
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        what = f"the process at {where} that keeps the ranks' common store (the launcher, or rank 0) is stopped or gone"
+        what = f"{self._keeper}, which keeps the ranks' common store, is stopped or gone, or cut off at {where}"
         said = f"sdtrain: rank {rank()} ({self._who}): {what} ({why}); {self.stop.kept()}\n"
         os.write(2, f"{said}{_stack()}\n".encode())
         os._exit(EXIT_REQUEUE)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from sdtrain.engine.ranks import gather_objects, is_main
+from sdtrain.engine.agree import main_alone, raise_together
 from sdtrain.errors import RunError
 
 
@@ -29,24 +29,29 @@ class Writing:
         try:
             yield
         except OSError as error:
-            self.problem = self.problem or cannot_write(path, error, self.run_folder)
+            vanished = None if self.run_folder.exists() else self.run_folder
+            self.problem = self.problem or cannot_write(path, error, vanished)
+
+    @property
+    def failure(self) -> RunError | None:
+        """What is to be told to the other ranks."""
+        return RunError(self.problem) if self.problem else None
 
     def raise_together(self) -> None:
-        """Collective. Raises the same `RunError` on all ranks when a write has failed on any."""
-        if found := [problem for problem in gather_objects(self.problem) if problem]:
-            raise RunError(found[0])
+        """Collective. Raises the same `RankFailed` on all ranks when a write has failed on any."""
+        raise_together(self.failure)
 
 
 def on_main(action: Callable[[], None], path: Path) -> None:
-    """The main rank writes `path`, the others wait. Raises the same `RunError` on all ranks when it cannot."""
-    problem = ""
-    try:
-        if is_main():
+    """The main rank writes `path`, the others wait. Raises the same `RankFailed` on all ranks when it fails."""
+
+    def write() -> None:
+        try:
             action()
-    except OSError as error:
-        problem = cannot_write(path, error)
-    if told := gather_objects(problem)[0]:
-        raise RunError(told)
+        except OSError as error:
+            raise RunError(cannot_write(path, error)) from error
+
+    main_alone(write)
 
 
 def cannot_write(path: Path, error: OSError, run_folder: Path | None = None, needed: int = 0) -> str:

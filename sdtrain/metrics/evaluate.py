@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sdtrain.engine.agree import raise_together
 from sdtrain.engine.ranks import agree_max, is_main, rank, sum_over_ranks, world
 from sdtrain.engine.writing import on_main
-from sdtrain.errors import RunError
 from sdtrain.metrics import features, rfid
 from sdtrain.metrics.collected import Progress, Statistics, warn_if_collapsed
 from sdtrain.metrics.features import Extractor
@@ -196,7 +196,7 @@ class Evaluator:
             except Exception as error:  # told to the other ranks below, then raised
                 fault = error
         if agree_max(int(fault is not None), self.device):
-            raise fault or RunError("Another rank failed while evaluating; its message says why.")
+            raise_together(fault)
         sum_over_ranks(list(shared.values()))
         return {name: [rows[slot, :n] for slot, n in enumerate(sizes)] for name, rows in shared.items()}
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sdtrain.contracts import Task
 from sdtrain.data.read.dataset import Dataset, open_dataset, reading
-from sdtrain.engine.ranks import barrier, is_main
+from sdtrain.engine.agree import main_alone
 from sdtrain.engine.writing import on_main
 from sdtrain.files import fault_point, save_tensors, write_bytes
 from sdtrain.metrics.evaluate import Evaluator
@@ -49,10 +49,8 @@ class GenerationTask(Task):
         total, columns = grid_shape(run.resolution)
         for tag, name in (("fakes", "G"), ("fakes_ema", self.evaluated)):
             with run.nets[name].whole() as G:
-                if is_main():
-                    images = self.sampler(G, 16)(range(total))
-                    run.folder.image(tag, grid(images, columns), run.seen_img)
-        barrier()
+                sample = self.sampler(G, 16)
+                main_alone(lambda: run.folder.image(tag, grid(sample(range(total)), columns), run.seen_img))  # noqa: B023
 
     @property
     def evaluated(self) -> str:
@@ -117,7 +115,6 @@ class GenerationTask(Task):
         before = run.best.get(run.stage.name, {}).get(key, math.inf)
         if not values.get(key, math.inf) < before:
             return
-        run.best = {run.stage.name: {key: values[key], "seen_img": run.seen_img}}
         tensors, best = run.nets[self.evaluated].state(), run.folder.path / "best"
 
         def write() -> None:
@@ -127,6 +124,7 @@ class GenerationTask(Task):
             write_bytes(best / "metrics.json", row.encode())
 
         on_main(write, best / f"{self.evaluated}.safetensors")
+        run.best = {run.stage.name: {key: values[key], "seen_img": run.seen_img}}
 
     def finish(self) -> None:
         """Pictures and metrics of the last weights, unless this position has just had them, and the test list once."""

@@ -27,7 +27,8 @@ from sdtrain.contracts import Chunk, Net, Restoration, Task, Tensors
 from sdtrain.data.degrade.chain import reflect_to
 from sdtrain.data.read.order import order
 from sdtrain.data.read.reader import read_image
-from sdtrain.engine.ranks import barrier, gather_objects, is_main, shares, sum_over_ranks
+from sdtrain.engine.agree import main_alone, share_out
+from sdtrain.engine.ranks import barrier, gather_objects, is_main, sum_over_ranks
 from sdtrain.files import save_tensors, write_bytes
 from sdtrain.rng import Draws
 from sdtrain.tasks import sr_pictures
@@ -245,10 +246,8 @@ class RestorationTask(Task):
         with ExitStack() as stack:
             nets = [student or stack.enter_context(run.nets["G_ema"].whole())]
             nets += [stack.enter_context(run.nets["G_T"].whole())] if "G_T" in run.nets else []
-            if is_main():
-                tag = "strips" if split == "val" else f"strips_{split}"
-                run.folder.image(tag, sr_pictures.as_hwc(self.sheet(images, nets)), run.seen_img)
-        barrier()
+            tag = "strips" if split == "val" else f"strips_{split}"
+            main_alone(lambda: run.folder.image(tag, sr_pictures.as_hwc(self.sheet(images, nets)), run.seen_img))
 
     def sheet(self, images: ValidationList, nets: Sequence[nn.Module]) -> Tensor:
         """LQ, bicubic, what each network makes of it, HQ, under their names: one row an image, uint8 [3, H, W].
@@ -284,9 +283,13 @@ class RestorationTask(Task):
         images = self.training_images()
         rows = torch.zeros(len(images), dtype=torch.float64, device=self.run.device)
         with net.whole() as D, self.run.nets["G_ema"].whole() as G:
-            for row in shares(len(images), self.run.give_way):
+
+
+            def judge(row: int) -> None:
                 chunk = self.fixed_chunk(row, images[row])
                 rows[row] = D(self.method.inputs(G, chunk, chunk.draws)).sigmoid().mean()
+
+            share_out(len(images), judge, self.run.give_way)
         sum_over_ranks([rows])
         return rows.tolist()
 

@@ -21,7 +21,8 @@ from sdtrain.data.degrade.chain import fixed_lq
 from sdtrain.data.degrade.resize_matlab import gcfsr_test_input, gcfsr_test_small, imresize
 from sdtrain.data.read.dataset import open_dataset, reading
 from sdtrain.data.read.reader import read_image
-from sdtrain.engine.ranks import shares, sum_over_ranks
+from sdtrain.engine.agree import share_out
+from sdtrain.engine.ranks import sum_over_ranks
 from sdtrain.engine.writing import on_main
 from sdtrain.errors import DataError
 from sdtrain.metrics.features import Extractor, inception, random_inception
@@ -157,12 +158,15 @@ class ValidationList:
         singles = [n for n in self.options.names if n != "fid"]
         rows = torch.zeros(len(self), len(singles), dtype=torch.float64, device=self.device)
         features = torch.zeros(len(self), self.extractor.width if self.extractor else 0, device=self.device)
-        for i in shares(len(self), self.between):
+
+        def measure(i: int) -> None:
             fake, real = upscale(i, setting), self.hq(i).to(self.device)[None]
             for column, name in enumerate(singles):
                 rows[i, column] = self._single(name, fake, real, setting.factor)
             if self.extractor:
                 features[i] = self.extractor(fake)[0]
+
+        share_out(len(self), measure, self.between)
         sum_over_ranks([rows])
         values = dict(zip(singles, rows.mean(0).tolist()))
         if self.extractor:
@@ -181,8 +185,12 @@ class ValidationList:
         """Features of all images, float32 [num_samples, width]. Collective."""
         assert self.extractor is not None
         rows = torch.zeros(len(self), self.extractor.width, device=self.device)
-        for i in shares(len(self), self.between):
-            rows[i] = self.extractor(self.hq(i).to(self.device)[None])[0]
+        extractor = self.extractor
+
+        def measure(i: int) -> None:
+            rows[i] = extractor(self.hq(i).to(self.device)[None])[0]
+
+        share_out(len(self), measure, self.between)
         sum_over_ranks([rows])
         return rows
 

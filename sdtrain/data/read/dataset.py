@@ -25,7 +25,7 @@ from sdtrain.data.read.index import INDEX_NAME, Index, build_index, load_index
 from sdtrain.data.read.manifest import MANIFEST_NAME, read_manifest
 from sdtrain.data.read.patterns import expand
 from sdtrain.errors import DataError
-from sdtrain.files import MAX_JSON, Stamp, open_regular, stamp_of
+from sdtrain.files import MAX_JSON, Stamp, open_regular, patiently, stamp_of
 from sdtrain.terminal import printable
 
 PROBES = 8
@@ -87,7 +87,8 @@ class Dataset:
         """
         offset, size = (self.index.lq_offset, self.index.lq_size) if lq else (self.index.offset, self.index.size)
         refuse_bytes(int(size[i]), self.limits)
-        return read_at(self.local_path(int(self.index.shard[i])), int(offset[i]), int(size[i]))
+        path = self.local_path(int(self.index.shard[i]))
+        return patiently(lambda: read_at(path, int(offset[i]), int(size[i])))
 
     @cached_property
     def stamps(self) -> list[Stamp]:

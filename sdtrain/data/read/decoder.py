@@ -15,14 +15,13 @@ from sdtrain.data.read.budget import DOWNLOAD_BYTES, LIMITS, PictureLimits
 from sdtrain.data.read.images import ImageRejected, decode_image, refuse_bytes
 from sdtrain.data.read.remote import fetch, is_remote
 from sdtrain.errors import DataError, ShardChanged
-from sdtrain.files import Stamp, open_regular, stamp_of
+from sdtrain.files import PAUSES_SEC, Stamp, open_regular, patiently, stamp_of
 
 # A request is one row of int64: where the pixels go, where the bytes lie, and what happens between.
 COLUMNS = ("dest", "shard", "offset", "size", "side", "flip", "crop_x", "crop_y", "align")
 NUM_COLUMNS = len(COLUMNS)
 NO_CROP = -1
 OPEN_SHARDS = 64
-READ_ATTEMPTS = 3
 
 
 class Decoder:
@@ -46,6 +45,7 @@ class Decoder:
         self._allow_pipe, self._limits, self._sizes, self._stamps = allow_pipe, limits, sizes, stamps
         self._shards, self._sha256, self._cache, self._pad = shards, sha256, Path(cache), pad
         self._open: OrderedDict[int, int] = OrderedDict()
+        self._given_up = False  # the last read has failed, however often it was tried
 
     @classmethod
     def of(cls, setup: dict[str, Any]) -> Decoder:
@@ -98,21 +98,27 @@ class Decoder:
 
     def _read(self, shard: int, offset: int, size: int) -> bytes:
         refuse_bytes(size, self._limits)
-        for attempt in range(READ_ATTEMPTS):
-            try:
-                data = os.pread(self._fd(shard), size, offset)
-                self._require_unchanged(shard)
-                break
-            except FileNotFoundError:
-                self._require_unchanged(shard)
-                raise EOFError("missing shard") from None
-            except OSError:  # network file systems fail for a moment; a stale descriptor is opened afresh
-                self._forget(shard)
-                if attempt + 1 == READ_ATTEMPTS:
-                    raise
+        try:
+            data = patiently(lambda: self._attempt(shard, offset, size), () if self._given_up else PAUSES_SEC)
+        except OSError:  # the next reads are not waited for, until one comes through: a dead disk is soon known
+            self._given_up = True
+            raise
+        self._given_up = False
         if len(data) < size:
             raise EOFError(f"truncated tar: shard ends {size - len(data)} bytes too early")
         return data
+
+    def _attempt(self, shard: int, offset: int, size: int) -> bytes:
+        try:
+            data = os.pread(self._fd(shard), size, offset)
+            self._require_unchanged(shard)
+            return data
+        except FileNotFoundError:
+            self._require_unchanged(shard)
+            raise EOFError("missing shard") from None
+        except OSError:  # network file systems fail for a moment; a stale descriptor is opened afresh
+            self._forget(shard)
+            raise
 
     def _fd(self, shard: int) -> int:
         if shard not in self._open:

@@ -5,7 +5,7 @@ Resuming is `start_step`. Ranks appear only as the numbers of the ghosts they ow
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,7 +47,8 @@ class Stream:
     ghosts      the ghosts of the global batch to deliver, ghost g being positions g*ghost_batch ... of the step
     resolution  what the model needs; with `crop`, images may have any size not smaller (or any with `pad`)
     max_bad     unreadable samples above which the stream raises: a fraction of the data set (at least one sample unless
-                0.0) or a whole number in a row; each is replaced by another that seed and position decide
+                0.0), with those that other streams have found (`learn`), or a whole number in a row; each is replaced
+                by another that seed and position decide
     paired      deliver `KEY.lq.png` too; `scale` is the ratio of the sides
 
     Raises DataError for data that cannot serve the model and when too much is bad, WorkerError when a process dies.
@@ -83,6 +84,7 @@ class Stream:
         self.side = crop or resolution or dataset.resolution or 0
         check_fits(dataset, self.side, batch_size=batch_size, crop=crop, channels=channels, paired=paired)
         self._bad: dict[int, str] = {}
+        self._news: list[tuple[int, str]] = []
         self._bad_in_a_row = 0
         self._positions = _positions_in_batch(self.ghosts, ghost_batch)
         self._ahead: dict[int, np.ndarray] = {}
@@ -95,6 +97,17 @@ class Stream:
     def bad(self) -> list[tuple[str, str, str]]:
         """Samples found unreadable so far: (shard, key, reason), in the order they were met."""
         return [(*self.dataset.locate(i), reason) for i, reason in self._bad.items()]
+
+    def news(self) -> list[tuple[int, str]]:
+        """(sample, reason) of those found unreadable since this was last asked."""
+        found, self._news = self._news, []
+        return found
+
+    def learn(self, found: Iterable[tuple[int, str]]) -> None:
+        """Take over what the streams of other ranks have found. Raises DataError when it is too much together."""
+        for i, reason in found:
+            self._bad.setdefault(i, reason)
+        self._require_few()
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -183,8 +196,13 @@ class Stream:
         raise DataError(f"no readable sample found for position {position} of {self.dataset.source}{self._worst()}")
 
     def _quarantine(self, i: int, reason: str) -> None:
-        self._bad.setdefault(i, reason)
+        if i not in self._bad:
+            self._bad[i] = reason
+            self._news.append((i, reason))
         self._bad_in_a_row += 1
+        self._require_few()
+
+    def _require_few(self) -> None:
         if isinstance(self.max_bad, float):
             # One bad image must not end a run on a small set, unless none at all was allowed.
             allowed = max(1.0, self.max_bad * self.dataset.num_samples) if self.max_bad else 0.0

@@ -94,10 +94,11 @@ def test_damaged_checkpoints_are_named_and_an_older_one_is_taken(place: Path, wh
         "unmarked": "it has no marker: the save was interrupted",
         "garbled": "its marker is unreadable",
     }
+    hints = dict(zip(damage, [b"\xff\x00 img_of_nothing", b"", b"img_000000099", b"../..", b"img_000000008"]))
     for name, harm in damage.items():
         shutil.copytree(whole, place / name)
         harm(place / name / "checkpoints" / f"img_{END:09d}")
-        (place / name / "checkpoints" / "latest").write_bytes(b"\xff\x00 img_of_nothing")
+        (place / name / "checkpoints" / "latest").write_bytes(hints[name])
     jobs = [{"args": args(place, name, "--set", "keep_checkpoints=9")} for name in damage]
     for name, done in zip(damage, run_jobs(place, jobs), strict=True):
         assert done["code"] == 0, done["said"]

@@ -14,20 +14,22 @@ import pytest
 from tiny import make_shards, rows, run_jobs, tensors, tiny_config, unequal, write_config
 
 USER_ERROR, END = 2, 24
+KEPT = "/img_000000016 was kept; the same command goes on from there"
 # where a write fails -> what the sentence names, and what it says is safe (saves are at 8, 16 and 24)
 WRITES: dict[str, tuple[dict[str, Any], str, str]] = {
-    "config": ({"where": "file", "word": "config.yaml"}, "config.yaml", "no checkpoint was written yet"),
-    "plan": ({"where": "file", "word": "plan.json"}, "plan.json", "no checkpoint was written yet"),
-    "environment": ({"where": "file", "word": "environment.json"}, "environment.json", "no checkpoint was written yet"),
-    "rows": ({"where": "rows", "word": "", "time": 5}, "metrics.jsonl", "checkpoints up to img_000000008 are safe"),
-    "board": ({"where": "board", "word": "", "time": 40}, "tensorboard", "are safe"),
-    "samples": ({"where": "file", "word": "/samples/", "time": 3}, "samples/", "up to img_000000008 are safe"),
-    "best": ({"where": "file", "word": "/best/"}, "best/G_ema.safetensors", "make room"),
-    "cache": ({"where": "file", "word": "/cache/real"}, "cache/real-", "make room"),
+    "config": ({"where": "file", "word": "config.yaml"}, "config.yaml", "start the same command again"),
+    "plan": ({"where": "file", "word": "plan.json"}, "plan.json", "start the same command again"),
+    "environment": ({"where": "file", "word": "environment.json"}, "environment.json", "start the same command again"),
+    "rows": ({"where": "rows", "word": "", "time": 5}, "metrics.jsonl", KEPT),
+    "board": ({"where": "board", "word": "", "time": 40}, "tensorboard", "was kept; the same command goes on"),
+    "samples": ({"where": "file", "word": "/samples/", "time": 3}, "samples/", KEPT),
+    "best": ({"where": "file", "word": "/best/"}, "best/G_ema.safetensors", KEPT),
+    "cache": ({"where": "file", "word": "/cache/real"}, "cache/real-", KEPT),
     "checkpoint": ({"where": "file", "word": "img_000000016/D"}, "checkpoints/img_000000016", "img_000000008 are safe"),
-    "snapshot": ({"where": "file", "word": "/snapshots/"}, "snapshots/img_000000016", "up to img_000000008 are safe"),
+    "snapshot": ({"where": "file", "word": "/snapshots/"}, "snapshots/img_000000016", KEPT),
 }
 ON_TWO_RANKS = ("rows", "cache")
+GOING_ON = ("rows", "best", "samples")
 SELDOM = ("config", "environment", "board", "snapshot")  # in slow tests
 OFTEN = [*(name for name in WRITES if name not in SELDOM), *(f"{name}2" for name in ON_TWO_RANKS)]
 
@@ -55,9 +57,9 @@ def filled(place: Path, name: str) -> dict[str, Any]:
 def full(place: Path) -> dict[str, list[dict[str, Any]]]:
     """What the ranks of each run said and how they ended; of the next start of two of them, too."""
     jobs = [filled(place, name) for name in OFTEN]
-    jobs += [job(place, place / name) for name in ("whole", "run_rows", "run_best")]
+    jobs += [job(place, place / name) for name in ("whole", *(f"run_{name}" for name in GOING_ON))]
     done = [one.get("ranks", [one]) for one in run_jobs(place, jobs)]
-    return dict(zip([*OFTEN, "whole", "rows again", "best again"], done, strict=True))
+    return dict(zip([*OFTEN, "whole", *(f"{name} again" for name in GOING_ON)], done, strict=True))
 
 
 @pytest.mark.parametrize("name", OFTEN)
@@ -82,13 +84,15 @@ def check(name: str, ranks: list[dict[str, Any]]) -> None:
         assert named in sentence and "No space left on device" in sentence and safe in sentence, sentence
 
 
-@pytest.mark.parametrize("name", ["rows", "best"])
+@pytest.mark.parametrize("name", GOING_ON)
 def test_with_room_again_the_run_becomes_what_it_would_have_been(
     place: Path, full: dict[str, list[dict[str, Any]]], name: str
 ) -> None:
     assert full["whole"][0]["code"] == full[f"{name} again"][0]["code"] == 0, full[f"{name} again"]
     assert unequal(tensors(place / "whole", END), tensors(place / f"run_{name}", END)) == []
     assert rows(place / "whole") == rows(place / f"run_{name}")
+    for kept in ("best/metrics.json", "samples/fakes_000000016.png"):
+        assert (place / "whole" / kept).read_bytes() == (place / f"run_{name}" / kept).read_bytes()
 
 
 def test_a_run_folder_that_vanishes_ends_all_ranks_and_is_not_begun_anew(place: Path) -> None:
@@ -123,7 +127,7 @@ def test_a_real_disk_that_is_full_in_a_step_is_told_and_the_run_goes_on_later(
     at = {"point": "in a step", "how": "command", "time": 2}
     (filled,) = run_jobs(place, [job(place, out, harm={**at, "command": fill})])
     assert filled["code"] == USER_ERROR and "Traceback" not in filled["said"], filled["said"]
-    assert "No space left on device" in filled["said"] and "img_000000008 are safe" in filled["said"]
+    assert "No space left on device" in filled["said"] and "/img_000000008 was kept; the same" in filled["said"]
     (small_disk / "filler").unlink()
     (after,) = run_jobs(place, [job(place, out)])
     assert after["code"] == 0, after["said"]
