@@ -11,6 +11,7 @@ from sdtrain.contracts import Terms
 from sdtrain.engine.ranks import rank, sum_over_ranks, world
 
 Sums = dict[str, list[float]]  # name -> [sum, count]; floats survive JSON exactly
+Means = tuple[dict[str, float], list[float]]
 
 
 class Meter:
@@ -31,13 +32,20 @@ class Meter:
 
     def means(self) -> dict[str, float]:
         """Global means since `clear`, in the order in which the terms first appeared."""
+        return self.means_and_sums([])[0]
+
+    def means_and_sums(self, more: Sequence[float], device: torch.device | str = "cpu") -> Means:
+        """`means`, and the sums over ranks of `more` numbers of `device`, in one collective."""
         names = list(self.sums)
-        if not names:
-            return {}
-        total = torch.stack([self.sums[n].reshape(()) for n in names])
+        if not (names or more):
+            return {}, []
+        parts = [self.sums[n].reshape(1) for n in names]
+        total = torch.cat([*parts, torch.tensor(more, dtype=torch.float64, device=device)] if more else parts)
         sum_over_ranks([total])
+        found = total.tolist()
         # counts are not added up: every rank takes part in every phase
-        return {n: t / world() / self.counts[n] for n, t in zip(names, total.tolist())}
+        means = {n: t / world() / self.counts[n] for n, t in zip(names, found)}
+        return means, found[len(names) :]
 
     def clear(self) -> None:
         self.sums, self.counts = {}, {}

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from sdtrain.engine.ranks import gather_objects, is_main
+from sdtrain.engine.ranks import first_said, from_main, is_main
 from sdtrain.errors import RunError
 
 
@@ -33,8 +33,8 @@ class Writing:
 
     def raise_together(self) -> None:
         """Collective. Raises the same `RunError` on all ranks when a write has failed on any."""
-        if found := [problem for problem in gather_objects(self.problem) if problem]:
-            raise RunError(found[0])
+        if found := first_said(self.problem):
+            raise RunError(found)
 
 
 def on_main(action: Callable[[], None], path: Path) -> None:
@@ -45,7 +45,7 @@ def on_main(action: Callable[[], None], path: Path) -> None:
             action()
     except OSError as error:
         problem = cannot_write(path, error)
-    if told := gather_objects(problem)[0]:
+    if told := from_main(problem):
         raise RunError(told)
 
 
