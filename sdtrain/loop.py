@@ -107,7 +107,7 @@ def undo(run: Run, before: State) -> None:
 
 def tick(run: Run) -> None:
     """Write the loss means and the timing since the last tick, and the progress line."""
-    losses, (bad,) = run.engine.meter.means_and_sums([run.num_bad], run.device)
+    losses, (bad,) = run.engine.meter.means_and_sums([len(run.bad_samples)], run.device)
     run.engine.meter.clear()
     seconds, sections = run.timer.read()
     seconds -= sections.get("evaluate", 0.0)  # speed is that of training

@@ -23,7 +23,7 @@ from sdtrain.engine.origin import compare_origin, origin_of
 from sdtrain.engine.player import BasePlayer
 from sdtrain.engine.preempt import StopRequest
 from sdtrain.engine.pulse import LONG, PULSE
-from sdtrain.engine.ranks import agree_max, first_said, gather_objects, world
+from sdtrain.engine.ranks import agree_max, gather_objects, world
 from sdtrain.engine.restart import refuse_to_start_over
 from sdtrain.engine.runfolder import RunFolder
 from sdtrain.engine.snapshots import cut_back, save_snapshot, snapshot_positions
@@ -45,7 +45,7 @@ class Run(Trainer):
         self.folder = RunFolder(out, config.tensorboard)
         self.skipped = self.skipped_in_a_row = self.last_tick_img = 0
         self.eval_seconds = 0.0  # of the last evaluation; 0 = none yet
-        self.num_bad = 0  # samples that this rank has found unreadable
+        self.bad_samples: Sequence[object] = ()
         self.best: dict[str, State] = {}  # by stage: what chose its best weights
         self.stop = StopRequest()
         remote = any(is_remote(shard) for shard in dataset.shards)
@@ -105,7 +105,7 @@ class Run(Trainer):
                 with self.timer.section("data", host=True):
                     batch = self.next_of(stream)
                 yield batch
-                self.num_bad = stream.num_bad
+                self.bad_samples = stream.bad
 
     def next_of(self, stream: Stream) -> Batch:
         """The next batch. Raises `RunError` on every rank when one cannot have its images; the state is saved then."""
@@ -117,7 +117,7 @@ class Run(Trainer):
         if not agree_max(batch is None, self.device):
             assert batch is not None
             return batch
-        problem = first_said(problem)
+        problem = next(filter(None, gather_objects(problem)))
         if self.step and self.saved_step != self.step:
             problem += f"; {self.save()} was kept"
         raise RunError(f"{problem}; the same command goes on from the newest checkpoint")

@@ -60,7 +60,7 @@ def a_run(rows: list[dict[str, Any]]) -> Any:
     stages = [SimpleNamespace(name="main", end_img=96)]
     task, method = SimpleNamespace(eval_img=0), SimpleNamespace(stages=stages)
     engine, device = SimpleNamespace(meter=meter), torch.device("cpu")
-    counts = {"seen_img": 32, "last_tick_img": 16, "skipped": 0, "num_bad": 2, "eval_seconds": 0.0}
+    counts: dict[str, Any] = {"seen_img": 32, "last_tick_img": 16, "skipped": 0, "bad_samples": ["a", "b"], "eval_seconds": 0.0}
     parts = {"engine": engine, "device": device, "timer": timer, "folder": folder, "config": config, "task": task}
     return SimpleNamespace(**parts, **counts, method=method, stage=stages[0])
 

@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sdtrain.contracts import Tensors
-from sdtrain.engine.ranks import from_main, gather_objects, is_main
+from sdtrain.engine.ranks import gather_objects, is_main
 from sdtrain.engine.writing import cannot_write
 from sdtrain.errors import RunError
 from sdtrain.files import (
@@ -262,7 +262,7 @@ def newest(root: Path) -> tuple[Checkpoint | None, list[str]]:
     found: tuple[str | None, dict[str, Any], list[str]] = (None, {}, [])
     if is_main():  # digests are read once, and ranks that saw a shared folder differently could not go on together
         found = _search(root)
-    name, state, refused = from_main(found)
+    name, state, refused = gather_objects(found)[0]
     return None if name is None else Checkpoint(root / name, state), refused
 
 

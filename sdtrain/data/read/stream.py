@@ -96,10 +96,6 @@ class Stream:
         """Samples found unreadable so far: (shard, key, reason), in the order they were met."""
         return [(*self.dataset.locate(i), reason) for i, reason in self._bad.items()]
 
-    @property
-    def num_bad(self) -> int:
-        return len(self._bad)
-
     def __iter__(self) -> Iterator[Batch]:
         return self
 
