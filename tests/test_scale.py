@@ -26,7 +26,10 @@ from sdtrain.data.read import stream
 from sdtrain.data.read.dataset import Dataset
 from sdtrain.data.read.index import _index_of
 from sdtrain.data.read.pool import shared_out
+from sdtrain.engine import watch
 from sdtrain.engine.meter import Meter
+from sdtrain.engine.preempt import StopRequest
+from sdtrain.engine.pulse import Mark
 from sdtrain.engine.scale import Asked, for_more, predicted, sent_in_step
 from sdtrain.engine.timing import Timer
 from sdtrain.main import main
@@ -60,7 +63,8 @@ def a_run(rows: list[dict[str, Any]]) -> Any:
     stages = [SimpleNamespace(name="main", end_img=96)]
     task, method = SimpleNamespace(eval_img=0), SimpleNamespace(stages=stages)
     engine, device = SimpleNamespace(meter=meter), torch.device("cpu")
-    counts: dict[str, Any] = {"seen_img": 32, "last_tick_img": 16, "skipped": 0, "bad_samples": ["a", "b"], "eval_seconds": 0.0}
+    counts: dict[str, Any] = {"seen_img": 32, "last_tick_img": 16, "skipped": 0, "eval_seconds": 0.0}
+    counts["bad_samples"] = ["a.png", "b.png"]
     parts = {"engine": engine, "device": device, "timer": timer, "folder": folder, "config": config, "task": task}
     return SimpleNamespace(**parts, **counts, method=method, stage=stages[0])
 
@@ -94,6 +98,37 @@ def test_what_the_main_rank_reads_or_cannot_read_all_ranks_have_and_one_says_it(
     done = run_ranks(2, str(Path(__file__).with_name("ranks_scale.py")), str(tmp_path / "job.json"))
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr.count("holds 47 samples") == 1, done.stderr
+
+
+class Store:
+    """Of ranks that all said once that they were in a step, and no more."""
+
+    def __init__(self, num_ranks: int) -> None:
+        said = watch.Record(Mark(step=5, section="step", settled=True), 1, "pid 1 on x")
+        self.kept, self.reads = {str(r): json.dumps(said) for r in range(num_ranks)}, 0
+
+    def set(self, key: str, text: str) -> None:
+        self.kept[key] = text
+
+    def check(self, keys: list[str]) -> bool:
+        return False
+
+    def multi_get(self, keys: list[str]) -> list[str]:
+        self.reads += 1
+        return [self.kept[key] for key in keys]
+
+
+@pytest.mark.parametrize(("num_ranks", "reads"), [(8, 12), (1024, 12), (4096, 3)])
+def test_a_watcher_of_thousands_reads_as_many_a_second_as_one_of_a_thousand_and_measures_the_same_silence(
+    num_ranks: int, reads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watch, "world", lambda: num_ranks)
+    watcher, store = watch.Watch(1000.0, StopRequest()), Store(num_ranks)
+    watcher._store = store
+    for _ in range(12):
+        watcher._look(1.0)
+    assert store.reads == reads
+    assert watcher._ranks[7].process_sec == 12 and watcher._ranks[0].process_sec == 0
 
 
 class Recorder:
