@@ -20,9 +20,9 @@ from sdtrain.config.keys import Config
 from sdtrain.config.options import Augment, SelfDistillation
 from sdtrain.contracts import Engine, Method, Net
 from sdtrain.engine.ema import freeze
+from sdtrain.engine.shared import shared_weights
 from sdtrain.models.ghost import set_ghost_batch, settle_spectral_norms
 from sdtrain.rng import Draws, seed_of
-from sdtrain.weights import load_weights
 
 Distance = Callable[[Tensor, Tensor], Tensor]  # images [N, 3, H, W] in [-1, 1] twice -> [N]
 Paired = Callable[[Tensor, Tensor, Draws], tuple[Tensor, Tensor]]  # T: the same change to both
@@ -89,7 +89,7 @@ class Builder:
 
     def weights(self, name: str, source: str | None) -> dict[str, Tensor] | None:
         """Tensors of a frozen network; None = a seeded random stand-in. Raises WeightsError."""
-        return load_weights(name, "random" if self.random_weights else source or "download")
+        return shared_weights(name, "random" if self.random_weights else source or "download")
 
     def distance(self, sd: SelfDistillation) -> Distance:
         """The image distance of L_SD."""

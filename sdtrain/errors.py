@@ -4,6 +4,9 @@
 class UserError(ValueError):
     """What happened, where, and what to do, in that order, as a sentence."""
 
+    of_all = False
+    """All ranks have been told the same: one of them says it."""
+
 
 class ConfigError(UserError):
     """A configuration that cannot work."""

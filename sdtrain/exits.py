@@ -72,7 +72,7 @@ def code_of(error: BaseException) -> int:
 def tell(error: object) -> None:
     """Print the sentence once: until ranks have met all see the same problem, afterwards it may be one rank's own."""
     ranks = sys.modules.get("sdtrain.engine.ranks")
-    met = ranks is not None and ranks.world() > 1
+    met = ranks is not None and ranks.world() > 1 and not getattr(error, "of_all", False)
     if met or os.environ.get("RANK", "0") == "0":
         print(f"sdtrain{f' (rank {ranks.rank()})' if met and ranks else ''}: {error}", file=sys.stderr)
 

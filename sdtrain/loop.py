@@ -11,7 +11,7 @@ from sdtrain.contracts import Chunk, State
 from sdtrain.engine.phases import NonFinite
 from sdtrain.engine.preempt import name_of
 from sdtrain.engine.pulse import PULSE
-from sdtrain.engine.ranks import gather_objects, is_main, world
+from sdtrain.engine.ranks import is_main, max_over_ranks, world
 from sdtrain.engine.timing import peak_memory_gb
 from sdtrain.errors import EXIT_OK, EXIT_REQUEUE, Interrupted, RankFailed, RunError
 from sdtrain.run import Run
@@ -119,11 +119,12 @@ def tick(run: Run) -> None:
         run.eval_seconds = sections.get("evaluate", 0.0) / passed
     images = (run.seen_img - run.last_tick_img) or run.config.batch_size
     run.last_tick_img = run.seen_img
-    waits = [s.get("data", 0.0) / max(seconds, 1e-9) for s in gather_objects(sections)]
+    mine = [sections.get("data", 0.0) / max(seconds, 1e-9), peak_memory_gb(run.device)]
+    waited, memory = max_over_ranks(mine, run.device)
     perf = {
         "sec_per_kimg": seconds / images * 1000,
-        "data_wait_frac": max(waits),
-        "peak_mem_gb": max(gather_objects(peak_memory_gb(run.device))),
+        "data_wait_frac": waited,
+        "peak_mem_gb": memory,
         "bad_samples": len(run.bad_samples),
         "skipped_steps": run.skipped,
     }

@@ -23,12 +23,17 @@ if TYPE_CHECKING:
 
     from sdtrain.config.compare import Difference
     from sdtrain.config.keys import Config
+    from sdtrain.data.read.dataset import Dataset
     from sdtrain.engine.preempt import StopRequest
+    from sdtrain.engine.scale import Asked
     from sdtrain.finetune import Initial
     from sdtrain.run import Run
 
+    Checked = tuple[Dataset, dict[str, Any], Initial | None]
+
 log = logging.getLogger("sdtrain")
 PR_SET_PDEATHSIG = 1
+MOST = 1e9  # ranks, GB/s or seconds that --plan counts with
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,6 +43,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", metavar="DIR", help="run folder (default: runs/NAME); holds a run already? it goes on from there")
     add("--allow-pipe", action="store_true", help="run the commands of pipe: sources (--set data.allow_pipe=true)")
     add("--plan", action="store_true", help="print what the run would need and do, touch nothing")
+    add("--world-size", type=int, metavar="N", help="with --plan: what N ranks, which need not be there, would take")
+    add("--bandwidth", type=float, metavar="GB/s", help="with --world-size: what a rank can send while all of them do")
+    add("--disk", type=float, metavar="GB/s", help="with --world-size: what a checkpoint is written with")
+    add("--speed", type=float, metavar="SEC", help="with --world-size: measured seconds per 1000 images on one rank")
     add("--allow", action="append", default=[], metavar="KEY", help="resume although this key has changed")
     begin_again = "begin again: move the run that is there into OUT/before-DATE-TIME, delete nothing; "
     add("--restart", action="store_true", help=begin_again + "a requeued job goes on all the same")
@@ -60,19 +69,39 @@ def obey(args: argparse.Namespace, stop: StopRequest) -> int:
     from sdtrain.engine.launcher import follow_launcher
 
     given = [*args.set, *(["data.allow_pipe=true"] if args.allow_pipe else [])]
-    config = load_config(args.cfg, given, world=int(os.environ.get("WORLD_SIZE", "1")))
+    asked = asked_scale(args)
+    world = asked.ranks if asked else int(os.environ.get("WORLD_SIZE", "1"))
+    config = load_config(args.cfg, given, world=world)
     config = follow_launcher(config)
     out = Path(args.out or f"runs/{config.name}")
     if getattr(config, "simulation", None):  # a method that is a system of equations, not a training run
         return simulate(config, out, args.plan)
     if args.plan:
-        return show_plan(config, out)
+        return show_plan(config, out, asked)
     stop.checkpoints = out / "checkpoints"
     stop.limit(config.max_time)
     return train(config, out, args.allow, stop, restart=args.restart and not started_again())
 
 
-def show_plan(config: Config, out: Path) -> int:
+def asked_scale(args: argparse.Namespace) -> Asked | None:
+    """What to plan for with --world-size. Raises `ConfigError` for options that mean nothing without it."""
+    from sdtrain.engine.scale import Asked
+    from sdtrain.errors import ConfigError
+
+    stated = {name: getattr(args, name, None) for name in ("bandwidth", "disk", "speed")}
+    ranks = getattr(args, "world_size", None)
+    alone = next((name for name, value in stated.items() if value is not None), None)
+    if ranks is None and alone:
+        raise ConfigError(f"--{alone} belongs to --plan --world-size N: add them, or leave it out")
+    if ranks is not None and not args.plan:
+        raise ConfigError("--world-size belongs to --plan; how many ranks train is for the launcher: --num_processes N")
+    for name, value in {"world-size": ranks, **stated}.items():
+        if value is not None and not 0 < value < MOST:
+            raise ConfigError(f"--{name} {value} cannot be: give a number above 0")
+    return None if ranks is None else Asked(ranks=ranks, **stated)
+
+
+def show_plan(config: Config, out: Path, asked: Asked | None = None) -> int:
     """Print the plan; what would stop the run is said first, before networks are built, and gives the exit code."""
     from sdtrain.plan import check_weights_needed, make_plan, render
 
@@ -82,7 +111,7 @@ def show_plan(config: Config, out: Path) -> int:
     except WeightsError as missing:
         tell(missing)
         code = EXIT_USER_ERROR
-    print(render(make_plan(config, out=out)))
+    print(render(make_plan(config, out=out, asked=asked)))
     return code
 
 
@@ -92,15 +121,21 @@ def started_again() -> bool:
 
 
 def train(config: Config, out: Path, allow: list[str], stop: StopRequest, restart: bool) -> int:
-    """Check everything that can be checked cheaply, join the other ranks, take the folder, train."""
-    from sdtrain.plan import check_data, check_initial, check_weights_needed
+    """Check everything that can be checked cheaply, with the other ranks if there are any, take the folder, train."""
 
-    dataset = check_data(config)
-    used = check_weights_needed(config)
-    if not restart:
-        check_folder(config, out, allow)
-    initial = check_initial(config, dataset) if restart or not has_checkpoints(out) else None
-    device = start(config)
+    def check() -> Checked:
+        return checked(config, out, allow, restart)
+
+    if os.environ.get("WORLD_SIZE", "1") == "1":  # a mistake in it is told before torch is there
+        dataset, used, initial = check()
+        device = start(config)
+    else:
+        device = start(config)
+        from sdtrain.data.read.elsewhere import seen_from_here
+        from sdtrain.engine.ranks import by_all, by_main
+
+        dataset, used, initial = by_main(check)
+        dataset = by_all(lambda: seen_from_here(dataset))
     from sdtrain.engine.lock import FolderLock
     from sdtrain.engine.restart import set_aside
     from sdtrain.engine.watch import Watch
@@ -112,19 +147,35 @@ def train(config: Config, out: Path, allow: list[str], stop: StopRequest, restar
         return go_on(Run(config, out, device, dataset), allow, initial, used, stop)
 
 
+def checked(config: Config, out: Path, allow: list[str], restart: bool) -> Checked:
+    """The data, the frozen networks' files, and whether there are weights to begin from; the folder is looked at too.
+
+    Raises `UserError`: what is read here, one rank reads for all.
+    """
+    from sdtrain.plan import check_data, check_initial, check_weights_needed
+
+    dataset = check_data(config)
+    _ = dataset.stamps  # as they are now, for all ranks
+    used = check_weights_needed(config)
+    if not restart:
+        check_folder(config, out, allow)
+    return dataset, used, check_initial(config, dataset) if restart or not has_checkpoints(out) else None
+
+
 def go_on(run: Run, allow: list[str], initial: Initial | None, used: dict[str, Any], stop: StopRequest) -> int:
     """Resume, or begin from `initial`, write down what is used, and train."""
+    from sdtrain.engine.ranks import by_main, is_main
     from sdtrain.loop import train as train_loop
     from sdtrain.plan import check_initial, make_plan
 
     config, dataset = run.config, run.dataset
     run.folder.create()
     refused = run.resume(allow)
-    if run.checkpoint is None and (initial := initial or check_initial(config, dataset)):
+    if run.checkpoint is None and (initial := initial or by_main(lambda: check_initial(config, dataset))):
         run.start_from(initial)
         used |= {f"init.{role}": start for role, start in initial.described.items()}
     used |= run.builder.teachers
-    write_down(run, make_plan(config, run, initial) if not run.step else None, used)
+    write_down(run, make_plan(config, run, initial) if is_main() and not run.step else None, used)
     announce(run, refused)
     run.folder.open_log(run.seen_img, redo_evaluation="evaluate" in run.undone)
     run.folder.writing.raise_together()

@@ -16,9 +16,12 @@ if TYPE_CHECKING:
     from sdtrain.config.keys import Config
     from sdtrain.contracts import Method
     from sdtrain.data.read.dataset import Dataset
+    from sdtrain.engine.scale import Asked as AskedScale
     from sdtrain.finetune import Initial
     from sdtrain.run import Run
     from sdtrain.trainer import Trainer
+
+CYCLE = 64  # steps after which lazy penalties have come round
 
 
 def check_data(config: Config, keep_index: bool = True) -> Dataset:
@@ -106,27 +109,38 @@ def describe_source(name: str, source: str) -> dict[str, Any]:
 
 
 def make_plan(
-    config: Config, run: Run | None = None, initial: Initial | None = None, out: Path | None = None
+    config: Config,
+    run: Run | None = None,
+    initial: Initial | None = None,
+    out: Path | None = None,
+    asked: AskedScale | None = None,
 ) -> dict[str, Any]:
     """The plan as data. Builds the networks (on the CPU) unless a `run` that has them is given.
 
     `initial` is what `check_initial` has found; without a run it is looked up here. `out`: where a speed may be known.
+    `asked`: ranks to plan for that are not there, and what they may send and write.
     """
     from sdtrain.engine.cost import compared
+    from sdtrain.engine.scale import Asked, scaled
     from sdtrain.outlook import forecast, warnings
     from sdtrain.weights import check_weights
 
     dataset = run.dataset if run is not None else check_data(config, keep_index=False)
     initial = initial if run is not None else check_initial(config, dataset)
-    trainer = run if run is not None else _build(config, dataset)
+    if run is not None:
+        asked = Asked(ranks=int(os.environ.get("WORLD_SIZE", "1")))
+    ranks = asked.ranks if asked else num_ranks(config)
+    trainer = run if run is not None else _build(config, dataset, asked.ranks if asked else None)
     method = trainer.method
     total_img = method.stages[-1].end_img if method.stages else 0
     needs = weights_needed(config)
     networks = _networks(method, exact=config.summation == "exact")
     memory = _memory(networks, _stages(method))
+    phases = _phases(trainer)
     kept = {} if run is not None else _kept_gb(trainer)
     exact, teacher = config.summation == "exact", config.shard_teacher
-    engines = compared(networks, _stages(method), config.engine or "ddp", num_ranks(config), exact, teacher)
+    engines = compared(networks, _stages(method), config.engine or "ddp", ranks, exact, teacher)
+    most = max(kept.values(), default=0.0)
     return {
         "name": config.name,
         "config_hash": config_hash(config),
@@ -149,6 +163,7 @@ def make_plan(
         "memory_gb_per_rank": memory,
         "activations_gb": kept,
         "engine": engines,
+        "scale": scaled(asked, config, networks, _stages(method), phases, most, out) if asked else {},
         "ghosts_at_once": trainer.ghosts_at_once,
         "checkpoint_gb": sum(n["checkpoint_gb"] for n in networks.values()),
         "disk_gb": sum(n["checkpoint_gb"] for n in networks.values()) * (config.keep_checkpoints + 1)
@@ -198,7 +213,16 @@ def _networks(method: Method, exact: bool) -> dict[str, dict[str, Any]]:
     return table
 
 
-def _build(config: Config, dataset: Dataset) -> Trainer:
+def _phases(trainer: Trainer) -> dict[str, tuple[tuple[str, ...], float]]:
+    """Networks of each player of the last stage, and its phases in the mean of many steps."""
+    if not trainer.method.stages:
+        return {}
+    last = trainer.method.stages[-1]
+    players = [phase.player for step in range(CYCLE) for phase in trainer.method.phases(last, step)]
+    return {name: (tuple(nets), players.count(name) / CYCLE) for name, nets in last.players.items()}
+
+
+def _build(config: Config, dataset: Dataset, ranks: int | None = None) -> Trainer:
     import torch
 
     from sdtrain.trainer import Trainer
@@ -206,8 +230,9 @@ def _build(config: Config, dataset: Dataset) -> Trainer:
     side, cpu = config.data.resolution or dataset.resolution, torch.device("cpu")
     assert side is not None  # `check_data` came first
     trainer = Trainer(config, cpu, side, dataset.class_counts, num_samples=dataset.num_samples, random_weights=True)
-    if config.summation == "fast":  # on as many ranks as the run can have
-        trainer.ghosts_at_once = config.ghosts_at_once or config.num_ghosts // max(valid_world_sizes(config))
+    if config.summation == "fast":  # on as many ranks as the run can have, unless told
+        share = config.num_ghosts // (ranks or max(valid_world_sizes(config)))
+        trainer.ghosts_at_once = config.ghosts_at_once or share
     return trainer
 
 
@@ -260,6 +285,7 @@ def _activations(plan: dict[str, Any]) -> str:
 def render(plan: dict[str, Any]) -> str:
     """The plan for people."""
     from sdtrain.engine.cost import advice
+    from sdtrain.engine.scale import render_scale
     from sdtrain.outlook import render_forecast
 
     data, memory = plan["data"], plan["memory_gb_per_rank"]
@@ -284,6 +310,7 @@ def render(plan: dict[str, Any]) -> str:
         f"  engine      {advice(plan['engine'], max(plan['activations_gb'].values(), default=0.0))}",
         f"  disk        {size(plan['checkpoint_gb'])} a checkpoint, {size(plan['disk_gb'])} at most",
     ]
+    lines += [f"  scale       {line}" for line in (render_scale(plan["scale"], plan["name"]) if plan["scale"] else ())]
     lines += [f"  weights     {name}: {' '.join(where.values())}" for name, where in plan["weights"].items()]
     for role, start in plan["init"].items():
         notes = [f"{key} {value}" for key, value in start.get("differs", {}).items()]

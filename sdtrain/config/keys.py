@@ -200,8 +200,12 @@ def _batch_problems(config: Config, world: int | None) -> Iterator[tuple[str, st
         yield (
             "batch_size, ghost_batch",
             f"{world} ranks cannot share {config.num_ghosts} ghosts (batch_size {batch} / ghost_batch {ghost}) "
-            f"evenly: launch one of {sizes} ranks",
+            f"evenly: launch one of {sizes} ranks{_for_as_many(world, ghost) if world > config.num_ghosts else ''}",
         )
+
+
+def _for_as_many(world: int, ghost: int) -> str:
+    return f", or set batch_size {world * ghost} for one ghost on each of {world}"
 
 
 def _sum_problems(config: Config) -> Iterator[tuple[str, str]]:

@@ -10,7 +10,7 @@ import os
 import traceback
 from collections.abc import Callable
 
-from sdtrain.engine.ranks import gather_objects, is_main, rank, shares, world
+from sdtrain.engine.ranks import first_said, is_main, rank, shares, world
 from sdtrain.errors import EXIT_FAULT, RankFailed, UserError
 from sdtrain.exits import code_of
 from sdtrain.terminal import printable
@@ -36,8 +36,8 @@ def raise_together(failure: BaseException | None, intact: bool = True) -> None:
         mine = (explained(failure), code_of(failure))
         if mine[1] == EXIT_FAULT:
             traceback.print_exception(failure)
-    if found := [one for one in gather_objects(mine) if one]:
-        sentence, code = found[0]
+    if found := first_said(mine):
+        sentence, code = found
         raise RankFailed(sentence, code, intact) from failure
 
 

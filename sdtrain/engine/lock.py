@@ -22,7 +22,7 @@ import socket
 import time
 from pathlib import Path
 
-from sdtrain.engine.ranks import gather_objects, is_main
+from sdtrain.engine.ranks import from_main, is_main
 from sdtrain.errors import RunError
 
 NAME = ".lock"
@@ -44,7 +44,7 @@ class FolderLock:
         self._made = False  # whether the folder is ours alone, and to be taken away when nothing comes of it
 
     def __enter__(self) -> FolderLock:
-        problem = gather_objects(self._take() if is_main() else None)[0]
+        problem = from_main(self._take() if is_main() else None)
         if problem:
             self._close()
             raise RunError(problem)

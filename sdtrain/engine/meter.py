@@ -30,11 +30,11 @@ class Meter:
             self.counts[name] = self.counts.get(name, 0) + 1
 
     def means(self) -> dict[str, float]:
-        """Global means since `clear`, in the order in which the terms first appeared."""
+        """Global means since `clear`, in the order in which the terms first appeared, in one collective."""
         names = list(self.sums)
         if not names:
             return {}
-        total = torch.stack([self.sums[n].reshape(()) for n in names])
+        total = torch.stack([self.sums[n] for n in names])
         sum_over_ranks([total])
         # counts are not added up: every rank takes part in every phase
         return {n: t / world() / self.counts[n] for n, t in zip(names, total.tolist())}

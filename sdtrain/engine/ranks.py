@@ -15,7 +15,7 @@ from torch import Tensor
 from sdtrain.engine.launcher import wants_cpu
 from sdtrain.engine.precision import set_precision
 from sdtrain.engine.pulse import PULSE
-from sdtrain.errors import ConfigError, MachineError
+from sdtrain.errors import ConfigError, MachineError, UserError
 
 RANK_TIMEOUT_SEC = 1800.0  # a collective waits this long for the slowest rank, unless a run says otherwise
 P = ParamSpec("P")
@@ -57,6 +57,11 @@ def start_ranks(name: str = "auto", tf32: bool = False, timeout_sec: float = RAN
 
 def _grouped() -> bool:
     return dist.is_available() and dist.is_initialized()
+
+
+def carrier() -> torch.device:
+    """Where numbers must lie that ranks exchange: NCCL knows GPUs alone."""
+    return torch.device("cuda" if _grouped() and "nccl" in str(dist.get_backend()) else "cpu")
 
 
 def rank() -> int:
@@ -124,6 +129,16 @@ def sum_over_ranks(tensors: list[Tensor]) -> None:
 
 
 @collective
+def max_over_ranks(values: Sequence[float], device: torch.device | str = "cpu") -> list[float]:
+    """The largest of each number over all ranks, which have equally many."""
+    if not _grouped():
+        return list(values)
+    largest = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return largest.tolist()
+
+
+@collective
 def agree_max(value: int, device: torch.device | str = "cpu") -> int:
     """The largest `value` of all ranks: the way control-flow decisions are taken together."""
     if not _grouped():
@@ -158,8 +173,76 @@ def first_difference(tensors: Mapping[str, Tensor]) -> str | None:
 
 
 @collective
+def from_main(value: R) -> R:
+    """Plain data of the main rank, on every rank; what the others give is not looked at."""
+    return _from_rank(0, value)
+
+
+def _from_rank(speaker: int, value: R) -> R:
+    if not _grouped():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=speaker)
+    return box[0]
+
+
+def by_main(make: Callable[[], R]) -> R:
+    """What `make` gives on the main rank, which alone calls it, on every rank. A `UserError` of it is raised on all."""
+    found: Any = None
+    problem: UserError | None = None
+    if is_main():
+        try:
+            found = make()
+        except UserError as error:
+            problem = error
+    found, problem = from_main((found, problem))
+    if problem is not None:
+        raise _of_all(problem)
+    made: R = found
+    return made
+
+
+def by_all(make: Callable[[], R]) -> R:
+    """What `make` gives, on each rank its own. A `UserError` of one is raised on all."""
+    problem = ""
+    try:
+        found = make()
+    except UserError as error:
+        problem = f"rank {rank()}: {error}"
+    if told := first_said(problem):
+        raise _of_all(UserError(told))
+    return found
+
+
+def _of_all(problem: UserError) -> UserError:
+    problem.of_all = True
+    return problem
+
+
+def first_said(said: R) -> R | None:
+    """What the first rank has said that says anything, on every rank; None where none has. Else one number is sent."""
+    speaker = world() - agree_max(world() - rank() if said else 0, carrier())
+    return _from_rank(speaker, said) if speaker < world() else None
+
+
+@collective
+def tensors_from_main(tensors: Mapping[str, Tensor] | None) -> dict[str, Tensor] | None:
+    """Those of the main rank, [...] on the CPU by name, on every rank; what the others give is not looked at."""
+    listed = None if tensors is None else {name: (t.shape, t.dtype) for name, t in tensors.items()}
+    if not _grouped() or (listed := _from_rank(0, listed)) is None:
+        return None if tensors is None else dict(tensors)
+    found = {}
+    for name, (shape, dtype) in listed.items():
+        own = tensors[name] if tensors is not None and is_main() else torch.empty(shape, dtype=dtype)
+        moved = own.contiguous().to(carrier())
+        dist.broadcast(moved, src=0)
+        found[name] = moved.cpu()
+    return found
+
+
+@collective
 def gather_objects(value: Any) -> list[Any]:
-    """Plain data of every rank, in rank order, on every rank."""
+    """Plain data of every rank, in rank order, on every rank: for the start and for what has failed, as it grows."""
     if not _grouped():
         return [value]
     values: list[Any] = [None] * world()

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from sdtrain.engine.checkpoint import together, verify
-from sdtrain.engine.ranks import gather_objects, is_main
+from sdtrain.engine.ranks import from_main, is_main
 from sdtrain.errors import RunError
 
 # What a run writes, in the order in which it is moved aside: a move that is interrupted leaves rows without
@@ -22,7 +22,7 @@ OWN = (
 
 def refuse_to_start_over(folder: Path, refused: list[str]) -> None:
     """Raise `RunError` on every rank when `folder` holds a run; `refused`: why no checkpoint of it can be taken up."""
-    held = gather_objects(held_in(folder) if is_main() else "")[0]
+    held = from_main(held_in(folder) if is_main() else "")
     if not held and not refused:
         return
     found = "".join(f"\n  {reason}" for reason in refused or ["there is no checkpoint"])

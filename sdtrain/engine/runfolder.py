@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any
 from sdtrain.engine import starts
 from sdtrain.engine.launcher import said
 from sdtrain.engine.precision import described
-from sdtrain.engine.ranks import gather_objects, is_main, world
+from sdtrain.engine.ranks import from_main, is_main, world
 from sdtrain.engine.restart import lines_of, position
 from sdtrain.engine.threads import cores
 from sdtrain.engine.writing import Writing, hush_board
@@ -69,7 +69,7 @@ class RunFolder:
 
     def create(self) -> None:
         """Make the folders. Raises `RunError` on every rank when they cannot be written."""
-        problem = gather_objects(self._try_to_write() if is_main() else None)[0]
+        problem = from_main(self._try_to_write() if is_main() else None)
         if problem:
             raise RunError(f"{self.path}: the run folder cannot be written ({problem}); choose another with --out")
 
@@ -135,7 +135,7 @@ class RunFolder:
 
     def measured(self, seen_img: int, split: str) -> bool:
         """Whether this position had been evaluated before the run was started again; the same answer on all ranks."""
-        return bool(gather_objects((seen_img, split) in self._measured)[0])
+        return from_main((seen_img, split) in self._measured)
 
     def image(self, tag: str, picture: NDArray[np.uint8], seen_img: int) -> None:
         """Store a uint8 HWC picture as PNG under samples/ and in TensorBoard."""

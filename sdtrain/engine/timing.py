@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
 from sdtrain.engine.pulse import PULSE
+
+HELD = 1024  # events that may wait to be read
 
 
 class Timer:
@@ -20,7 +23,7 @@ class Timer:
 
     def restart(self) -> None:
         self.seconds: dict[str, float] = {}
-        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self._events: deque[tuple[str, torch.cuda.Event, torch.cuda.Event]] = deque()
         self.began = time.perf_counter()
 
     @contextmanager
@@ -37,6 +40,8 @@ class Timer:
             yield
             end.record()
             self._events.append((name, start, end))
+            if len(self._events) > HELD:  # nobody reads where nothing is logged
+                self._add_up()
             return
         began = time.perf_counter()
         yield
@@ -46,10 +51,14 @@ class Timer:
         """(seconds since `restart`, seconds by section)."""
         if self._events:
             torch.cuda.synchronize()  # an event that has not happened yet has no time
-        for name, start, end in self._events:
-            self.seconds[name] = self.seconds.get(name, 0.0) + start.elapsed_time(end) / 1000
-        self._events = []
+        self._add_up()
         return time.perf_counter() - self.began, dict(self.seconds)
+
+    def _add_up(self) -> None:
+        """The events that have happened; the device is not waited for."""
+        while self._events and self._events[0][2].query():
+            name, start, end = self._events.popleft()
+            self.seconds[name] = self.seconds.get(name, 0.0) + start.elapsed_time(end) / 1000
 
 
 def peak_memory_gb(device: torch.device) -> float:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from sdtrain.engine.agree import raise_together
-from sdtrain.engine.ranks import agree_max, is_main, rank, sum_over_ranks, world
+from sdtrain.engine.ranks import agree_max, is_main, rank, sum_over_ranks, tensors_from_main, world
 from sdtrain.engine.writing import on_main
 from sdtrain.metrics import features, rfid
 from sdtrain.metrics.collected import Progress, Statistics, warn_if_collapsed
@@ -108,11 +108,8 @@ class Evaluator:
         """Statistics of the real images, from memory, the cache, or the images. Collective."""
         if self._real is None:
             path = self._cache_path()
-            kept = self._load(path) if path is not None and path.is_file() else None
-            if agree_max(int(kept is None), self.device) == 0:
-                assert kept is not None
-                self._real = kept
-            else:
+            self._real = self._kept(path) if path is not None else None
+            if self._real is None:
                 found = self._real = self._collect(f"real {self.split}", self.indices, self._read)
                 if path is not None:
                     on_main(lambda: self._save(path, found), path)
@@ -185,7 +182,7 @@ class Evaluator:
     def _round(self, nets: dict[str, Extractor], images: Iterator[Tensor], sizes: list[int]) -> dict[str, list[Tensor]]:
         """One block on every rank: for each extractor the rows of all of them, in the order of the blocks."""
         shared = {
-            name: torch.zeros(world(), self.batch_size, net.width, device=self.device) for name, net in nets.items()
+            name: torch.zeros(len(sizes), self.batch_size, net.width, device=self.device) for name, net in nets.items()
         }
         fault: Exception | None = None
         if rank() < len(sizes):
@@ -213,15 +210,21 @@ class Evaluator:
         }
         return Path(self.cache) / f"real-{fingerprint(what)}.safetensors"
 
-    def _load(self, path: Path) -> Statistics | None:
+    def _kept(self, path: Path) -> Statistics | None:
+        """What the file holds, which the main rank reads. Collective."""
+        state = tensors_from_main(self._load(path) if is_main() and path.is_file() else None)
+        widths = {name: net.width for name, net in self.extractors().items()}
+        return None if state is None else Statistics(widths, self.settings.kept()).load(state, self.device)
+
+    def _load(self, path: Path) -> dict[str, Tensor] | None:
         """What was kept; None for a damaged file, which is then made again."""
         from safetensors.torch import load_file
 
         widths = {name: net.width for name, net in self.extractors().items()}
         try:
-            found = Statistics(widths, self.settings.kept()).load(load_file(path), self.device)
-            found.check(widths, len(self.indices))
-            return found
+            state = load_file(path)
+            Statistics(widths, self.settings.kept()).load(state, "cpu").check(widths, len(self.indices))
+            return state
         except Exception as error:  # the reader raises many types; none of them is worth a run
             log.warning("%s is damaged (%s) and made again", path, str(error)[:100])
             return None

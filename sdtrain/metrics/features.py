@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sdtrain.engine.shared import shared_digest, shared_weights
 from sdtrain.errors import WeightsError
 from sdtrain.losses.vgg import Frozen, Trunk, imagenet_statistics, load_fitting
 from sdtrain.metrics.inception import Inception, calibrate, randomise, resize_tf1
 from sdtrain.metrics.rfid import RULE_HASH
 from sdtrain.rng import generator
-from sdtrain.weights import load_weights, weights_digest
 
 VGG_SIDE = 224
 
@@ -47,7 +47,7 @@ class Extractor:
 
 def inception(source: str, tap: int, device: torch.device | str = "cpu") -> Extractor:
     """FID's own network from a local file. Raises WeightsError when the file is missing or another network."""
-    state = load_weights("inception", source)
+    state = shared_weights("inception", source)
     if state is None:
         raise WeightsError(
             "FID's Inception was asked for with random weights; choose the extractor `random-inception`."
@@ -55,7 +55,7 @@ def inception(source: str, tap: int, device: torch.device | str = "cpu") -> Extr
     identity = {
         "extractor": "inception",
         "tap": tap,
-        "weights": weights_digest("inception", source),
+        "weights": shared_digest("inception", source),
         "resize": "tf1 299",
     }
     return Extractor(Inception(tap).load(state).to(device), tap, identity)
@@ -104,7 +104,7 @@ class VGG16Features(Frozen):
 
 def vgg16(source: str, device: torch.device | str = "cpu") -> Extractor:
     """The network of improved precision and recall; `random` is a seeded stand-in."""
-    net, state = VGG16Features(), load_weights("vgg16", source)
+    net, state = VGG16Features(), shared_weights("vgg16", source)
     if state is None:
         for name, tensor in net.state_dict().items():
             fan_in = tensor[0].numel() if tensor.ndim > 1 else 1
@@ -114,7 +114,7 @@ def vgg16(source: str, device: torch.device | str = "cpu") -> Extractor:
     identity = {
         "extractor": "vgg16",
         "tap": "fc2_relu",
-        "weights": weights_digest("vgg16", source),
+        "weights": shared_digest("vgg16", source),
         "resize": "tf1 224",
     }
     return Extractor(net.to(device), 4096, identity)

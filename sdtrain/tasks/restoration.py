@@ -28,7 +28,7 @@ from sdtrain.data.degrade.chain import reflect_to
 from sdtrain.data.read.order import order
 from sdtrain.data.read.reader import read_image
 from sdtrain.engine.agree import main_alone, share_out
-from sdtrain.engine.ranks import barrier, gather_objects, is_main, sum_over_ranks
+from sdtrain.engine.ranks import barrier, from_main, is_main, sum_over_ranks
 from sdtrain.files import save_tensors, write_bytes
 from sdtrain.rng import Draws
 from sdtrain.tasks import sr_pictures
@@ -211,7 +211,7 @@ class RestorationTask(Task):
         kind = "eval" if split == "test" else "baseline"
         rows = [json.loads(line) for line in text.splitlines()]
         found = [r for r in rows if r["kind"] == kind and r["split"] == split and r["seen_img"] == self.run.seen_img]
-        return bool(gather_objects(len(found))[0])
+        return from_main(bool(found))
 
     def _upscaler(self, split: str, net: nn.Module) -> Upscale:
         return lambda i, setting: self.of(split).upscale(net, i, setting)

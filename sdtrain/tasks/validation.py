@@ -22,14 +22,14 @@ from sdtrain.data.degrade.resize_matlab import gcfsr_test_input, gcfsr_test_smal
 from sdtrain.data.read.dataset import open_dataset, reading
 from sdtrain.data.read.reader import read_image
 from sdtrain.engine.agree import share_out
-from sdtrain.engine.ranks import sum_over_ranks
+from sdtrain.engine.ranks import by_main, sum_over_ranks
+from sdtrain.engine.shared import shared_weights
 from sdtrain.engine.writing import on_main
 from sdtrain.errors import DataError
 from sdtrain.metrics.features import Extractor, inception, random_inception
 from sdtrain.metrics.fid import fid_of_features
 from sdtrain.metrics.sr_metrics import psnr_y, ssim_y, to_uint8
 from sdtrain.rng import Draws
-from sdtrain.weights import load_weights
 
 if TYPE_CHECKING:
     from sdtrain.contracts import Inputs
@@ -108,7 +108,7 @@ class ValidationList:
 
         on_main(make, self.path)
         content = self.path.read_bytes()
-        self.lq_hash = hashlib.sha256(content).hexdigest()
+        self.lq_hash = by_main(lambda: hashlib.sha256(content).hexdigest())
         return load(content)
 
     def _degraded(self, i: int, setting: Setting) -> Tensor:
@@ -157,6 +157,8 @@ class ValidationList:
     def _measure(self, upscale: Upscale, setting: Setting) -> dict[str, float]:
         singles = [n for n in self.options.names if n != "fid"]
         rows = torch.zeros(len(self), len(singles), dtype=torch.float64, device=self.device)
+        if "lpips" in singles:
+            assert self.lpips  # all ranks, also one that has no image, make it together
         features = torch.zeros(len(self), self.extractor.width if self.extractor else 0, device=self.device)
 
         def measure(i: int) -> None:
@@ -205,9 +207,10 @@ class ValidationList:
 
     @cached_property
     def lpips(self) -> Any:
+        """The distance of features. Collective."""
         from sdtrain.losses.perceptual import LPIPS
 
-        state = load_weights("alex", self.config.weights.alex or "download")
+        state = shared_weights("alex", self.config.weights.alex or "download")
         return LPIPS(state, net="alex").to(self.device).eval().requires_grad_(False)
 
     def protocol(self) -> dict[str, Any]:

@@ -190,7 +190,7 @@ def _open_packed(source: str, folder: Path, cache: Path) -> Dataset:
         hash=manifest["hash"],
         cache=cache,
         sha256=tuple(shard["sha256"] for shard in manifest["shards"]),
-        damage=tuple(_size_damage(shards, index)),
+        damage=tuple(size_damage(shards, index)),
         manifest=manifest,
     )
     return _with_labels_below(dataset, len(dataset.label_names), "classes in the manifest")
@@ -208,7 +208,8 @@ def _with_labels_below(dataset: Dataset, limit: int, of_what: str) -> Dataset:
     return dataset
 
 
-def _size_damage(shards: list[str], index: Index) -> list[tuple[str, str, str]]:
+def size_damage(shards: Sequence[str], index: Index) -> list[tuple[str, str, str]]:
+    """Shards whose files are shorter than their index says, or not there. Raises DataError for one that is longer."""
     damage = []
     for path, expected in zip(shards, index.shard_sizes.tolist(), strict=True):
         if remote.is_remote(path):

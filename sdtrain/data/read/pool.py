@@ -80,8 +80,7 @@ class Pool:
         if not self.workers:
             self._here[ticket] = requests
             return
-        cuts = np.linspace(0, len(requests), len(self.workers) + 1).astype(int)
-        parts = [(int(a), requests[a:b]) for a, b in zip(cuts, cuts[1:], strict=False)]
+        parts = shared_out(requests, len(self.workers))
         self._pending[ticket] = {number for number, (_, part) in enumerate(parts) if len(part)}
         for number, (first, part) in enumerate(parts):
             if len(part):
@@ -166,6 +165,12 @@ class Pool:
             else "its own message is above"
         )
         raise WorkerError(f"decoding worker {number} (pid {self.workers[number].pid}) {how}; {hint}")
+
+
+def shared_out(requests: np.ndarray, num_workers: int) -> list[tuple[int, np.ndarray]]:
+    """Requests [n, NUM_COLUMNS] in equal runs: of each worker the number of its first, and its own [m, NUM_COLUMNS]."""
+    cuts = np.linspace(0, len(requests), num_workers + 1).astype(int)
+    return [(int(a), requests[a:b]) for a, b in zip(cuts, cuts[1:], strict=False)]
 
 
 def _end(workers: list[subprocess.Popen[bytes]]) -> None:

@@ -13,6 +13,7 @@ from sdtrain.config.declare import Role
 from sdtrain.config.options import span_img
 from sdtrain.contracts import Net, Stage, Start
 from sdtrain.engine.ema import freeze
+from sdtrain.engine.shared import shared_network
 from sdtrain.interop.architectures import require
 from sdtrain.interop.loading import file_of_run, load_network
 from sdtrain.interop.network import load_into
@@ -21,7 +22,6 @@ from sdtrain.methods.sdakd.method import SDAKD
 from sdtrain.restoration.inputs import make_inputs
 from sdtrain.restoration.networks import narrowed, perceptual, shortened
 from sdtrain.rng import seed_of
-from sdtrain.weights import sha256_of
 
 if TYPE_CHECKING:
     from sdtrain.builder import Builder
@@ -174,8 +174,8 @@ def teacher_from(builder: Builder, path: str, which: Role, section: Any) -> nn.M
     role, player = ("G_ema", "Generator") if which == "generator" else ("D", "Discriminator")
     place = Path(path).expanduser()
     file = teacher_of_run(place, which, role) if place.is_dir() else place
-    found = load_network(file)
-    builder.teachers[f"teacher.{which}"] = {"place": str(file), "sha256": sha256_of(file)}
+    found, sha256 = shared_network(lambda: load_network(file), file)
+    builder.teachers[f"teacher.{which}"] = {"place": str(file), "sha256": sha256}
     plain = getattr(importlib.import_module(f"sdtrain.models.{section.kind}.options"), f"{player}Options")
     options = plain(**{name: getattr(section, name) for name in plain.__dataclass_fields__})
     side = builder.resolution if section.kind == "gcfsr" else None

@@ -1,0 +1,121 @@
+"""Without these a run would be killed for its memory, or for its open files, after days.
+
+The ten thousand steps and two hundred dead processes:
+
+    python -m pytest -q -s -m slow tests/test_long_runs.py
+"""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import REPO, run_python
+
+from sdtrain.engine import timing
+from sdtrain.engine.timing import Timer
+
+ROOM_MB = 8.0  # what allocators may still take after the first quarter
+Row = dict[str, Any]
+
+
+def long_run(*args: object) -> list[Row]:
+    env = {"PYTHONPATH": str(REPO), "SDTRAIN_CPU": "1"}
+    done = run_python("tests/long_runs.py", *map(str, args), env=env, timeout=3600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    print(*done.stdout.splitlines(), sep="\n")
+    return found
+
+
+def require_no_growth(found: list[Row], *names: str) -> None:
+    first, last = found[0], found[-1]
+    assert last["rss_mb"] - first["rss_mb"] < ROOM_MB, found
+    for name in ("files", "threads", "children", *names):
+        assert last[name] <= first[name], (name, found)
+
+
+def require_even_growth(found: list[Row], name: str) -> None:
+    """As much in every stretch as in the others, but for a percent."""
+    grown = [later[name] - sooner[name] for sooner, later in pairwise(found)]
+    assert min(grown) > 0 and max(grown) <= 1.01 * min(grown) + 64, found
+
+
+def the_loop(folder: Path, steps: int) -> None:
+    found = long_run("loop", folder, steps, 10)
+    require_no_growth(found, "timer", "meter")
+    require_even_growth(found, "board")
+
+
+def the_engine(steps: int) -> None:
+    require_no_growth(long_run("steps", steps), "timer", "meter", "tensors")
+
+
+def dead_workers(folder: Path, times: int) -> None:
+    found = long_run("workers", folder, times)
+    require_no_growth(found)
+    assert (found[-1]["killed"], found[-1]["named"], found[-1]["equal"]) == (times, times, True), found
+
+
+def test_hundreds_of_steps_with_ticks_leave_memory_files_and_threads_as_they_were(tmp_path: Path) -> None:
+    the_loop(tmp_path, 240)
+
+
+def test_hundreds_of_steps_of_the_engine_without_a_tick_keep_nothing() -> None:
+    the_engine(400)
+
+
+def test_a_stream_begun_again_after_dead_processes_delivers_the_same_and_leaves_nothing(tmp_path: Path) -> None:
+    dead_workers(tmp_path, 4)
+
+
+@pytest.mark.slow
+def test_ten_thousand_steps_leave_memory_files_and_threads_as_they_were(tmp_path: Path) -> None:
+    the_loop(tmp_path, 10_000)
+
+
+@pytest.mark.slow
+def test_ten_thousand_steps_of_the_engine_without_a_tick_keep_nothing() -> None:
+    the_engine(10_000)
+
+
+@pytest.mark.slow
+def test_two_hundred_dead_processes_are_survived(tmp_path: Path) -> None:
+    dead_workers(tmp_path, 200)
+
+
+class Event:
+    """A CUDA event that has happened once the clock has come past it; each lasts a millisecond."""
+
+    now = made = 0
+
+    def __init__(self, enable_timing: bool) -> None:
+        Event.made += 1
+        self.number = Event.made
+
+    def record(self) -> None: ...
+
+    def query(self) -> bool:
+        return self.number <= Event.now
+
+    def elapsed_time(self, end: Event) -> float:
+        assert end.query()
+        return 1.0
+
+
+def test_a_timer_on_a_gpu_holds_a_bounded_number_of_events_where_nobody_reads_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    timer = Timer(torch.device("cuda"))
+    for step in range(10_000):
+        Event.now = Event.made - 8  # the device is some steps behind
+        with timer.section("G" if step % 2 else "D"):
+            pass
+        assert len(timer._events) <= timing.HELD + 8
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: setattr(Event, "now", Event.made))
+    assert timer.read()[1] == pytest.approx({"G": 5.0, "D": 5.0})
