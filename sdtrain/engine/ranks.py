@@ -17,6 +17,8 @@ from sdtrain.engine.precision import set_precision
 from sdtrain.engine.pulse import PULSE
 from sdtrain.errors import ConfigError, MachineError
 
+# with GPUs too, what lies in the memory of the host goes over gloo: objects, counters, a checkpoint's tensors
+BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 RANK_TIMEOUT = datetime.timedelta(minutes=30)  # a collective waits this long for the slowest rank
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -48,10 +50,14 @@ def start_ranks(name: str = "auto", tf32: bool = False) -> torch.device:
         return device
     from accelerate import PartialState
 
-    on_gpu = device.type == "cuda"
-    state = PartialState(cpu=not on_gpu, timeout=RANK_TIMEOUT, backend="nccl" if on_gpu else "gloo")
+    state = PartialState(cpu=device.type == "cpu", timeout=RANK_TIMEOUT, backend=BACKENDS[device.type])
     own: torch.device = state.device
     return own
+
+
+def backends() -> str:
+    """What tensors travel by: 'gloo', 'cpu:gloo,cuda:nccl', or 'none' in a world of one."""
+    return str(dist.get_backend()) if _grouped() else "none"
 
 
 def _grouped() -> bool:

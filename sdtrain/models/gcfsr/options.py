@@ -48,4 +48,15 @@ def scaled(
     return replace(options, narrow=narrow, num_style_feat=width)
 
 
-MODEL = ModelDeclaration(generator=GeneratorOptions, discriminator=DiscriminatorOptions, scaled=scaled)
+MODEL = ModelDeclaration(
+    generator=GeneratorOptions,
+    discriminator=DiscriminatorOptions,
+    scaled=scaled,
+    blocks={
+        "generator": (
+            *("conv_body_first", "conv_body_down.*", "condition_shift.*"),
+            *("style_conv1", "style_convs.*", "to_rgbs.*"),
+        ),
+        "discriminator": ("conv_body.*",),
+    },
+)

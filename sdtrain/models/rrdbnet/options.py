@@ -34,4 +34,4 @@ def scaled(
     return replace(options, num_feat=narrowed("num_feat", options.num_feat, C), num_grow_ch=grow)
 
 
-MODEL = ModelDeclaration(generator=GeneratorOptions, scaled=scaled)
+MODEL = ModelDeclaration(generator=GeneratorOptions, scaled=scaled, blocks={"generator": ("body.*",)})
