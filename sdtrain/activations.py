@@ -1,15 +1,19 @@
-"""Memory of a forward: what autograd keeps for backward in every phase, counted with tensors that have no data.
+"""Memory and work of a phase: what is alive when its forward ends, and FLOPs, counted with tensors that have no data.
 
-Counted are storages that autograd saves, each once, and not the parameters. What a single operation needs beside that
-(workspaces, the teacher's layer of the moment) comes on top; it is small against the sum.
+Counted are the storages that operations make, each once, for as long as somebody holds it, and not the weights. Blocks
+that compute again (`models/recompute.py`) have their insides in memory one after another; the largest is added.
+Gradients, which a plan counts apart, and workspaces inside a single operation come on top.
 """
 
 from __future__ import annotations
 
 import sys
 import warnings
+import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, UntypedStorage, nn
@@ -19,16 +23,30 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
     unset_fake_temporarily,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import flop_registry
 
 from sdtrain.contracts import Chunk, Phase
 from sdtrain.models.ghost import next_chunk, open_phase
+from sdtrain.models.recompute import keeping
 from sdtrain.trainer import Trainer
 
 DependsOnValues = (DataDependentOutputException, DynamicOutputShapeException)
 
 
-def kept_bytes(trainer: Trainer) -> dict[str, int]:
-    """Bytes that a forward of one chunk keeps for its backward, by STAGE/PHASE.
+@dataclass(frozen=True)
+class Cost:
+    """Of one chunk in one phase."""
+
+    bytes: int
+    """At the moment that needs most, beside weights and gradients."""
+    flops: int
+    """Of forward, and of what backward computes again."""
+
+
+def costs(trainer: Trainer) -> dict[str, dict[str, Cost]]:
+    """`Cost` by STAGE/PHASE of keeping everything ("plain") and, where blocks can, of computing them "again".
 
     `trainer` is used up: its networks have seen tensors without data. Allocates nothing and takes seconds at any size.
     Raises one of `DependsOnValues` when a shape or a branch depends on the numbers in a tensor.
@@ -36,25 +54,102 @@ def kept_bytes(trainer: Trainer) -> dict[str, int]:
     try:
         with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True):
             warnings.simplefilter("ignore")
-            return _count(trainer, _blank_chunk(trainer))
+            return _counted(trainer, _blank_chunk(trainer))
     finally:
         _forget_cached()
 
 
-def _count(trainer: Trainer, x: Chunk) -> dict[str, int]:
-    engine, found = trainer.engine, dict[str, int]()
+def _counted(trainer: Trainer, x: Chunk) -> dict[str, dict[str, Cost]]:
+    with keeping(trainer.engine.modules(trainer.nets)) as blocks:
+        plain = {phase: (seen, inside) for phase, seen, inside in _watched(trainer, x, blocks)}
+    found = {"plain": {phase: Cost(seen.peak, seen.flops) for phase, (seen, _) in plain.items()}}
+    if not blocks:
+        return found
+    found["again"] = {
+        phase: Cost(
+            # where second derivatives have everything in memory there is nothing to come
+            min(max(seen.peak, seen.now + plain[phase][1].largest), plain[phase][0].peak),
+            seen.flops + plain[phase][1].flops,
+        )
+        for phase, seen, _ in _watched(trainer, x, [])
+    }
+    return found
+
+
+def _watched(trainer: Trainer, x: Chunk, blocks: Sequence[nn.Module]) -> Iterator[tuple[str, Watch, Inside]]:
+    """STAGE/PHASE, what its forward needs, and what `blocks` need of it."""
+    engine = trainer.engine
     modules = engine.modules(trainer.nets)
     for stage in trainer.method.stages:
         trainer.enter(stage)
         for phase in trainer.method.phases(stage, 0):
             with engine.fence(phase):
                 open_phase(*modules)
-                next_chunk(*modules)
                 _prepass(phase, x)
-                with saved_storages() as kept:
-                    engine.loss(phase, x)
-            found[f"{stage.name}/{phase.name}"] = total_bytes(kept, beside=modules)
-    return found
+                next_chunk(*modules)
+                with Watch() as seen, Inside(seen, blocks) as inside:
+                    loss = engine.loss(phase, x)
+                yield f"{stage.name}/{phase.name}", seen, inside
+                del loss
+
+
+class Watch(TorchDispatchMode):
+    """Bytes alive (`now`, at most `peak`) and FLOPs done inside, of what is made inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = self.flops = 0
+        self.present: set[int] = set()  # places of storages that are known
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for storage in self._new((args, kwargs)):  # it was there before
+            self._note(storage, 0)
+        out = func(*args, **(kwargs or {}))
+        for storage in self._new(out):
+            self._note(storage, storage.nbytes())
+        if formula := flop_registry.get(func.overloadpacket):
+            self.flops += formula(*args, **(kwargs or {}), out_val=out)
+        return out
+
+    def _new(self, tree: Any) -> Iterator[UntypedStorage]:
+        for leaf in tree_iter(tree):
+            if isinstance(leaf, Tensor) and (storage := leaf.untyped_storage())._cdata not in self.present:
+                yield storage
+
+    def _note(self, storage: UntypedStorage, size: int) -> None:
+        self.present.add(storage._cdata)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._gone, storage._cdata, size).atexit = False
+
+    def _gone(self, place: int, size: int) -> None:
+        self.present.discard(place)
+        self.now -= size
+
+
+class Inside(AbstractContextManager):
+    """What blocks do while they are called: bytes that the largest of them leaves behind, and FLOPs of all."""
+
+    def __init__(self, seen: Watch, blocks: Sequence[nn.Module]) -> None:
+        self.seen, self.blocks = seen, blocks
+        self.largest = self.flops = 0
+
+    def __enter__(self) -> Inside:
+        before = [block.register_forward_pre_hook(self._begin) for block in self.blocks]
+        self.hooks = [*before, *(block.register_forward_hook(self._end) for block in self.blocks)]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+    def _begin(self, *called: object) -> None:
+        self.start = self.seen.now, self.seen.flops
+
+    def _end(self, *called: object) -> None:
+        if torch.is_grad_enabled():  # otherwise nothing is kept, and nothing computed again
+            self.largest = max(self.largest, self.seen.now - self.start[0])
+            self.flops += self.seen.flops - self.start[1]
 
 
 def _blank_chunk(trainer: Trainer) -> Chunk:
@@ -88,10 +183,8 @@ def saved_storages() -> Iterator[dict[int, UntypedStorage]]:
         yield kept
 
 
-def total_bytes(kept: dict[int, UntypedStorage], beside: Sequence[nn.Module] = ()) -> int:
-    """Bytes of storages, without those of the parameters and buffers of `beside`."""
-    weights = {t.untyped_storage()._cdata for m in beside for t in (*m.parameters(), *m.buffers())}
-    return sum(storage.nbytes() for number, storage in kept.items() if number not in weights)
+def total_bytes(kept: dict[int, UntypedStorage]) -> int:
+    return sum(storage.nbytes() for storage in kept.values())
 
 
 def _forget_cached() -> None:

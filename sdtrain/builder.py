@@ -22,6 +22,7 @@ from sdtrain.contracts import Engine, Method, Net
 from sdtrain.engine.ema import freeze
 from sdtrain.engine.shared import shared_weights
 from sdtrain.models.ghost import set_ghost_batch, settle_spectral_norms
+from sdtrain.models.recompute import recompute
 from sdtrain.rng import Draws, seed_of
 
 Distance = Callable[[Tensor, Tensor], Tensor]  # images [N, 3, H, W] in [-1, 1] twice -> [N]
@@ -69,6 +70,8 @@ class Builder:
         assert isinstance(made, nn.Module)
         set_ghost_batch(made, self.config.ghost_batch)
         settle_spectral_norms(made)
+        if self.config.checkpoint_activations and (blocks := schema.model(section.kind).blocks.get(role)):
+            recompute(made, blocks)
         return made.train()
 
     def generator(self, section: Any, name: str = "G") -> nn.Module:

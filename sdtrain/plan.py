@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -137,9 +138,10 @@ def make_plan(
     networks = _networks(method, exact=config.summation == "exact")
     memory = _memory(networks, _stages(method))
     phases = _phases(trainer)
-    kept = {} if run is not None else _kept_gb(trainer)
+    recomputing = {} if run is not None else _recomputing(config, trainer)
     exact, teacher = config.summation == "exact", config.shard_teacher
     engines = compared(networks, _stages(method), config.engine or "ddp", ranks, exact, teacher)
+    kept = recomputing["gb"]["again" if recomputing["used"] else "plain"] if recomputing else {}
     most = max(kept.values(), default=0.0)
     return {
         "name": config.name,
@@ -162,6 +164,7 @@ def make_plan(
         "networks": networks,
         "memory_gb_per_rank": memory,
         "activations_gb": kept,
+        "checkpointing": recomputing,
         "engine": engines,
         "scale": scaled(asked, config, networks, _stages(method), phases, most, out) if asked else {},
         "ghosts_at_once": trainer.ghosts_at_once,
@@ -229,6 +232,7 @@ def _build(config: Config, dataset: Dataset, ranks: int | None = None) -> Traine
 
     side, cpu = config.data.resolution or dataset.resolution, torch.device("cpu")
     assert side is not None  # `check_data` came first
+    config = replace(config, checkpoint_activations=True)  # both ways are counted
     trainer = Trainer(config, cpu, side, dataset.class_counts, num_samples=dataset.num_samples, random_weights=True)
     if config.summation == "fast":  # on as many ranks as the run can have, unless told
         share = config.num_ghosts // (ranks or max(valid_world_sizes(config)))
@@ -244,14 +248,29 @@ def _memory(networks: dict[str, dict[str, Any]], stages: list[dict[str, Any]]) -
     return {**parts, "total_without_activations": sum(parts.values())}
 
 
-def _kept_gb(trainer: Trainer) -> dict[str, float]:
-    """What a forward of each phase keeps for its backward; empty when that depends on values. Uses the trainer up."""
-    from sdtrain.activations import DependsOnValues, kept_bytes
+def _recomputing(config: Config, trainer: Trainer) -> dict[str, Any]:
+    """What a forward of each phase needs for its backward, with blocks that keep everything and that compute again.
+
+    Empty when that depends on values. Uses the trainer up.
+    """
+    from sdtrain.activations import DependsOnValues, costs
+    from sdtrain.config.blocks import split_by_blocks
 
     try:
-        return {phase: n / 1e9 for phase, n in kept_bytes(trainer).items()}
+        found = costs(trainer)
     except DependsOnValues:  # somebody's network looks at numbers; the rest of the plan stands
         return {}
+    plain, again = found["plain"], found.get("again", {})
+    able, unable = split_by_blocks(config.model)
+    return {
+        "used": config.checkpoint_activations,
+        "computes_again": able,
+        "keeps_everything": unable,
+        "gb": {way: {phase: cost.bytes / 1e9 for phase, cost in phases.items()} for way, phases in found.items()},
+        "more_gflop": {phase: (cost.flops - plain[phase].flops) / 1e9 for phase, cost in again.items()},
+        # a backward takes about two forwards
+        "more_work": {phase: (cost.flops / plain[phase].flops - 1) / 3 for phase, cost in again.items()},
+    }
 
 
 def _switched_off(config: Config) -> list[str]:
@@ -282,6 +301,18 @@ def _activations(plan: dict[str, Any]) -> str:
     return f" + {size(kept[phase])} activations ({of}) = {size(total + kept[phase])}"
 
 
+def _checkpointing(found: dict[str, Any]) -> Iterator[str]:
+    """What activation checkpointing saves at the moment that needs most, and its price there."""
+    if "again" not in found.get("gb", {}):
+        return
+    plain, again = found["gb"]["plain"], found["gb"]["again"]
+    most, work = max(again, key=again.get), max(found["more_work"].values())
+    left = f"{size(again[most])} of activations ({most}) instead of {size(max(plain.values()))}"
+    but = f"; {', '.join(found['keeps_everything'])} keeps everything" if found["keeps_everything"] else ""
+    verb = "leaves" if found["used"] else "would leave"
+    yield f"  recompute   checkpoint_activations: true {verb} {left}, for at most {work:.0%} more FLOPs a phase{but}"
+
+
 def render(plan: dict[str, Any]) -> str:
     """The plan for people."""
     from sdtrain.engine.cost import advice
@@ -307,6 +338,7 @@ def render(plan: dict[str, Any]) -> str:
     lines += [
         f"  memory      {size(memory['weights'])} weights + {size(memory['gradients'])} gradients "
         f"+ {size(memory['optimizer'])} optimizer{_activations(plan)} a rank",
+        *_checkpointing(plan["checkpointing"]),
         f"  engine      {advice(plan['engine'], max(plan['activations_gb'].values(), default=0.0))}",
         f"  disk        {size(plan['checkpoint_gb'])} a checkpoint, {size(plan['disk_gb'])} at most",
     ]

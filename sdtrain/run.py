@@ -264,5 +264,5 @@ def state_of(checkpoint: Checkpoint) -> Iterator[State]:
 
 def slots_of(player: BasePlayer, found: Mapping[str, Sequence[int]]) -> dict[str, Sequence[int]]:
     """The shapes that a player has for those PARAMETER/SLOT of a file which belong to it; a count of steps has none."""
-    own = {key: player.named.get(key.rpartition("/")[0]) for key in found}
-    return {key: found[key] and list(p.shape) for key, p in own.items() if p is not None}
+    whole = {key: list(leaf.shape) for key, leaf in zip(player.named, player.leaves, strict=True)}
+    return {key: found[key] and whole[owner] for key in found if (owner := key.rpartition("/")[0]) in whole}

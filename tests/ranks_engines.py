@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from sdtrain.engine.fsdp import Fsdp, ShardedNet
 from sdtrain.engine.phases import NonFinite, Sharing
 from sdtrain.engine.zero import Zero
 from sdtrain.models.ghost import set_ghost_batch
+from sdtrain.models.recompute import recompute
 
 STAGE = Stage(name="main", end_img=100, players={"G": ("G",), "D": ("D",)}, averages={"G_ema": "G"})
 ENGINES: dict[str, tuple[type, Sharing]] = {
@@ -33,24 +35,42 @@ if importlib.util.find_spec("deepspeed"):
     ENGINES["zero2, offloaded"] = (Zero, Sharing(name="zero2", stage=2, offload=True))
 
 
+class Styled(nn.Module):
+    """A block that uses one of its inputs three times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.shift, self.more = (nn.Linear(5, 3) for _ in range(3))
+
+    def forward(self, x: torch.Tensor, style: torch.Tensor) -> torch.Tensor:
+        scale, shift, more = (layer(style)[:, :, None, None] for layer in (self.scale, self.shift, self.more))
+        return x * (1 + 0.1 * scale) + 0.1 * shift + 0.1 * more.sin()
+
+
 class Uneven(Small):
-    """Beside `Small`: rows that two ranks cannot share equally, a single row, and a scalar."""
+    """Beside `Small`: rows that two ranks cannot share equally, a single row, a scalar, and a style of two blocks."""
 
     def __init__(self) -> None:
         super().__init__()
         self.mix = nn.Conv2d(4, 3, 1)
         self.one, self.strength = nn.Parameter(torch.ones(1, 3, 1, 1)), nn.Parameter(torch.tensor(0.5))
+        self.style, self.first, self.second = nn.Linear(3, 5), Styled(), Styled()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.mix(super().forward(x)) * self.one + self.strength
+        style = self.style(x.mean((2, 3)))
+        mixed = self.mix(super().forward(x)) * self.one + self.strength
+        return self.second(self.first(mixed, style), style)
 
 
-def game(name: str, exact: bool, clip: float = 0.0, **more: Any) -> tuple[Any, dict[str, Any]]:
+BLOCKS = ("conv", "norm", "first", "second")
+
+
+def game(name: str, exact: bool, clip: float = 0.0, again: bool = False, **more: Any) -> tuple[Any, dict[str, Any]]:
     torch.manual_seed(0)
     kind, sharing = ENGINES[name]
     adam = Optimizer(lr=1e-3, clip_norm=clip)
     engine = kind(CPU, {"G": adam, "D": adam}, exact=exact, sharing=sharing, **more)
-    modules = {n: Uneven().train() for n in ("G", "D")}
+    modules = {n: recompute(Uneven().train(), BLOCKS if again else ()) for n in ("G", "D")}
     nets = {n: engine.net(module) for n, module in modules.items()}
     torch.manual_seed(1)
     nets["G_ema"] = engine.net(freeze(Uneven()), trained=False)
@@ -69,19 +89,34 @@ def everything(engine: Any, nets: dict[str, Any]) -> dict[str, torch.Tensor]:
     return found | {f"{n}/{k}": v.clone() for n, p in engine.players.items() for k, v in p.state().items()}
 
 
-def played(name: str, exact: bool, clip: float) -> dict[str, torch.Tensor]:
-    """Three rounds of G and D; in the first, what must hold of every single phase is looked at."""
-    engine, nets = game(name, exact, clip)
-    before = everything(engine, nets)
-    engine.run(phase(nets), mine())
-    first = everything(engine, nets)
-    moved = {k for k in first if k not in before or not torch.equal(first[k], before[k])}
-    assert not {k for k in moved if k.startswith(("D.", "D/")) and "norm." not in k and "weight_" not in k}, moved
-    assert {"G.conv.weight_orig", "G.mix.weight", "G.one", "G.strength"} <= moved
-    assert {float(v) for k, v in first.items() if k.endswith("/step")} == {1.0}
-    leaves = [p for net in nets.values() for p in net.module.parameters()]
-    assert all(p.grad is None for p in leaves)
+def one_step_of_one_player(engine: Any, nets: dict[str, Any], own: str, other: str) -> None:
+    """A phase of three terms moves all of its player by one optimizer step, and nobody else asks for a gradient."""
+    before, plain = everything(engine, nets), phase(nets, own)
+
+    def loss(x: Chunk) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        found = plain.loss(x)
+        assert all(p.requires_grad for p in engine.players[own].leaves)
+        assert not any(p.requires_grad or p.grad is not None for p in nets[other].module.parameters())
+        return found
+
+    assert len(engine.run(Phase(name=own, player=own, loss=loss), mine())) == 4  # and their sum
+    after = everything(engine, nets)
+    moved = {k for k in after if k not in before or not torch.equal(after[k], before[k])}
+    strange = {k for k in moved if not k.startswith((f"{own}.", f"{own}/"))}
+    assert all("norm." in k or "weight_" in k for k in strange), strange  # pass state of whoever was called
+    assert {f"{own}.{k}" for k in ("conv.weight_orig", "mix.weight", "one", "strength", "style.weight")} <= moved
+    counts = {k: float(after[k]) - float(before.get(k, 0)) for k in after if k.endswith("/step")}
+    assert {count for k, count in counts.items() if k.startswith(f"{own}/")} == {1.0}
+    assert not any(count for k, count in counts.items() if k.startswith(f"{other}/"))
+    assert all(p.grad is None for net in nets.values() for p in net.module.parameters())
     assert all(p.requires_grad for n in ("G", "D") for p in nets[n].module.parameters())
+
+
+def played(name: str, exact: bool, clip: float, again: bool = False) -> dict[str, torch.Tensor]:
+    """Three rounds of G and D; in the first, what must hold of every single phase is looked at."""
+    engine, nets = game(name, exact, clip, again)
+    one_step_of_one_player(engine, nets, "G", "D")
+    one_step_of_one_player(engine, nets, "D", "G")
     for _ in range(2):
         engine.run(phase(nets), mine())
         engine.run(phase(nets, "D"), mine())
@@ -166,6 +201,24 @@ def copies() -> None:
             assert str(problem).startswith("ranks hold different copies of G_ema: strength"), problem
 
 
+def two_backends() -> None:
+    """A group as ranks with GPUs have, but for the GPUs: what lies on the host goes over gloo, under every engine."""
+    importlib.import_module("torch.testing._internal.distributed.fake_pg")
+    dist.init_process_group(ranks.BACKENDS["cuda"].replace("nccl", "fake"))
+    assert ranks.backends() == "cpu:gloo,cuda:fake" and dist.get_world_size() == 2
+    rows = torch.full((3,), float(dist.get_rank() + 1), dtype=torch.float64)  # as numbers for a histogram
+    ranks.sum_over_ranks([rows])
+    assert rows.tolist() == [3.0] * 3 and ranks.agree_max(dist.get_rank()) == 1
+    assert ranks.gather_objects({"rank": dist.get_rank()}) == [{"rank": 0}, {"rank": 1}]
+    ranks.barrier()
+    wanted = played("ddp", True, 0.0)
+    for name in list(ENGINES)[1:]:
+        found = played(name, True, 0.0)
+        assert all(torch.equal(found[k], v) for k, v in wanted.items()), name
+    ranks.destroy()
+    print("two backends served")
+
+
 def main() -> None:
     ranks.start_ranks("cpu")
     assert dist.get_world_size() == 2
@@ -174,16 +227,17 @@ def main() -> None:
     nonfinite()
     for exact, clip in ((True, 0.0), (True, 0.1), (False, 0.0)):
         wanted = played("ddp", exact, clip)
-        for name in list(ENGINES)[1:]:
-            found = played(name, exact, clip)
+        for name, again in [*((name, False) for name in list(ENGINES)[1:]), *((name, True) for name in ENGINES)]:
+            found = played(name, exact, clip, again)
             assert found.keys() == wanted.keys()
             apart = {k: float((found[k].double() - v.double()).abs().max()) for k, v in wanted.items()}
             if dist.get_rank() == 0:
-                print(f"{name}, {'exact' if exact else 'fast'}, clip {clip}: {max(apart.values()):.1e} from ddp")
+                how = f"{'exact' if exact else 'fast'}, clip {clip}{', recomputing' if again else ''}"
+                print(f"{name}, {how}: {max(apart.values()):.1e} from ddp")
             limit = 0.0 if exact else 1e-6
             assert max(apart.values()) <= limit, {k: a for k, a in apart.items() if a > limit}
     ranks.destroy()
 
 
 if __name__ == "__main__":
-    main()
+    two_backends() if sys.argv[1:] else main()

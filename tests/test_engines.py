@@ -1,18 +1,22 @@
 """Engines against ddp on two real ranks. Without these a run would depend on how its networks are dealt out.
 
-The table engine x method x (runs, equal to ddp, resumes elsewhere):
+The table engine x method x (runs, equal to ddp, resumes elsewhere), with deviations, of 20 steps or as many as STEPS:
 
-    python -m pytest -q -s -m slow tests/test_engines.py
+    [STEPS=6] [TABLE=sdtrain/README.md] python -m pytest -q -s -m slow tests/test_engines.py
+
+With TABLE it takes the place of the one in that file, between the marks.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,6 +28,7 @@ from test_style_training import R3GAN, STYLE, STYLENAT
 from tiny import make_shards, rows, tensors, tiny_config, worst, write_config
 
 from sdtrain.config.load import load_config
+from sdtrain.engine import ranks
 from sdtrain.engine.cost import advice, compared, memory_gb
 from sdtrain.engine.ddp import Ddp
 from sdtrain.engine.make import make_engine
@@ -32,8 +37,10 @@ from sdtrain.errors import ConfigError
 ENGINES = {"fsdp2": (), "hsdp": ("shard_ranks=1",), "fsdp2 + teacher": ("shard_teacher=true",)}
 if importlib.util.find_spec("deepspeed"):
     ENGINES |= {"zero1": (), "zero2": (), "zero2 + offload": ("offload_optimizer=true",)}
-# kernels may round a matrix by the address it is gathered to
-TOLERANCE = {("stylenat", "fsdp2"): 1e-6, ("stylenat", "hsdp"): 1e-6, ("stylenat", "fsdp2 + teacher"): 1e-6}
+AGAIN = " + recompute"  # the same with checkpoint_activations
+ENGINES |= {e + AGAIN: ("checkpoint_activations=true",) for e in ("ddp", "fsdp2", "zero2") if e in ("ddp", *ENGINES)}
+STEPS = int(os.environ.get("STEPS", "20"))
+MARKS = "<!-- engine table -->\n", "<!-- end of engine table -->\n"
 Clock = tuple[int, int]  # images at the half and at the end
 
 
@@ -69,17 +76,44 @@ METHODS = {
     "stylenat": sdgan(STYLENAT, 8),
     "r3gan": sdgan(R3GAN, 8),
     "real-esrgan": sdakd({}),
+    "srvgg": sdakd({"model__generator": {"kind": "srvgg", "num_feat": 8, "num_conv": 2}}),
     "gcfsr": sdakd(FACES),
 }
-table: dict[tuple[str, str], list[str]] = {}
+# what is in them beside their networks
+ABOUT = {
+    "projected": "SD-GAN, FastGAN and ProjectedGAN, DiffAugment",
+    "stylegan2": "SD-GAN, StyleGAN2: R1, path length, ADA, style mixing",
+    "stylenat": "SD-GAN, StyleNAT: R1, bCR, LPIPS, clipped gradients",
+    "r3gan": "SD-GAN, R3GAN: R1 + R2, ADA",
+    "real-esrgan": "SDAKD, Real-ESRGAN (RRDBNet, U-Net with spectral norm), three stages",
+    "srvgg": "SDAKD, SRVGG, three stages",
+    "gcfsr": "SDAKD, GCFSR: R1, three stages",
+}
+WITHOUT_BLOCKS = ("projected", "srvgg")
+COLUMNS = ("equal", "from ddp", "to ddp on 1 rank", "rows")
+table: dict[tuple[str, str], dict[str, float]] = {}
 
 
 @pytest.fixture(scope="module", autouse=True)
 def printed() -> Iterator[None]:
     """The table, when its tests are over."""
     yield
-    for (method, engine), cells in table.items():
-        print(f"{method:<12} {engine:<16} {', '.join(cells)}")
+    if table:
+        print("\n" + markdown())
+    if table and (place := os.environ.get("TABLE")):
+        file = REPO / place
+        before, rest = file.read_text().split(MARKS[0])
+        file.write_text(before + MARKS[0] + markdown() + MARKS[1] + rest.split(MARKS[1])[1])
+
+
+def markdown() -> str:
+    """The largest difference from ddp of any number: in checkpoints after the same steps, of a run begun by ddp, of one
+    gone on with by ddp alone (ddp itself differs as much on another number of ranks); relative of logged numbers."""
+    lines = ["| method | engine | " + " | ".join(COLUMNS) + " |", "|---|---|" + "---|" * len(COLUMNS)]
+    for (method, engine), found in table.items():
+        cells = " | ".join(f"{found[c]:.1e}" if found[c] else "0" for c in COLUMNS)
+        lines.append(f"| {ABOUT[method]} | {engine} | {cells} |")
+    return "\n".join(lines) + "\n"
 
 
 def launch(folder: Path, runs: list[tuple[str, Path, tuple[str, ...]]], ranks: int) -> None:
@@ -129,14 +163,12 @@ def compare(folder: Path, method: str, engines: list[str], steps: int) -> None:
     launch(folder, [(f"{e} to ddp", config, sets_of("ddp")) for e in engines], 1)
     alone = folder / "ddp"
     for engine in engines:
-        limit = TOLERANCE.get((method, engine), 0.0)
         runs = {"equal": engine, "from ddp": f"ddp to {engine}", "to ddp on 1 rank": f"{engine} to ddp"}
         found = {what: apart(alone, folder / run, end) for what, run in runs.items()}
         logged = worst(rows(alone), rows(folder / engine))
-        table[method, engine] = [f"{what} {a:.1e}" for what, a in found.items()] + [f"rows {logged[0]:.1e}"]
+        table[method, engine] = {**found, "rows": logged[0]}
         print(f"\n{method}, {engine}, largest difference from ddp:", found, "of logged numbers:", logged)
-        assert max(found["equal"], found["from ddp"]) <= limit
-        assert logged[0] <= limit * 1e3
+        assert max(found["equal"], found["from ddp"], logged[0]) == 0
         assert found["to ddp on 1 rank"] <= 1e-4  # as ddp itself on another number of ranks
 
 
@@ -147,21 +179,42 @@ def test_every_engine_steps_saves_and_loads_as_ddp_and_one_player_at_a_time() ->
     assert done.stdout.count("from ddp") >= 12
 
 
-def test_stylegan2_with_path_lengths_and_r1_is_the_same_sharded(tmp_path: Path) -> None:
-    tree, (_, end) = METHODS["stylegan2"](tmp_path, 2)
+def test_a_group_with_a_cpu_and_a_gpu_backend_sends_what_lies_on_the_host_over_gloo_under_every_engine() -> None:
+    done = run_ranks(2, str(REPO / "tests" / "ranks_engines.py"), "two backends", timeout=900)
+    assert done.returncode == 0 and "two backends served" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(("device", "backend"), [("cuda:0", "cpu:gloo,cuda:nccl"), ("cpu", "gloo")])
+def test_accelerate_starts_ranks_with_a_backend_for_each_kind_of_memory(
+    monkeypatch: pytest.MonkeyPatch, device: str, backend: str
+) -> None:
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr("accelerate.PartialState", lambda **wishes: asked.update(wishes) or SimpleNamespace(device=1))
+    monkeypatch.setattr(ranks, "pick_device", lambda *_: torch.device(device))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert ranks.start_ranks() == 1
+    assert asked == {"cpu": device == "cpu", "backend": backend, "timeout": ranks.RANK_TIMEOUT}
+
+
+def test_stylegan2_with_path_lengths_and_r1_is_the_same_sharded_and_goes_on_from_ddp(tmp_path: Path) -> None:
+    tree, (half, end) = METHODS["stylegan2"](tmp_path, 2)
     config, engines = write_config(tmp_path / "run.yaml", tree), [e for e in ("fsdp2", "zero2") if e in ENGINES]
     launch(tmp_path, [(e, config, sets_of(e)) for e in ("ddp", *engines)], 2)
-    found = {engine: apart(tmp_path / "ddp", tmp_path / engine, end) for engine in engines}
+    for engine in engines:
+        up_to(tmp_path / "ddp", half, tmp_path / f"ddp to {engine}")
+    launch(tmp_path, [(f"ddp to {e}", config, sets_of(e)) for e in engines], 2)
+    runs = [*engines, *(f"ddp to {engine}" for engine in engines)]
+    found = {run: apart(tmp_path / "ddp", tmp_path / run, end) for run in runs}
     print("largest difference from ddp:", found)
     assert not any(found.values())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
-def test_20_steps_of_every_method_are_the_same_under_every_engine_and_go_on_elsewhere(
+def test_whole_runs_of_every_method_are_the_same_under_every_engine_and_go_on_elsewhere(
     tmp_path: Path, method: str
 ) -> None:
-    compare(tmp_path, method, list(ENGINES), 20)
+    compare(tmp_path, method, [e for e in ENGINES if method not in WITHOUT_BLOCKS or not e.endswith(AGAIN)], STEPS)
 
 
 CHAIN = [("ddp", 2), ("fsdp2", 1), ("zero2", 2), ("hsdp", 4), ("ddp", 4), ("fsdp2", 2)]
@@ -174,9 +227,9 @@ def test_a_run_that_changes_engine_and_world_at_every_stop_logs_what_an_undistur
     tree, (_, end) = METHODS["stylegan2"](tmp_path, steps)
     config = write_config(tmp_path / "run.yaml", {**tree, "save_img": 16})
     launch(tmp_path, [("whole", config, ())], 1)
-    for i, (engine, ranks) in enumerate(CHAIN):
+    for i, (engine, world) in enumerate(CHAIN):
         more = ("shard_ranks=2",) if engine == "hsdp" else ()
-        launch(tmp_path, [("chain", config, (f"engine={engine}", f"total_img={(i + 1) * 16}", *more))], ranks)
+        launch(tmp_path, [("chain", config, (f"engine={engine}", f"total_img={(i + 1) * 16}", *more))], world)
     starts = json.loads((tmp_path / "chain" / "environment.json").read_text())["starts"]
     assert [(s["engine"]["name"], s["world_size"]) for s in starts] == [("ddp" if n == 1 else e, n) for e, n in CHAIN]
     logged = worst(rows(tmp_path / "whole"), rows(tmp_path / "chain"))

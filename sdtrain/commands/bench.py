@@ -205,7 +205,7 @@ def table(found: dict[str, Any]) -> str:
         )
     lines.append("  peak GB: the phase that needs most; mean GB: over the phases, lazy ones in their proportion")
     if star:
-        lines.append("  * weights, gradients, Adam and what one backward keeps; no allocator to ask on a CPU")
+        lines.append("  * weights, Adam, and the most that tensors of one chunk take; no allocator to ask on a CPU")
     return "\n".join(lines)
 
 

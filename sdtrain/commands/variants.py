@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from sdtrain.activations import saved_storages, total_bytes
+from sdtrain.activations import Watch, saved_storages, total_bytes
 from sdtrain.config.keys import Config
 from sdtrain.contracts import Chunk, Feed, Method, Phase
 from sdtrain.data.read.stream import Batch
@@ -113,12 +113,10 @@ class Variant:
         return torch.cuda.max_memory_allocated(self.device) - before
 
     def _counted_in(self, phase: Phase, chunks: list[Chunk]) -> int:
-        """CPU: what backward keeps of one chunk, and the gradients of the player."""
-        with saved_storages() as kept:
+        """CPU: the most that one chunk has alive, gradients and their sums included."""
+        with Watch() as seen:
             self.trainer.engine.run(phase, chunks[:1])
-        per_weight = 4 + (16 if self.config.summation == "exact" else 0)  # see `plan.py`
-        gradients = sum(p.numel() * per_weight for p in self.trainer.engine.players[phase.player].params)
-        return total_bytes(kept, beside=self._modules()) + gradients
+        return seen.peak
 
     def _modules(self) -> list[nn.Module]:
         return self.trainer.engine.modules(self.trainer.nets) + frozen_networks(self.method)

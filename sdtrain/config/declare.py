@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import typing
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -66,6 +66,8 @@ class ModelDeclaration:
     """Options of a generator -> those of a deeper one of the same width; None = there is none."""
     feature_weights: str | None = None
     """Name in `sdtrain.weights` of a frozen network inside the discriminator, handed to it as `feature_weights`."""
+    blocks: Mapping[Role, tuple[str, ...]] = field(default_factory=dict)
+    """Parts of a network that `checkpoint_activations` computes again, by their names (`*`: any word between dots)."""
 
     def options(self, role: Role) -> type | None:
         return self.generator if role == "generator" else self.discriminator

@@ -23,7 +23,7 @@ HARMLESS = (
     *("data.workers", "data.prefetch", "data.cache", "data.max_bad", "data.check", "data.val", "data.test"),
     *("data.allow_pipe", "weights.inception", "weights.alex", "weights.vgg16", "sd.log", "snapshots"),
     *("timeout", "max_time"),
-    *("engine", "shard_teacher", "shard_ranks", "offload_optimizer"),
+    *("engine", "shard_teacher", "shard_ranks", "offload_optimizer", "checkpoint_activations"),
 )
 
 
@@ -92,6 +92,9 @@ class Config:
     """[ranks] hsdp: neighbours that share one copy of the networks; null = those of one machine."""
     offload_optimizer: bool = False
     """zero1 and zero2: optimizer state lives in the memory of the host, where the optimizer then runs."""
+    checkpoint_activations: bool = False
+    """Blocks of the networks keep their inputs alone and compute the rest again in backward: the same numbers, bit for
+    bit, in less memory and more time. For high resolutions; --plan says how much of both."""
     on_nonfinite: Literal["stop", "skip", "clamp"] = "stop"
     """What all ranks do when a loss or gradient is not finite: stop, undo the step, or replace gradients (nan by 0, inf
     by 1e5, as StyleGAN2-ADA does for its float16 layers) and count them."""

@@ -23,6 +23,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from sdtrain.config import messages
 from sdtrain.config import schema as config_schema
+from sdtrain.config.blocks import block_problems
 from sdtrain.config.declare import ROLES
 from sdtrain.config.find import RUN_CONFIG, find_config, read_with_bases, read_written
 from sdtrain.config.keys import Config, common_problems
@@ -161,7 +162,7 @@ def _broken_rules(
     """Rules across keys; those that involve a key already at fault are left out."""
     found: dict[KeyPath, str] = {}
     kinds_known = not any(path[0] in ("method", "model") for path in broken)
-    own = schema.rules(config) if kinds_known else ()
+    own = chain(schema.rules(config), block_problems(config)) if kinds_known else ()
     for keys, sentence in chain(common_problems(config, world), own):
         paths = [tuple(key.strip().split(".")) for key in keys.split(",")]
         if not any(path[: len(bad)] == bad or bad[: len(path)] == path for path in paths for bad in broken):

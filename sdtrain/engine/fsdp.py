@@ -1,8 +1,10 @@
 """Every rank holds a part of each trained network: weights, gradients and optimizer, by torch's `fully_shard`.
 
-Within a phase a network is gathered block by block when it is first called and stays so until the phase ends: ghosts of
-one phase use it again and again, and second derivatives need it. Gradients are ours (`sums.py`): FSDP would share them
-at the end of each backward of each block, and a network that is called twice would be rounded twice.
+Within a phase a network is gathered when it is first called and stays so until the phase ends: ghosts of one phase use
+it again and again, and second derivatives need it. Gradients are ours (`sums.py`): FSDP would share them at the end of
+each backward of each block, and a network that is called twice would be rounded twice. Its hooks around forwards are
+taken off: they lead the inputs of a block through a function of theirs, so that the gradients of an input with several
+uses are added up block by block, in another order than under ddp.
 
 hsdp: the same, with a copy of the networks on every group of `shard_ranks` neighbouring ranks.
 """
@@ -10,7 +12,6 @@ hsdp: the same, with a copy of the networks on every group of `shard_ranks` neig
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -40,7 +41,6 @@ class ShardedNet(LocalNet):
 
     def __init__(self, module: nn.Module, mesh: DeviceMesh) -> None:
         super().__init__(module)
-        self.called = False  # since it last rested
         self.dealer = dealer_of(mesh)
         self.hollow = hollow(module)
         frozen = tuple(getattr(module, "frozen_prefixes", ()))
@@ -54,11 +54,11 @@ class ShardedNet(LocalNet):
         self.trained = [name for name, p in self.held.items() if p.requires_grad]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.called = True
+        self.gather()
         return super().__call__(*args, **kwargs)
 
     def gather(self) -> None:
-        """Make it whole here, with all ranks."""
+        """Make it whole here, with all ranks, unless it is."""
         for block in self.blocks:
             block.unshard()
 
@@ -66,9 +66,6 @@ class ShardedNet(LocalNet):
         """Keep the own part only."""
         for block in self.blocks:
             block.reshard()
-        if self.called and hasattr(self.blocks[0], "reset_iter_state"):  # torch before 2.15 has not
-            self.blocks[0].reset_iter_state()  # FSDP lists every forward until a backward ends; teachers have none
-        self.called = False
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
@@ -161,8 +158,6 @@ def hollow(module: nn.Module) -> nn.Module:
 
 def shard(module: nn.Module, mesh: DeviceMesh, ignored: set[nn.Parameter]) -> list[FSDPModule]:
     """`fully_shard` for every block and the rest; the network itself comes first in the answer."""
-    # it says that an all-gather may be skipped, which is over when a backward begins: networks stay gathered in a phase
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     total = sum(p.numel() for p in module.parameters() if p not in ignored)
 
     def visit(part: nn.Module) -> None:
@@ -179,9 +174,9 @@ def shard(module: nn.Module, mesh: DeviceMesh, ignored: set[nn.Parameter]) -> li
 
 
 def _fully_shard(module: nn.Module, mesh: DeviceMesh, ignored: set[nn.Parameter]) -> None:
-    block = fully_shard(module, mesh=mesh, reshard_after_forward=False, ignored_params=ignored)
-    block.set_requires_gradient_sync(False, recurse=False)
-    block.set_reshard_after_backward(False, recurse=False)
+    fully_shard(module, mesh=mesh, ignored_params=ignored)
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        hooks.clear()
 
 
 def dealer_of(mesh: DeviceMesh) -> Dealer:

@@ -20,7 +20,7 @@ from sdtrain.engine.meter import Meter
 from sdtrain.engine.net import LocalNet
 from sdtrain.engine.player import BasePlayer, Span, only_training
 from sdtrain.engine.pulse import PULSE
-from sdtrain.engine.ranks import agree_max, first_difference, gather_objects, rank, sum_over_ranks
+from sdtrain.engine.ranks import agree_max, backends, first_difference, gather_objects, rank, sum_over_ranks
 from sdtrain.errors import Together
 from sdtrain.models.ghost import close_phase, next_chunk, open_phase
 
@@ -72,7 +72,8 @@ class PhaseEngine(ABC):
 
     def described(self) -> dict[str, Any]:
         """What is used, for environment.json and the log."""
-        return {**asdict(self.sharing), "class": type(self).__name__, "precision": "bf16" if self.bf16 else "fp32"}
+        how = {"class": type(self).__name__, "precision": "bf16" if self.bf16 else "fp32"}
+        return {**asdict(self.sharing), **how, "device": str(self.device), "process_group": backends()}
 
     @abstractmethod
     def net(self, module: nn.Module, trained: bool = True) -> Net:

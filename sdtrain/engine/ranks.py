@@ -18,6 +18,8 @@ from sdtrain.engine.pulse import PULSE
 from sdtrain.errors import ConfigError, MachineError, UserError
 
 RANK_TIMEOUT_SEC = 1800.0  # a collective waits this long for the slowest rank, unless a run says otherwise
+# with GPUs too, what lies in the memory of the host goes over gloo: objects, counters, a checkpoint's tensors
+BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -48,20 +50,19 @@ def start_ranks(name: str = "auto", tf32: bool = False, timeout_sec: float = RAN
         return device
     from accelerate import PartialState
 
-    on_gpu = device.type == "cuda"
     wait = datetime.timedelta(seconds=timeout_sec)
-    state = PartialState(cpu=not on_gpu, timeout=wait, backend="nccl" if on_gpu else "gloo")
+    state = PartialState(cpu=device.type == "cpu", timeout=wait, backend=BACKENDS[device.type])
     own: torch.device = state.device
     return own
 
 
+def backends() -> str:
+    """What tensors travel by: 'gloo', 'cpu:gloo,cuda:nccl', or 'none' in a world of one."""
+    return str(dist.get_backend()) if _grouped() else "none"
+
+
 def _grouped() -> bool:
     return dist.is_available() and dist.is_initialized()
-
-
-def carrier() -> torch.device:
-    """Where numbers must lie that ranks exchange: NCCL knows GPUs alone."""
-    return torch.device("cuda" if _grouped() and "nccl" in str(dist.get_backend()) else "cpu")
 
 
 def rank() -> int:
@@ -221,7 +222,7 @@ def _of_all(problem: UserError) -> UserError:
 
 def first_said(said: R) -> R | None:
     """What the first rank has said that says anything, on every rank; None where none has. Else one number is sent."""
-    speaker = world() - agree_max(world() - rank() if said else 0, carrier())
+    speaker = world() - agree_max(world() - rank() if said else 0)
     return _from_rank(speaker, said) if speaker < world() else None
 
 
@@ -234,9 +235,8 @@ def tensors_from_main(tensors: Mapping[str, Tensor] | None) -> dict[str, Tensor]
     found = {}
     for name, (shape, dtype) in listed.items():
         own = tensors[name] if tensors is not None and is_main() else torch.empty(shape, dtype=dtype)
-        moved = own.contiguous().to(carrier())
-        dist.broadcast(moved, src=0)
-        found[name] = moved.cpu()
+        found[name] = own.contiguous()
+        dist.broadcast(found[name], src=0)
     return found
 
 

@@ -29,6 +29,7 @@ class Advancing(nn.Module):
 
     _ledger: list[list[Tensor]] | None = None
     _pass: int = 0
+    _again: bool = False  # a block computes again what it has not kept: nothing new is seen
 
     def _enter(self) -> list[Tensor] | None:
         """The ledger entry of the pass this forward belongs to (empty for its first chunk), None outside a phase."""
@@ -42,6 +43,8 @@ class Advancing(nn.Module):
 
     def _record(self, seen: list[Tensor]) -> None:
         """Add what a forward saw to the ledger (in float64, so that the order of chunks and ranks leaves no trace)."""
+        if self._again:
+            return
         entry = self._enter()
         if entry is None:
             self._advance(seen)

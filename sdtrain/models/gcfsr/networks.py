@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -159,8 +158,7 @@ def unit_scales(s1: Tensor, s2: Tensor) -> tuple[Tensor, Tensor]:
     return s1 * norm, s2 * norm
 
 
-@dataclass
-class Condition:
+class Condition(NamedTuple):
     """What the encoder tells one decoder level: scales [N, C] for its own map and for `shift` [N, C, H, W]."""
 
     s1: Tensor

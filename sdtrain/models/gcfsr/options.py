@@ -56,5 +56,15 @@ def deepened(options: GeneratorOptions) -> GeneratorOptions:
 
 
 MODEL = ModelDeclaration(
-    generator=GeneratorOptions, discriminator=DiscriminatorOptions, scaled=scaled, deepened=deepened
+    generator=GeneratorOptions,
+    discriminator=DiscriminatorOptions,
+    scaled=scaled,
+    deepened=deepened,
+    blocks={
+        "generator": (
+            *("conv_body_first", "conv_body_down.*", "condition_shift.*"),
+            *("style_conv1", "style_convs.*", "extra_convs.*.*", "to_rgbs.*"),
+        ),
+        "discriminator": ("conv_body.*",),
+    },
 )

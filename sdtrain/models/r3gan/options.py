@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sdtrain.config.declare import ModelDeclaration
+from sdtrain.config.declare import ROLES, ModelDeclaration
 from sdtrain.config.options import Count, CountOrZero
 
 
@@ -42,4 +42,8 @@ class DiscriminatorOptions(StageOptions):
     """[numbers] Length of the class embedding; null = width of the 4x4 stage; unused without classes."""
 
 
-MODEL = ModelDeclaration(generator=GeneratorOptions, discriminator=DiscriminatorOptions)
+MODEL = ModelDeclaration(
+    generator=GeneratorOptions,
+    discriminator=DiscriminatorOptions,
+    blocks={role: ("Model.MainLayers.*.Layers.*",) for role in ROLES},
+)

@@ -39,4 +39,5 @@ def deepened(options: GeneratorOptions) -> GeneratorOptions:
     return replace(options, num_block=2 * options.num_block)
 
 
-MODEL = ModelDeclaration(generator=GeneratorOptions, scaled=scaled, deepened=deepened)
+BLOCKS = {"generator": ("body.*",)}
+MODEL = ModelDeclaration(generator=GeneratorOptions, scaled=scaled, deepened=deepened, blocks=BLOCKS)

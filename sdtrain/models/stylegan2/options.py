@@ -67,4 +67,8 @@ class DiscriminatorOptions:
     """[channels] Channels of the image."""
 
 
-MODEL = ModelDeclaration(generator=GeneratorOptions, discriminator=DiscriminatorOptions)
+MODEL = ModelDeclaration(
+    generator=GeneratorOptions,
+    discriminator=DiscriminatorOptions,
+    blocks={"generator": ("synthesis.*.conv*", "synthesis.*.torgb"), "discriminator": ("*.conv*", "*.skip")},
+)

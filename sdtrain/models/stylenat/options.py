@@ -43,4 +43,11 @@ class DiscriminatorOptions:
     """[samples] Samples that share a minibatch standard deviation."""
 
 
-MODEL = ModelDeclaration(generator=GeneratorOptions, discriminator=DiscriminatorOptions)
+MODEL = ModelDeclaration(
+    generator=GeneratorOptions,
+    discriminator=DiscriminatorOptions,
+    blocks={
+        "generator": ("layers.*.blocks.*", "layers.*.upsample", "to_rgbs.*"),
+        "discriminator": ("from_rgbs.*", "convs.*"),
+    },
+)
