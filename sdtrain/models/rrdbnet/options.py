@@ -39,5 +39,6 @@ def deepened(options: GeneratorOptions) -> GeneratorOptions:
     return replace(options, num_block=2 * options.num_block)
 
 
-BLOCKS = {"generator": ("body.*",)}
-MODEL = ModelDeclaration(generator=GeneratorOptions, scaled=scaled, deepened=deepened, blocks=BLOCKS)
+MODEL = ModelDeclaration(
+    generator=GeneratorOptions, scaled=scaled, deepened=deepened, blocks={"generator": ("body.*",)}
+)
