@@ -15,6 +15,7 @@ from sdtrain.errors import EXIT_OK, EXIT_REQUEUE, Interrupted
 from sdtrain.run import Run
 
 log = logging.getLogger("sdtrain")
+LAST_SAVE_SEC = 20.0  # for the save in progress when something else ends the run; ranks that are gone end none
 MOST_SKIPPED = 10  # bad steps in a row after which weights will not recover
 
 
@@ -31,15 +32,16 @@ def train(run: Run) -> int:
                 if run.seen_img in run.snapshot_img:
                     run.save_snapshot()
                 run.undone = due(run)
+                if run.due(run.config.save_img):
+                    run.save()
                 attend(run)
                 if run.stop_agreed():
                     raise Interrupted
-                if run.due(run.config.save_img):
-                    run.save()
-                    run.give_way()
         return finish(run)
     except Interrupted:
         return stopped(run)
+    finally:
+        run.saver.wait(LAST_SAVE_SEC)
 
 
 def due(run: Run) -> list[str]:
@@ -50,6 +52,8 @@ def due(run: Run) -> list[str]:
 
 def attend(run: Run) -> None:
     """Do what is due. A stop signal cuts it short, with `Interrupted` on all ranks; `run.undone` says what is left."""
+    if run.undone:
+        run.wait_for_save()  # so that a kill from here on costs nothing
     while run.undone:
         run.give_way()
         with PULSE.section(run.undone[0]):
@@ -161,8 +165,9 @@ def progress(run: Run, losses: dict[str, float], perf: dict[str, float]) -> None
 def stopped(run: Run) -> int:
     """Save where this is a new position, and say what goes on from it."""
     reason = run.stop_agreed()
-    if run.saved_step != run.step:
+    if not run.is_saved:
         run.save()
+    run.wait_for_save()
     if is_main():
         kept = run.folder.checkpoints / f"img_{run.seen_img:09d}"
         said = (name_of(reason), run.seen_img, kept)
@@ -176,8 +181,9 @@ def stopped(run: Run) -> int:
 
 def finish(run: Run) -> int:
     """The last save and the test list, once; a finished run that is started again has nothing left to save."""
-    if run.config.save_img and run.saved_step != run.step:
+    if run.config.save_img and not run.is_saved:
         run.save()
+    run.wait_for_save()
     with PULSE.section("evaluate"):
         run.task.finish()
     run.folder.close()

@@ -11,7 +11,9 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+from sdtrain.engine.positions import positions
 from sdtrain.engine.ranks import gather_objects, is_main
 from sdtrain.errors import RunError
 
@@ -49,6 +51,22 @@ def on_main(action: Callable[[], None], path: Path) -> None:
         raise RunError(told)
 
 
+def together(action: Callable[[], Any], folder: Path, run_folder: Path) -> list[Any]:
+    """Run `action`, which writes `folder`, on every rank, and wait for all; the results.
+
+    Raises the same `RunError` on every rank when it fails on one.
+    """
+    mine, problem = None, ""
+    try:
+        mine = action()
+    except OSError as error:
+        problem = cannot_write(folder, error, run_folder)
+    results = gather_objects((mine, problem))
+    if problem := next((p for _, p in results if p), ""):
+        raise RunError(problem)
+    return [result for result, _ in results]
+
+
 def cannot_write(path: Path, error: OSError, run_folder: Path | None = None, needed: int = 0) -> str:
     """What failed, how much it needs (where that is known) and how much is free [bytes], what is safe, what to do."""
     there = next((folder for folder in path.parents if folder.exists()), Path("/"))
@@ -59,8 +77,8 @@ def cannot_write(path: Path, error: OSError, run_folder: Path | None = None, nee
         return f"{said}; make room, or give the folder back, and start the same command again"
     if not run_folder.exists():
         return f"{said}; the run folder {run_folder} has vanished: bring it back and start the same command again"
-    kept = sorted(marker.parent.name for marker in run_folder.glob("checkpoints/img_*/complete.json"))
-    safe = f"checkpoints up to {kept[-1]} are safe" if kept else "no checkpoint was written yet"
+    kept = [path for path in positions(run_folder / "checkpoints") if (path / "complete.json").exists()]
+    safe = f"checkpoints up to {kept[-1].name} are safe" if kept else "no checkpoint was written yet"
     then = "goes on from there" if kept else "begins again"
     return f"{said}; {safe}; make room, or make it writable, and start the same command again: it {then}"
 
