@@ -121,8 +121,11 @@ class Net(Protocol):
         Inside, ranks may do different things: sampling, validation, pictures, export.
         """
 
-    def state(self) -> dict[str, Tensor]:
-        """Whole tensors [...] by official name, without the parts that come from a weights file. All ranks together."""
+    def state(self, at: int | None = None) -> dict[str, Tensor]:
+        """Whole tensors [...] by official name, without the parts that come from a weights file. All ranks together.
+
+        `at`: the one rank that needs them; what others get is not to be used.
+        """
 
     def load(self, tensors: Tensors, where: str) -> None:
         """Take over what `state` gave, by exact names and shapes [...]. Raises `RunError` with `where`."""
@@ -143,8 +146,8 @@ class Net(Protocol):
 class Player(Protocol):
     """Networks that one optimizer moves."""
 
-    def state(self) -> dict[str, Tensor]:
-        """Optimizer state as whole tensors, `PARAMETER/SLOT` -> [...]. All ranks together."""
+    def state(self, at: int | None = None) -> dict[str, Tensor]:
+        """Optimizer state as whole tensors, `PARAMETER/SLOT` -> [...], for rank `at` or all. All ranks together."""
 
     def load_state(self, tensors: Tensors) -> None:
         """Take over what `state` gave, [...] by PARAMETER/SLOT; a parameter that has nothing there starts afresh."""

@@ -19,7 +19,7 @@ import signal
 import stat
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -215,6 +215,18 @@ def write_bytes(path: Path, data: bytes | memoryview) -> None:
         file.write(view[len(view) // 2 :])
 
 
+def write_pieces(path: Path, pieces: Iterable[bytes | memoryview]) -> dict[str, Any]:
+    """Write a whole file piece by piece; its size and digest, taken on the way. Raises as `write_bytes`."""
+    size, digest = 0, hashlib.sha256()
+    with AtomicFile(path) as file:
+        for piece in pieces:
+            file.write(piece)
+            digest.update(piece)
+            size += len(piece)
+            fault_point("mid-file")
+    return {"bytes": size, "sha256": digest.hexdigest()}
+
+
 def write_json(path: Path, value: Any, default: Callable[[Any], Any] | None = None) -> None:
     """Write JSON; `default` says what becomes of values that have none, as in `json.dumps`."""
     write_bytes(path, (json.dumps(value, indent=1, ensure_ascii=True, default=default) + "\n").encode())
@@ -226,6 +238,12 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
     own = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()}
     write_bytes(path, save(own))
+
+
+def read_whole(path: Path, size: int) -> bytes:
+    """A file of `size` bytes, or one more byte of a longer one. Raises OSError, also for a pipe or device."""
+    with open(open_regular(path), "rb") as file:
+        return file.read(size + 1)
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:

@@ -13,10 +13,11 @@ from sdtrain.engine.preempt import name_of
 from sdtrain.engine.pulse import PULSE
 from sdtrain.engine.ranks import is_main, max_over_ranks, world
 from sdtrain.engine.timing import peak_memory_gb
-from sdtrain.errors import EXIT_OK, EXIT_REQUEUE, Interrupted, RankFailed, RunError
+from sdtrain.errors import EXIT_OK, EXIT_REQUEUE, Interrupted, RankFailed
 from sdtrain.run import Run
 
 log = logging.getLogger("sdtrain")
+LAST_SAVE_SEC = 20.0  # for the save in progress when something else ends the run; ranks that are gone end none
 MOST_SKIPPED = 10  # bad steps in a row after which weights will not recover
 
 
@@ -31,14 +32,16 @@ def train(run: Run) -> int:
                 if run.due(run.config.log_img):
                     tick(run)
                 run.undone = due(run)
-                attend(run)
                 if run.due(run.config.save_img):
                     run.save()
+                attend(run)
         return finish(run)
     except Interrupted as request:
         return stopped(run, request.reason)
     except RankFailed as failure:
         raise RankFailed(f"{failure.sentence}; {kept(run, failure)}", failure.code) from failure
+    finally:
+        run.saver.wait(LAST_SAVE_SEC)
 
 
 def due(run: Run) -> list[str]:
@@ -55,6 +58,8 @@ def attend(run: Run) -> None:
         "pictures": run.task.pictures,
         "evaluate": partial(run.task.evaluate, "val"),
     }
+    if run.undone:
+        run.wait_for_save()  # so that a kill from here on costs nothing
     while run.undone:
         run.give_way()
         with PULSE.section(run.undone[0]):
@@ -167,19 +172,21 @@ def kept(run: Run, failure: RankFailed) -> str:
     if not (failure.intact and run.step):
         return run.stop.kept()
     try:
-        path = run.folder.checkpoints / f"img_{run.seen_img:09d}" if run.saved_step == run.step else run.save()
-    except RunError:
+        if not run.is_saved:
+            run.save()
+        run.wait_for_save()
+    except RankFailed:
         return run.stop.kept()
-    return f"{path} was kept; the same command goes on from there"
+    return f"{run.checkpoint_path} was kept; the same command goes on from there"
 
 
 def stopped(run: Run, reason: int) -> int:
     """Save where this is a new position, and say what goes on from it."""
-    if run.saved_step != run.step:
+    if not run.is_saved:
         run.save()
+    run.wait_for_save()
     if is_main():
-        kept = run.folder.checkpoints / f"img_{run.seen_img:09d}"
-        said = (name_of(reason), run.seen_img, kept)
+        said = (name_of(reason), run.seen_img, run.checkpoint_path)
         log.info("%s: stopped at %s images; kept %s; the same command goes on from here", *said)
         if run.undone:
             log.info("left for later: %s", ", ".join(run.undone))
@@ -190,8 +197,9 @@ def stopped(run: Run, reason: int) -> int:
 
 def finish(run: Run) -> int:
     """The last save and the test list, once; a finished run that is started again has nothing left to save."""
-    if run.config.save_img and run.saved_step != run.step:
+    if run.config.save_img and not run.is_saved:
         run.save()
+    run.wait_for_save()
     with PULSE.section("evaluate"):
         run.task.finish()
     run.folder.close()

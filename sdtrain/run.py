@@ -3,32 +3,36 @@
 from __future__ import annotations
 
 import importlib
+import re
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from sdtrain.config.keys import Config
-from sdtrain.contracts import Stage, State, Task
+from sdtrain.contracts import Net, Stage, State, Task, Tensors
 from sdtrain.data.read.dataset import Dataset
 from sdtrain.data.read.remote import is_remote
 from sdtrain.data.read.stream import Batch, Stream
 from sdtrain.engine.agree import failure_of, raise_together
-from sdtrain.engine.checkpoint import STATE, Checkpoint, newest, save_checkpoint
+from sdtrain.engine.checkpoint import STATE, Checkpoint, newest, recover
 from sdtrain.engine.fitting import wrong_slots, wrong_state
 from sdtrain.engine.meter import Meter
 from sdtrain.engine.origin import compare_origin, origin_of
 from sdtrain.engine.player import BasePlayer
 from sdtrain.engine.preempt import OUT_OF_TIME, STOP_SIGNALS, StopRequest
 from sdtrain.engine.pulse import LONG, PULSE
-from sdtrain.engine.ranks import gather_objects, sum_up, world
+from sdtrain.engine.ranks import gather_objects, rank, sum_up, world
 from sdtrain.engine.restart import refuse_to_start_over
 from sdtrain.engine.runfolder import RunFolder
-from sdtrain.engine.snapshots import cut_back, save_snapshot, snapshot_positions
+from sdtrain.engine.saving import Order, Saver, deal
+from sdtrain.engine.snapshots import cut_back, snapshot_positions
+from sdtrain.engine.writing import together
 from sdtrain.errors import EXIT_USER_ERROR, Interrupted, RankFailed, RunError
 from sdtrain.finetune import Initial, apply_initial
 from sdtrain.trainer import Trainer
@@ -51,7 +55,8 @@ class Run(Trainer):
         self.best: dict[str, State] = {}  # by stage: what chose its best weights
         self.stop = StopRequest()
         self.slow = slow_sections(dataset)
-        self.saved_step = -1  # of the newest checkpoint that this process has read or written
+        self.saver = Saver(self.folder.writing, device)
+        self.saved = (-1, False)  # step of the newest checkpoint read or begun, and whether it owes an evaluation
         self.undone: list[str] = []  # what was due at this position and a stop signal cut short
         self.checkpoint: Checkpoint | None = None  # where this process took up the run
         task = importlib.import_module(f"sdtrain.tasks.{self.method.task}").TASK(self)
@@ -143,26 +148,71 @@ class Run(Trainer):
             raise Interrupted
         return waited_sec > PULSE.mark.limit_sec(self.config.timeout, self.slow)
 
-    def save(self) -> Path:
-        """Write a checkpoint of this position with all ranks, whose copies must be alike. Raises `RuntimeError`."""
-        self.engine.check_copies(self.nets)
-        with self.stop.saving():
-            path = self._save()
-        self.saved_step = self.step
-        return path
+    def save(self, wait: bool = False) -> None:
+        """Begin a checkpoint of this position with all ranks, whose copies must be alike; `wait` until it counts.
 
-    def _save(self) -> Path:
-        shared = {name: self.nets[name].state() for name in self.nets if name not in self.method.given}
-        shared |= {f"{name}.optim": player.state() for name, player in self.engine.players.items()}
-        if kept := self.task.tensors():  # what a later stage will start from
-            shared["best"] = kept
-        state = {
+        Raises `Unlike` for copies that differ, and `RankFailed` as `wait_for_save`, on all ranks.
+        """
+        with PULSE.section("save"):
+            self.engine.check_copies(self.nets)
+            order = {"root": self.folder.checkpoints, "keep": self.config.keep_checkpoints}
+            self._write(**order, files=self._files(), state=self._state(), meter=self.engine.meter.state())
+        self.saved = (self.step, "evaluate" in self.undone)
+        if wait or not self.config.save_async:
+            self.wait_for_save()
+
+    @property
+    def checkpoint_path(self) -> Path:
+        """That of a checkpoint of this position."""
+        return self.folder.checkpoints / f"img_{self.seen_img:09d}"
+
+    def save_snapshot(self) -> None:
+        """Keep the weights of G and of its average at this position for good, with all ranks."""
+        with PULSE.section("save"):
+            nets = {name: self.nets[name] for name in ("G", self.stage.evaluated)}
+            self._write(root=self.folder.snapshots, files=self._shared({}, nets, {}))
+        self.wait_for_save()  # it stays due until it is there
+
+    def _write(self, **order: Any) -> None:
+        self.wait_for_save()
+        self.saver.save(Order(seen_img=self.seen_img, **order), self.stop)
+
+    def wait_for_save(self) -> None:
+        """Until what is being written is complete. Raises the same `RankFailed` on all ranks when it cannot be."""
+        if not self.saver.wait():
+            self.folder.writing.raise_together()
+
+    @property
+    def is_saved(self) -> bool:
+        """Whether a checkpoint of this position is there or on its way, with the evaluation that is owed, if any."""
+        return self.saved == (self.step, "evaluate" in self.undone)
+
+    def _files(self) -> dict[str, Tensors]:
+        """What this rank writes of the present state, {file: {name: [...]}}. All ranks together."""
+        nets = {name: net for name, net in self.nets.items() if name not in self.method.given}
+        kept = self.task.tensors()  # what a later stage will start from
+        files = self._shared({"best": kept} if kept else {}, nets, self.engine.players)
+        return files | {f"ghosts_{ghost:04d}": tensors for ghost, tensors in self.method.ghost_state().items()}
+
+    def _shared(
+        self, copied: Mapping[str, Tensors], nets: Mapping[str, Net], players: Mapping[str, BasePlayer]
+    ) -> dict[str, Tensors]:
+        """This rank's share of the files of networks, their optimizers, and of what every rank has `copied`."""
+        holders: dict[str, Net | BasePlayer] = {**nets, **{f"{name}.optim": player for name, player in players.items()}}
+        sizes = {name: net.size() for name, net in nets.items()}
+        sizes |= {f"{name}.optim": 2 * player.size() for name, player in players.items()}  # Adam has two moments
+        sizes |= {name: sum(t.numel() for t in tensors.values()) for name, tensors in copied.items()}
+        owner = deal(sizes, world())
+        files = {name: holder.state(at=owner[name]) for name, holder in holders.items()} | {**copied}
+        return {name: tensors for name, tensors in files.items() if owner[name] == rank()}
+
+    def _state(self) -> State:
+        return {
             "step": self.step,
             "seen_img": self.seen_img,
             "stage": self.stage.name,
             "world_size": world(),
             "origin": self.origin,
-            "meters": {str(r): m for r, m in enumerate(gather_objects(self.engine.meter.state()))},
             "method": self.method.state(),
             "best": self.best,
             "last_tick_img": self.last_tick_img,
@@ -171,16 +221,6 @@ class Run(Trainer):
             "undone": self.undone,
             "owed": self.folder.owed,
         }
-        where, keep = self.folder.checkpoints, self.config.keep_checkpoints
-        return save_checkpoint(where, self.seen_img, shared, state, self.method.ghost_state(), keep)
-
-    def save_snapshot(self) -> None:
-        """Keep the weights of G and of its average at this position for good, with all ranks."""
-        nets = {name: self.nets[name].state() for name in ("G", self.stage.evaluated)}
-        try:
-            save_snapshot(self.folder.snapshots, self.seen_img, nets)
-        except RunError as problem:  # the state is whole
-            raise RankFailed(str(problem), EXIT_USER_ERROR) from problem
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Take up the position and every tensor of a checkpoint; players follow in `begin`. Raises `RunError`."""
@@ -188,9 +228,10 @@ class Run(Trainer):
         checkpoint.refuse(wrong_state(checkpoint.state, self.method.state(), stages, self.config.batch_size))
         with state_of(checkpoint) as state:
             self.step, self.last_tick_img, self.skipped = (int(state[n]) for n in ("step", "last_tick_img", "skipped"))
-            self.saved_step, self.skipped_in_a_row = self.step, int(state.get("skipped_in_a_row", 0))
+            self.skipped_in_a_row = int(state.get("skipped_in_a_row", 0))
             self.best, self.undone = dict(state["best"]), [str(what) for what in state.get("undone", ())]
             self.folder.owed = [dict(row) for row in state.get("owed", ())]
+        self.saved = (self.step, "evaluate" in self.undone)
         own = [name for name in self.nets if name not in self.method.given]
         for name in own:  # all are looked at before any is replaced
             checkpoint.require_fit(name, {key: value.shape for key, value in self.nets[name].state().items()})
@@ -216,7 +257,9 @@ class Run(Trainer):
         Returns why newer checkpoints were refused. Raises `RunError` when there is a run without a complete
         checkpoint, and for training data that is not the checkpoint's unless `allow` names its key.
         """
-        checkpoint, refused = newest(self.folder.checkpoints)
+        where = self.folder.checkpoints
+        together(lambda: recover(where), where, self.folder.path)
+        checkpoint, refused = newest(where, self.wants)
         now = self.origin  # as it is before anything is read
         if checkpoint is None:
             refuse_to_start_over(self.folder.path, refused)
@@ -227,6 +270,11 @@ class Run(Trainer):
             self.restore(checkpoint)
         cut_back(self.folder.snapshots, self.seen_img)
         return refused
+
+    def wants(self, file: str) -> bool:
+        """Whether this rank needs a file of a checkpoint: all but what belongs to ghosts of other ranks."""
+        ghost = re.fullmatch(r"ghosts_([0-9]{4,9})\.safetensors", file)
+        return ghost is None or int(ghost[1]) in self.ghosts
 
     def start_from(self, initial: Initial) -> None:
         """Fine-tuning: a fresh run takes these weights; everything else starts as in any run."""

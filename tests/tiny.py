@@ -43,7 +43,8 @@ LONG_POINTS = {
     "in pictures": ("sdtrain.tasks.generation", "GenerationTask.pictures"),
     "in an evaluation": ("sdtrain.metrics.evaluate", "Evaluator._round"),
     "in a collective": ("torch.distributed", "all_reduce"),
-    "inside a save": ("sdtrain.run", "save_checkpoint"),
+    "inside a save": ("sdtrain.engine.saving", "Saver.save"),
+    "in the writer": ("sdtrain.engine.saving", "Saver._write"),
     "with a worker": ("sdtrain.data.read.pool", "Pool.wait"),
 }
 WRITERS = {
@@ -350,11 +351,11 @@ def limited(job: dict[str, Any]) -> Any:
     calls = [0]
 
     def make(original: Any) -> Any:
-        def call(self: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
             calls[0] += 1
             if calls[0] == 2:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (job["limit"], resource.RLIM_INFINITY))
-            return original(self)
+            return original(*args, **kwargs)
 
         return call
 

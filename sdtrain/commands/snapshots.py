@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from sdtrain.commands.source import Source, config_of
 from sdtrain.engine.checkpoint import newest, verify
 from sdtrain.engine.make import make_engine
 from sdtrain.engine.net import load_strictly
+from sdtrain.engine.positions import position, positions
 from sdtrain.engine.ranks import pick_device
 from sdtrain.errors import RunError
 from sdtrain.files import load_tensors
@@ -32,17 +32,11 @@ PER_QUADRANT = 4
 D_BATCH = 4  # minibatch statistics see this many images, in the order of their indices
 
 
-def position(folder: Path) -> int | None:
-    """The images seen that a folder's name says; None for any other name."""
-    found = re.fullmatch(r"img_(\d{1,18})", folder.name)
-    return int(found[1]) if found else None
-
-
 def saved_weights(run: Path) -> dict[int, Path]:
     """Where the weights of each position are: a snapshot, or a checkpoint. Whether it is whole shows `verify`."""
     found = {}
     for place in ("checkpoints", "snapshots"):
-        for folder in sorted((run / place).glob("img_*")):
+        for folder in positions(run / place):
             at = position(folder)
             if at and (folder / "G_ema.safetensors").is_file():
                 found[at] = folder

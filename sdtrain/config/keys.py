@@ -19,10 +19,10 @@ MAX_RANKS = 1 << 16
 MAX_NAME = 100  # characters; file systems take 255 bytes, and files of a run add to it
 # Keys that may differ between a run folder and the command that resumes it: they change no weight.
 HARMLESS = (
-    *("name", "total_img", *INTERVALS, "keep_checkpoints", "ghosts_at_once", "on_nonfinite", "tensorboard", "metrics"),
+    *("name", "total_img", *INTERVALS, "keep_checkpoints", "save_async", "ghosts_at_once", "on_nonfinite"),
     *("data.workers", "data.prefetch", "data.cache", "data.max_bad", "data.check", "data.val", "data.test"),
     *("data.allow_pipe", "weights.inception", "weights.alex", "weights.vgg16", "sd.log", "snapshots"),
-    *("timeout", "max_time"),
+    *("timeout", "max_time", "tensorboard", "metrics"),
     *("engine", "shard_teacher", "shard_ranks", "offload_optimizer", "checkpoint_activations"),
 )
 
@@ -78,6 +78,8 @@ class Config:
     """Images between checkpoints; 0 = never; the end of a run is always saved."""
     keep_checkpoints: Count = 2
     """[checkpoints] Newest checkpoints that stay on disk."""
+    save_async: bool = True
+    """Training goes on while a checkpoint is written from a copy in host memory, which takes as much as its files."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the trained networks; weights and averages are fp32 always."""
     tf32: bool = False

@@ -14,26 +14,26 @@ A checkpoint is written into `.writing-img_...`, synced and renamed; a reader be
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load
 from torch import Tensor
 
-from sdtrain.contracts import Tensors
+from sdtrain.engine.positions import positions
 from sdtrain.engine.ranks import gather_objects, is_main
-from sdtrain.engine.writing import cannot_write
 from sdtrain.errors import RunError
 from sdtrain.files import (
     fault_point,
-    load_tensors,
     read_json,
+    read_whole,
     require_regular,
-    save_tensors,
     sha256_of_file,
     sweep,
     sync_folder,
@@ -43,7 +43,9 @@ from sdtrain.files import (
 
 MARKER = "complete.json"
 UNFINISHED = ".writing-"
+REPLACED = f"{UNFINISHED}old-"
 STATE = "state.json"
+TENSORS = ".safetensors"
 
 
 def digest(path: Path) -> dict[str, Any]:
@@ -52,17 +54,34 @@ def digest(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A verified checkpoint folder."""
+    """A checkpoint folder whose marker and state are right. `tensors` reads no file whose digest is wrong."""
 
     path: Path
     state: dict[str, Any]
+    files: dict[str, Any]
+    """What the marker says of each file."""
+    held: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    """Files that `read` has left in memory until they are asked for."""
+
+    def read(self, names: Iterable[str]) -> str:
+        """Hold these files, each read once and compared with its digest; why that cannot be done, or ""."""
+        for name in names:
+            expected = self.files[name]
+            try:
+                data = read_whole(self.path / name, expected["bytes"])
+                if hashlib.sha256(data).hexdigest() != expected["sha256"]:
+                    return f"{name} does not match its digest"
+                if name.endswith(TENSORS):
+                    self.held[name.removesuffix(TENSORS)] = load(data)
+            except (OSError, SafetensorError) as error:
+                return f"{name} cannot be read ({error})"
+        return ""
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """Those of one file, [...] by official name, on the CPU. Raises `RunError` when it cannot be read."""
-        try:
-            return load_tensors(self.path / f"{name}.safetensors")
-        except (OSError, SafetensorError) as error:
-            raise RunError(f"{self.path}/{name}.safetensors cannot be read ({error})") from None
+        if name not in self.held and (problem := self.read([f"{name}{TENSORS}"])):
+            raise RunError(f"{self.path}: {problem}")
+        return self.held.pop(name)
 
     def shapes(self, name: str) -> dict[str, list[int]]:
         """Those of one file's tensors by official name, from its header alone. Raises `RunError` as `tensors`."""
@@ -95,153 +114,48 @@ class Checkpoint:
         return (self.path / f"{name}.safetensors").exists()
 
 
-def save_checkpoint(
-    root: Path,
-    seen_img: int,
-    shared: Mapping[str, Mapping[str, Tensor]],
-    state: Mapping[str, Any],
-    ghosts: Mapping[int, Mapping[str, Tensor]],
-    keep: int,
-) -> Path:
-    """Write one checkpoint with all ranks and drop the oldest beyond `keep` (0 keeps all), newest verified first.
-
-    `shared` ({file: {name: [...]}}) is written by the main rank, `ghosts` ({ghost: {name: [...]}}) by the rank that
-    owns them. Raises `RunError` on every rank when any rank could not write (disk full, folder gone); earlier
-    checkpoints are untouched then.
-    """
-    final = write_folder(root, seen_img, shared, state, ghosts)
-    together(lambda: _tidy(root, final, keep) if is_main() else None, final, root.parent)
-    return final
-
-
-def write_folder(
-    root: Path,
-    seen_img: int,
-    shared: Mapping[str, Mapping[str, Tensor]],
-    state: Mapping[str, Any] | None = None,
-    ghosts: Mapping[int, Mapping[str, Tensor]] | None = None,
-) -> Path:
-    """Write ROOT/img_... with all ranks, marker last; one of that name is replaced. Raises as `save_checkpoint`.
-
-    `shared`: {file: {name: [...]}}, `ghosts`: {ghost: {name: [...]}}; any shapes and devices.
-    """
-    final, tmp, ghosts = root / f"img_{seen_img:09d}", root / f"{UNFINISHED}img_{seen_img:09d}", ghosts or {}
-    needed = sum(t.nbytes for tensors in [*shared.values(), *ghosts.values()] for t in tensors.values())
-    together(lambda: _begin(tmp) if is_main() else None, tmp, root.parent, needed)
-    mine = (shared, state) if is_main() else ({}, None)
-    files = together(lambda: _write_files(tmp, mine[0], ghosts, mine[1]), tmp, root.parent, needed)
-    listed = {name: facts for part in files for name, facts in part.items()}
-    together(lambda: _commit(tmp, final, listed) if is_main() else None, tmp, root.parent, needed)
-    return final
-
-
-def _begin(tmp: Path) -> None:
-    shutil.rmtree(tmp, ignore_errors=True)
-    tmp.parent.mkdir(exist_ok=True)  # but not the run folder: one that has vanished is not to begin anew
-    tmp.mkdir()
-    fault_point("begin")
-
-
-def _commit(tmp: Path, final: Path, files: Mapping[str, Any]) -> None:
-    """Write the marker and give the folder its name: from here on it counts."""
-    fault_point("before-marker")
-    write_json(tmp / MARKER, {"files": files})
-    fault_point("after-marker")
-    if final.exists():  # it was refused when this run resumed from an older one, or it holds this very position
-        os.rename(final, final.with_name(f"{UNFINISHED}old-{final.name}"))
-        fault_point("between-renames")
-    os.rename(tmp, final)
-    sync_folder(final.parent)
-    fault_point("after-rename")
-
-
-def _tidy(root: Path, final: Path, keep: int) -> None:
-    write_bytes(root / "latest", final.name.encode())
-    fault_point("after-latest")
-    retain(root, keep)
-
-
-def _write_files(
-    folder: Path, shared: Mapping[str, Tensors], ghosts: Mapping[int, Tensors], state: Mapping[str, Any] | None
-) -> dict[str, dict[str, Any]]:
-    names = []
-    for name, tensors in [*shared.items(), *((f"ghosts_{g:04d}", t) for g, t in ghosts.items())]:
-        save_tensors(folder / f"{name}.safetensors", tensors)
-        names.append(f"{name}.safetensors")
-        fault_point("mid-save")
-    if state is not None:
-        write_json(folder / STATE, state)
-        names.append(STATE)
-    return {name: digest(folder / name) for name in names}
-
-
-def together(action: Callable[[], Any], folder: Path, run_folder: Path, needed: int = 0) -> list[Any]:
-    """Run `action` on every rank, and wait for all; if it failed on one, all raise the same `RunError`.
-
-    An unfinished `folder` is removed then; `needed` bytes are part of the message.
-    """
-    mine, problem = None, ""
-    try:
-        mine = action()
-    except OSError as error:
-        wanted = folder.with_name(folder.name.removeprefix(UNFINISHED))
-        problem = cannot_write(wanted, error, run_folder, needed)
-    results = gather_objects((mine, problem))
-    if problem := next((p for _, p in results if p), ""):
-        if is_main() and folder.name.startswith(UNFINISHED):
-            shutil.rmtree(folder, ignore_errors=True)
-        raise RunError(problem)
-    return [result for result, _ in results]
-
-
-def retain(root: Path, keep: int) -> None:
-    """Delete the oldest complete checkpoints beyond `keep`, and leftovers of interrupted saves.
-
-    A checkpoint that is a link belongs to somebody else: it neither counts nor goes, nor does anything behind a root
-    that is one.
-    """
-    if root.is_symlink():
-        return
-    sweep(root)
-    for leftover in root.glob(f"{UNFINISHED}*"):
-        if leftover.is_symlink():
-            leftover.unlink()
-        shutil.rmtree(leftover, ignore_errors=True)
-    everything = sorted(path for path in root.glob("img_*") if not path.is_symlink())
-    complete = [p for p in everything if (p / MARKER).exists()]  # never empty: one has just been written
-    for unfinished in [p for p in everything if p not in complete and p < max(complete)]:
-        shutil.rmtree(unfinished)  # a deletion that was interrupted
-    for old in complete[:-keep] if keep else []:
-        fault_point("retention")
-        (old / MARKER).unlink()  # from here on it does not count, however far the deletion gets
-        fault_point("mid-retention")
-        shutil.rmtree(old)
-
-
 def verify(path: Path) -> str | None:
-    """Why this folder is not a complete checkpoint, or None."""
+    """Why this folder is not a complete checkpoint, or None. Reads all of it."""
+    try:
+        files = marked(path)
+    except ValueError as error:
+        return str(error)
+    return _first_misfit(path, files, digest)
+
+
+def marked(path: Path) -> dict[str, Any]:
+    """{file: {bytes, sha256}} of a folder's marker. Raises ValueError with the reason why there is none."""
     if not os.path.lexists(path / MARKER):
-        return "it has no marker: the save was interrupted"
+        raise ValueError("it has no marker: the save was interrupted")
     try:
         files = read_object(path / MARKER).get("files")
     except ValueError as error:
-        return f"its marker is unreadable ({error})"
+        raise ValueError(f"its marker is unreadable ({error})") from None
     if not isinstance(files, dict) or not files:
-        return "its marker lists no files"
-    return next((wrong for name, expected in files.items() if (wrong := _misfit(path, name, expected))), None)
+        raise ValueError("its marker lists no files")
+    for name, facts in files.items():
+        if "/" in name or not name.isprintable() or name in ("", ".", ".."):
+            raise ValueError(f"its marker lists {name[:80]!r}, which is no plain file name")
+        if not isinstance(facts, dict) or not {"bytes", "sha256"} <= facts.keys():
+            raise ValueError(f"its marker does not say what {name[:80]} holds")
+    return files
 
 
-def _misfit(folder: Path, name: str, expected: object) -> str | None:
-    """What is wrong with a file that a marker lists, or None."""
-    if "/" in name or not name.isprintable() or name in ("", ".", ".."):
-        return f"its marker lists {name[:80]!r}, which is no plain file name"
-    try:
-        found = digest(folder / name)
-    except FileNotFoundError:
-        return f"{name} is missing"
-    except OSError as error:
-        return f"{name} cannot be read ({error.strerror})"
-    return None if found == expected else f"{name} does not match its digest"
+def _first_misfit(folder: Path, files: Mapping[str, Any], look: Callable[[Path], dict[str, Any]]) -> str | None:
+    """What is wrong with the first file that is not as its marker says, or None."""
+    for name, expected in files.items():
+        try:
+            if any(expected[what] != value for what, value in look(folder / name).items()):
+                return f"{name} does not match its digest"
+        except FileNotFoundError:
+            return f"{name} is missing"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+    return None
+
+
+def size(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size}
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -257,23 +171,114 @@ def read_object(path: Path) -> dict[str, Any]:
     return found
 
 
-def newest(root: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint that verifies, and why each newer one was refused; the same on all ranks."""
-    found: tuple[str | None, dict[str, Any], list[str]] = (None, {}, [])
-    if is_main():  # digests are read once, and ranks that saw a shared folder differently could not go on together
-        found = _search(root)
-    name, state, refused = gather_objects(found)[0]
-    return None if name is None else Checkpoint(root / name, state), refused
+def newest(root: Path, wanted: Callable[[str], bool] | None = None) -> tuple[Checkpoint | None, list[str]]:
+    """The newest complete checkpoint, and why each newer one was refused; the same on all ranks.
 
-
-def _search(root: Path) -> tuple[str | None, dict[str, Any], list[str]]:
+    Each rank reads and holds the files that it has `wanted`, and compares their digests on the way; all files must have
+    their size, and be wanted by some rank. Without `wanted` the main rank compares all digests, and nothing is held.
+    """
+    found = _candidates(root, size if wanted else digest) if is_main() else None
     refused: list[str] = []
-    for path in sorted(root.glob("img_*"), reverse=True):
-        reason = verify(path)
+    while True:
+        # ranks that saw a shared folder differently could not go on together
+        name, state, files, reasons = gather_objects(next(found) if found else None)[0]
+        refused += reasons
+        if name is None:
+            return None, refused
+        checkpoint = Checkpoint(root / name, state, files)
+        problems = gather_objects(checkpoint.read(filter(wanted, files))) if wanted else []
+        if not any(problems):
+            return checkpoint, refused
+        refused.append(f"{name} is not used: {next(filter(None, problems))}")
+
+
+Candidate = tuple[str | None, dict[str, Any], dict[str, Any], list[str]]
+
+
+def _candidates(root: Path, look: Callable[[Path], dict[str, Any]]) -> Iterator[Candidate]:
+    """(name, state, files) of one checkpoint after the other, newest first, and why those before it were refused."""
+    refused: list[str] = []
+    for path in reversed(positions(root)):
         try:
-            if reason is None:
-                return path.name, read_object(path / STATE), refused
+            files = marked(path)
+            sound = {name: facts for name, facts in files.items() if name == STATE}
+            if reason := _first_misfit(path, files, look) or _first_misfit(path, sound, digest):
+                raise ValueError(reason)
+            yield path.name, _state(path), files, refused
+            refused = []
         except ValueError as error:
-            reason = f"its {STATE} is unreadable ({error})"
-        refused.append(f"{path.name} is not used: {reason}")
-    return None, {}, refused
+            refused.append(f"{path.name} is not used: {error}")
+    yield None, {}, {}, refused
+
+
+def _state(path: Path) -> dict[str, Any]:
+    try:
+        return read_object(path / STATE)
+    except ValueError as error:
+        raise ValueError(f"its {STATE} is unreadable ({error})") from None
+
+
+def recover(root: Path) -> None:
+    """Give a checkpoint its name back that was being replaced by one of the same position when the process died."""
+    for old in root.glob(f"{REPLACED}img_*"):
+        if not os.path.lexists(final := root / old.name.removeprefix(REPLACED)):
+            os.rename(old, final)
+
+
+# Writing
+
+
+def begin_folder(tmp: Path) -> None:
+    shutil.rmtree(tmp, ignore_errors=True)
+    tmp.parent.mkdir(exist_ok=True)  # but not the run folder: one that has vanished is not to begin anew
+    tmp.mkdir()
+    fault_point("begin")
+
+
+def commit(tmp: Path, final: Path, files: Mapping[str, Any]) -> None:
+    """Write the marker and give the folder its name: from here on it counts."""
+    fault_point("before-marker")
+    write_json(tmp / MARKER, {"files": files})
+    fault_point("after-marker")
+    if final.exists():  # it was refused when this run resumed from an older one, or it holds this very position
+        old = final.with_name(f"{REPLACED}{final.name}")
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(final, old)
+        fault_point("between-renames")
+    os.rename(tmp, final)
+    sync_folder(final.parent)
+    fault_point("after-rename")
+
+
+def tidy(final: Path, keep: int) -> None:
+    """Point the hint at a folder that was just written, and drop the oldest beyond `keep`; 0 does neither."""
+    if keep:
+        write_bytes(final.parent / "latest", final.name.encode())
+        fault_point("after-latest")
+    retain(final.parent, keep, final)
+
+
+def retain(root: Path, keep: int, last: Path | None = None) -> None:
+    """Delete the oldest complete checkpoints beyond `keep` (0 keeps all), and leftovers of interrupted saves.
+
+    Later ones than `last` do not count: the run has left them behind, and they may be damaged. A checkpoint that is a
+    link belongs to somebody else: it neither counts nor goes, nor does anything behind a root that is one.
+    """
+    if root.is_symlink():
+        return
+    sweep(root)
+    for leftover in root.glob(f"{UNFINISHED}*"):
+        if leftover.is_symlink():
+            leftover.unlink()
+        shutil.rmtree(leftover, ignore_errors=True)
+    everything = [path for path in positions(root) if not path.is_symlink()]
+    if last in everything:
+        everything = everything[: everything.index(last) + 1]
+    complete = [path for path in everything if (path / MARKER).exists()]  # never empty: one has just been written
+    for unfinished in [p for p in everything[: everything.index(complete[-1])] if p not in complete]:
+        shutil.rmtree(unfinished)  # a deletion that was interrupted
+    for old in complete[:-keep] if keep else []:
+        fault_point("retention")
+        (old / MARKER).unlink()  # from here on it does not count, however far the deletion gets
+        fault_point("mid-retention")
+        shutil.rmtree(old)

@@ -99,15 +99,16 @@ class ShardedNet(LocalNet):
         dealt = set(self.parts())
         return {n: p for n, p in self.held.items() if n not in dealt} | dict(self.module.named_buffers())
 
-    def everything(self) -> dict[str, Tensor]:
-        """Whole parameters and buffers [...] by name, with all ranks."""
+    def everything(self, at: int | None = None) -> dict[str, Tensor]:
+        """Whole parameters and buffers [...] by name, with all ranks, for rank `at` or all."""
         names = self.parts()
-        wholes = self.dealer.gather([self.held[n].detach() for n in names], [self.leaves[n].shape for n in names])
+        parts, shapes = [self.held[n].detach() for n in names], [self.leaves[n].shape for n in names]
+        wholes = self.dealer.gather(parts, shapes, at)
         rest = {n: p.detach() for n, p in self.held.items() if n not in names}
         return {**dict(zip(names, wholes, strict=True)), **rest, **dict(self.module.named_buffers())}
 
-    def state(self) -> dict[str, Tensor]:
-        found = self.everything()
+    def state(self, at: int | None = None) -> dict[str, Tensor]:
+        found = self.everything(at)
         return {name: found[name] for name in own_tensors(self.module)}
 
     @torch.no_grad()
@@ -222,13 +223,13 @@ class ShardedPlayer(SumPlayer):
         torch.distributed.all_reduce(count, group=self.dealer.group)
         return count + clamp_nonfinite([gradients[i] for i in self.copied])
 
-    def state(self) -> dict[str, Tensor]:
+    def state(self, at: int | None = None) -> dict[str, Tensor]:
         """See `contracts.Player`. All ranks together."""
         own = super().state()
         shapes = {key: leaf.shape for key, leaf in zip(self.named, self.leaves, strict=True)}
         dealt = {list(self.named)[i] for i in self.dealt}
         names = [n for n, t in own.items() if n.rpartition("/")[0] in dealt and t.dim()]  # Adam's step is a scalar
-        wholes = self.dealer.gather([own[n] for n in names], [shapes[n.rpartition("/")[0]] for n in names])
+        wholes = self.dealer.gather([own[n] for n in names], [shapes[n.rpartition("/")[0]] for n in names], at)
         return own | dict(zip(names, wholes, strict=True))
 
     def load_state(self, tensors: Tensors) -> None:

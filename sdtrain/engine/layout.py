@@ -31,20 +31,39 @@ class Dealer:
         begin = min(self.group.rank() * per, len(whole))
         return whole[begin : min(begin + per, len(whole))]
 
-    def gather(self, parts: Sequence[Tensor], wholes: Sequence[torch.Size]) -> list[Tensor]:
-        """Parts [...] of tensors of shapes `wholes`, all of one type -> the whole tensors. One collective."""
+    def gather(self, parts: Sequence[Tensor], wholes: Sequence[torch.Size], at: int | None = None) -> list[Tensor]:
+        """Parts [...] of tensors of shapes `wholes`, all of one type -> the whole tensors. One collective.
+
+        Where they are wanted `at` one rank alone, the others get back their parts.
+        """
         if not parts:
             return []
         sizes = [self.rows(shape) * shape[1:].numel() for shape in wholes]
         flat = parts[0].new_zeros(sum(sizes))
         for room, part in zip(flat.split(sizes), parts, strict=True):
             room[: part.numel()].copy_(part.reshape(-1))
-        every = flat.new_empty(self.num_parts * len(flat))
-        dist.all_gather_into_tensor(every, flat, group=self.group)
+        every = self._every(flat, at)
+        if every is None:
+            return list(parts)
         columns = every.view(self.num_parts, -1).split(sizes, dim=1)
         return [
             column.reshape(-1)[: shape.numel()].view(shape) for column, shape in zip(columns, wholes, strict=True)
         ]
+
+    def _every(self, flat: Tensor, at: int | None) -> Tensor | None:
+        """[numbers] of this rank -> [parts * numbers], or None where nothing was wanted."""
+        if at is None:
+            every = flat.new_empty(self.num_parts * len(flat))
+            dist.all_gather_into_tensor(every, flat, group=self.group)
+            return every
+        if at not in dist.get_process_group_ranks(self.group):  # another copy serves it
+            return None
+        if dist.get_rank() != at:
+            dist.gather(flat, dst=at, group=self.group)
+            return None
+        every = flat.new_empty(self.num_parts * len(flat))
+        dist.gather(flat, list(every.split(len(flat))), dst=at, group=self.group)
+        return every
 
     def scatter_sum(self, wholes: Sequence[Tensor]) -> list[Tensor]:
         """Whole tensors [rows, ...] of one type -> this rank's part of their sums over all ranks."""

@@ -33,7 +33,7 @@ class LocalNet:
         finally:
             self.module.train(was_training)
 
-    def state(self) -> dict[str, Tensor]:
+    def state(self, at: int | None = None) -> dict[str, Tensor]:
         """See `contracts.Net`."""
         return own_tensors(self.module)
 

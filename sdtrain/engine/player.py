@@ -94,7 +94,7 @@ class BasePlayer(ABC):
     def step(self) -> None:
         self.optimizer.step()
 
-    def state(self) -> dict[str, Tensor]:
+    def state(self, at: int | None = None) -> dict[str, Tensor]:
         """PARAMETER/SLOT -> [...], what Adam holds of each parameter."""
         return {
             f"{key}/{slot}": value
@@ -102,6 +102,10 @@ class BasePlayer(ABC):
             for slot, value in self.optimizer.state.get(p, {}).items()
             if isinstance(value, Tensor)
         }
+
+    def size(self) -> int:
+        """Numbers in its parameters, all ranks' parts together."""
+        return sum(p.numel() for p in self.leaves)
 
     def load_state(self, tensors: Tensors) -> None:
         """Take over PARAMETER/SLOT -> [...] from `state`; a parameter that has nothing there starts afresh."""

@@ -12,12 +12,12 @@ import select
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from sdtrain.engine.positions import positions
 from sdtrain.engine.pulse import PULSE
 from sdtrain.errors import EXIT_INTERRUPTED, EXIT_REQUEUE
 from sdtrain.terminal import visible
@@ -50,7 +50,7 @@ class StopRequest:
         self.checkpoints = checkpoints
         self.ends_at = end_of_time(0.0, 0.0)  # of the clock time.time(): when the machine will be taken away
         self._started = time.time()
-        self._saving = False
+        self._saving, self._save_began = False, 0.0
         self._save_sec = FIRST_SAVE_SEC
         self._before: dict[int, Any] = {}
         self._presses, self._told_at = 0, 0.0
@@ -82,16 +82,14 @@ class StopRequest:
         """What stopping may take: a step that has just begun, and a save, each slower than any before."""
         return 2 * PULSE.step_sec + 1.5 * self._save_sec + MARGIN_SEC
 
-    @contextmanager
-    def saving(self) -> Iterator[None]:
-        """Inside, only a second Ctrl-C ends the process; how long it takes is remembered."""
-        began, self._saving = time.monotonic(), True
-        try:
-            with PULSE.section("save"):
-                yield
-        finally:
-            self._saving = False
-        took = time.monotonic() - began
+    def save_begins(self) -> None:
+        """Until `save_ends`, which a thread may call, only a second Ctrl-C ends the process."""
+        self._save_began, self._saving = time.monotonic(), True
+
+    def save_ends(self) -> None:
+        """How long it took is remembered."""
+        self._saving = False
+        took = time.monotonic() - self._save_began
         self._save_sec = took if self._save_sec == FIRST_SAVE_SEC else max(took, self._save_sec)
 
     def limit(self, max_time_sec: float) -> None:
@@ -158,7 +156,7 @@ class StopRequest:
 
     def kept(self) -> str:
         """What a process that ends now leaves behind, as a sentence."""
-        kept = sorted(path for path in self.checkpoints.glob("img_*")) if self.checkpoints else []
+        kept = positions(self.checkpoints) if self.checkpoints else []
         if not kept:
             return "nothing was kept"
         return f"nothing newer than {kept[-1]} was kept; the same command goes on from there"

@@ -8,8 +8,10 @@ import os
 import time
 from pathlib import Path
 
-from sdtrain.engine.checkpoint import together, verify
+from sdtrain.engine.checkpoint import verify
+from sdtrain.engine.positions import positions
 from sdtrain.engine.ranks import from_main, is_main
+from sdtrain.engine.writing import together
 from sdtrain.errors import RunError
 
 # What a run writes, in the order in which it is moved aside: a move that is interrupted leaves rows without
@@ -37,7 +39,7 @@ def held_in(folder: Path) -> str:
     """What a fresh start in `folder` would cut or overwrite, in words; "" when there is nothing."""
     rows = [line for line in lines_of(folder / "metrics.jsonl") if line.strip()]
     last = max((at for line in rows if (at := position(line)) < math.inf), default=0)
-    snapshots = sum(verify(path) is None for path in (folder / "snapshots").glob("img_*"))
+    snapshots = sum(verify(path) is None for path in positions(folder / "snapshots"))
     best = len(list((folder / "best").glob("*.safetensors")))
     found = {f"rows of metrics.jsonl up to image {last:.0f}": len(rows), "snapshots": snapshots, "best weights": best}
     return ", ".join(f"{number} {what}" for what, number in found.items() if number)
@@ -65,7 +67,7 @@ def set_aside(folder: Path) -> Path | None:
     Raises `RunError` on every rank when that fails.
     """
     aside = folder / time.strftime("before-%Y%m%d-%H%M%S")
-    moved: Path | None = together(lambda: _move(folder, aside) if is_main() else None, aside, folder)[0]
+    moved: Path | None = together(lambda: _move(folder, aside), aside, folder)
     return moved
 
 

@@ -10,13 +10,12 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
-from torch import Tensor
-
-from sdtrain.engine.checkpoint import MARKER, retain, together, write_folder
-from sdtrain.engine.ranks import is_main
+from sdtrain.engine.checkpoint import MARKER
+from sdtrain.engine.positions import position
+from sdtrain.engine.writing import together
 
 
 def snapshot_positions(shares: Iterable[float], total_img: int, batch_size: int) -> frozenset[int]:
@@ -25,25 +24,14 @@ def snapshot_positions(shares: Iterable[float], total_img: int, batch_size: int)
     return frozenset(-(-images // batch_size) * batch_size for images in wanted)
 
 
-def save_snapshot(root: Path, seen_img: int, nets: Mapping[str, Mapping[str, Tensor]]) -> Path:
-    """Write the weights of one position, {net: {name: [...]}}, with all ranks.
-
-    Raises `RunError` on every rank when it cannot be written.
-    """
-    final = write_folder(root, seen_img, nets)
-    # keeps all, removes what was interrupted
-    together(lambda: retain(root, 0) if is_main() else None, final, root.parent)
-    return final
-
-
 def cut_back(root: Path, seen_img: int) -> None:
     """Remove what lies later than `seen_img`: the run that goes on from there writes it again. All ranks together."""
     at = root / f"img_{seen_img:09d}"
-    together(lambda: _remove_later(root, seen_img) if is_main() else None, at, root.parent)
+    together(lambda: _remove_later(root, seen_img), at, root.parent)
 
 
 def _remove_later(root: Path, seen_img: int) -> None:
     for folder in root.glob("img_*"):
-        if folder.name > f"img_{seen_img:09d}" and not (folder.is_symlink() or root.is_symlink()):
+        if (position(folder) or 0) > seen_img and not (folder.is_symlink() or root.is_symlink()):
             (folder / MARKER).unlink(missing_ok=True)  # from here on it does not count
             shutil.rmtree(folder)

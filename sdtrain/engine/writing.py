@@ -11,8 +11,11 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from sdtrain.engine.agree import main_alone, raise_together
+from sdtrain.engine.positions import positions
+from sdtrain.engine.ranks import from_main, is_main
 from sdtrain.errors import RunError
 
 
@@ -54,6 +57,20 @@ def on_main(action: Callable[[], None], path: Path) -> None:
     main_alone(write)
 
 
+def together(action: Callable[[], Any], folder: Path, run_folder: Path) -> Any:
+    """The main rank runs `action`, which writes `folder`, the others wait; its result, on every rank.
+
+    Raises the same `RankFailed` on all ranks when it fails.
+    """
+    mine, failure = None, None
+    try:
+        mine = action() if is_main() else None
+    except OSError as error:
+        failure = RunError(cannot_write(folder, error, run_folder))
+    raise_together(failure)
+    return from_main(mine)
+
+
 def cannot_write(path: Path, error: OSError, run_folder: Path | None = None, needed: int = 0) -> str:
     """What failed, how much it needs (where that is known) and how much is free [bytes], what is safe, what to do."""
     there = next((folder for folder in path.parents if folder.exists()), Path("/"))
@@ -64,8 +81,8 @@ def cannot_write(path: Path, error: OSError, run_folder: Path | None = None, nee
         return f"{said}; make room, or give the folder back, and start the same command again"
     if not run_folder.exists():
         return f"{said}; the run folder {run_folder} has vanished: bring it back and start the same command again"
-    kept = sorted(marker.parent.name for marker in run_folder.glob("checkpoints/img_*/complete.json"))
-    safe = f"checkpoints up to {kept[-1]} are safe" if kept else "no checkpoint was written yet"
+    kept = [path for path in positions(run_folder / "checkpoints") if (path / "complete.json").exists()]
+    safe = f"checkpoints up to {kept[-1].name} are safe" if kept else "no checkpoint was written yet"
     then = "goes on from there" if kept else "begins again"
     return f"{said}; {safe}; make room, or make it writable, and start the same command again: it {then}"
 

@@ -19,6 +19,7 @@ from sdtrain.contracts import Net, Tensors
 from sdtrain.engine.ddp import Ddp
 from sdtrain.engine.phases import Sharing
 from sdtrain.engine.player import BasePlayer, Span, make_optimizer
+from sdtrain.engine.ranks import rank
 from sdtrain.engine.sums import SumPlayer
 from sdtrain.errors import ConfigError, RunError
 
@@ -107,13 +108,14 @@ class ZeroPlayer(SumPlayer):
         part: Tensor = self.optimizer.param_groups[0]["params"][0]
         return part
 
-    def state(self) -> dict[str, Tensor]:
+    def state(self, at: int | None = None) -> dict[str, Tensor]:
         """See `contracts.Player`. All ranks together."""
         found = {}
         for (key, p), held in zip(self.named.items(), self.held, strict=True):
             for slot, value in self.optimizer.state.get(self.flat, {}).items():
                 whole = value if slot == "step" else self.utils.safe_get_full_optimizer_state(held, slot).view(p.shape)
-                found[f"{key}/{slot}"] = whole.detach().clone()
+                if at in (None, rank()):  # all ranks have taken part in gathering it
+                    found[f"{key}/{slot}"] = whole.detach().clone()
         return found
 
     def load_state(self, tensors: Tensors) -> None:

@@ -75,7 +75,7 @@ def template() -> Run:
             parameter.grad = torch.zeros_like(parameter)
         player.optimizer.step()
     run.save_snapshot()
-    run.save()
+    run.save(wait=True)
     out = run.folder.path
     for name, tree in (("plan.json", PLAN), ("environment.json", ENVIRONMENT)):
         (out / name).write_text(json.dumps(tree))
