@@ -26,6 +26,8 @@ def train(run: Run) -> int:
             run.begin(stage)
             for batch in run.batches():
                 advance(run, run.chunks(batch))
+                if writes(run):
+                    run.settle()
                 if run.due(run.config.log_img):
                     tick(run)
                 if run.seen_img in run.snapshot_img:
@@ -40,6 +42,12 @@ def train(run: Run) -> int:
         return finish(run)
     except Interrupted:
         return stopped(run)
+
+
+def writes(run: Run) -> bool:
+    """Whether anything of this position will be seen: what the device still holds back is asked for before."""
+    at_interval = any(run.due(img) for img in (run.config.log_img, run.config.save_img))
+    return at_interval or run.at_stage_end or run.seen_img in run.snapshot_img or bool(due(run))
 
 
 def due(run: Run) -> list[str]:

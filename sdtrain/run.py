@@ -130,6 +130,7 @@ class Run(Trainer):
 
     def save(self) -> Path:
         """Write a checkpoint of this position with all ranks, whose copies must be alike. Raises `RuntimeError`."""
+        self.settle()
         self.engine.check_copies(self.nets)
         with self.stop.saving():
             path = self._save()

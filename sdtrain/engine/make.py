@@ -36,6 +36,7 @@ def make_engine(config: Config, device: torch.device) -> PhaseEngine:
         exact=config.summation == "exact",
         clamp=config.on_nonfinite == "clamp",
         sharing=sharing_of(config, name),
+        late=config.on_nonfinite == "stop" and not name.startswith("zero"),  # DeepSpeed steps by itself
     )
 
 

@@ -18,8 +18,9 @@ from sdtrain.engine.meter import Meter
 from sdtrain.engine.net import LocalNet
 from sdtrain.engine.player import BasePlayer, Span, only_training
 from sdtrain.engine.pulse import PULSE
-from sdtrain.engine.ranks import agree_max, first_difference, gather_objects, rank, sum_over_ranks
-from sdtrain.models.ghost import close_phase, next_chunk, open_phase
+from sdtrain.engine.ranks import agree_max, any_rank, first_difference, gather_objects, rank, sum_over_ranks
+from sdtrain.engine.verdicts import Asked, Verdicts
+from sdtrain.models.ghost import advancing_layers, close_phase, next_chunk, open_phase
 
 
 class NonFinite(RuntimeError):
@@ -53,13 +54,18 @@ class PhaseEngine(ABC):
         exact: bool = True,
         clamp: bool = False,
         sharing: Sharing | None = None,
+        late: bool = False,
     ) -> None:
-        """`options`: by player. `exact`: one ghost a chunk, sums in float64. `clamp`: repair gradients, never stop."""
+        """`options`: by player. `exact`: one ghost a chunk, sums in float64. `clamp`: repair gradients, never stop.
+
+        `late`: see `verdicts.py`; a step that is not finite is then the last one, and cannot be undone.
+        """
         self.sharing = sharing or Sharing()
         self.device, self.options, self.exact, self.clamp = device, options, exact, clamp
         self.bf16 = precision == "bf16"
         self.players: dict[str, BasePlayer] = {}
         self.meter = Meter()
+        self.verdicts = Verdicts(device) if late and device.type == "cuda" else None
 
     def described(self) -> dict[str, Any]:
         """What is used, for environment.json and the log."""
@@ -87,7 +93,7 @@ class PhaseEngine(ABC):
         }
         for player in self.players.values():
             player.clear()
-        self.layers = self.modules(nets)
+        self.layers = list(advancing_layers(*self.modules(nets)))
 
     def check_copies(self, nets: Mapping[str, Net]) -> None:
         """Networks of which every rank holds a copy are the same on all. Raises `RuntimeError` on all ranks."""
@@ -102,15 +108,15 @@ class PhaseEngine(ABC):
         player.set_clock(chunks[0].seen_img)
         with self.fence(phase):
             self._prepass(phase, chunks)
-            open_phase(*self.layers)
+            open_phase(self.layers)
             terms = self._backward(phase, player, chunks)
             if self.clamp:
                 terms[f"{phase.name}/clamped"] = player.clamp()
-            finite = self.clamp or self._agree_finite(player, terms)
+            finite = self.clamp or self._agree_finite(phase, player, terms, chunks[0].step)
             # before the raise: a phase that comes to nothing must leave no trace in running statistics either
-            close_phase(*self.layers, sum_over_ranks=sum_over_ranks, apply=finite)
+            close_phase(self.layers, sum_over_ranks=sum_over_ranks, apply=finite)
             if not finite:
-                raise NonFinite(self._explain(phase, terms, chunks[0].step))
+                raise NonFinite(self._explain(phase.name, terms, chunks[0].step))
             if not phase.fp32:  # penalties are not clipped (official StyleNAT)
                 player.clip_gradients()
             player.step()
@@ -134,7 +140,7 @@ class PhaseEngine(ABC):
         share, total = Meter(), sum(chunk.draws.num_samples for chunk in chunks)
         for i, chunk in enumerate(chunks):
             PULSE.beat()
-            next_chunk(*self.layers)
+            next_chunk(self.layers)
             weight = chunk.draws.num_samples / total
             with player.chunk(phase, last=i == len(chunks) - 1):
                 loss, terms = self.loss(phase, chunk)
@@ -148,28 +154,39 @@ class PhaseEngine(ABC):
             return
         means, total = Meter(), sum(chunk.draws.num_samples for chunk in chunks)
         for chunk in chunks:
-            open_phase(*self.layers)
+            open_phase(self.layers)
             # a penalty's prepass takes derivatives itself (path lengths), so it needs the graph while it runs
             with torch.no_grad() if not phase.fp32 else torch.enable_grad(), self.autocast(not phase.fp32):
                 terms = phase.prepass(chunk)
             means.add(terms, chunk.draws.num_samples / total)
-            close_phase(*self.layers, apply=False)  # the phase itself will see the same images again
+            close_phase(self.layers, apply=False)  # the phase itself will see the same images again
         means.count(list(means.sums))
-        values = means.means()
+        values = means.global_means()
         if phase.receive is not None:
-            phase.receive({n: torch.tensor(v, device=self.device, dtype=torch.float32) for n, v in values.items()})
+            phase.receive({n: v.float() for n, v in values.items()})
 
-    def _agree_finite(self, player: BasePlayer, terms: Terms) -> bool:
+    def settle(self, late: bool = False) -> None:
+        """See `contracts.Engine`; `late` leaves the phases since the last call unread: nobody waits for them."""
+        bad = self.verdicts.read(late) if self.verdicts is not None else None
+        if bad is not None:
+            raise NonFinite(self._explain(bad.phase, bad.terms, bad.step))
+
+    def _agree_finite(self, phase: Phase, player: BasePlayer, terms: Terms, step: int) -> bool:
+        """Whether all is finite on all ranks; where that is read late, the optimizer is told to ask for itself."""
         numbers = [t.reshape(()).float() for t in terms.values()]
         # a norm is not finite when one element is not; one answer for all spares a wait for each
         numbers += [n.float() for n in torch._foreach_norm(player.gradients())]
-        bad = not bool(torch.stack(numbers).isfinite().all())
-        return agree_max(int(bad), self.device) == 0
+        bad = torch.stack(numbers).isfinite().all().logical_not()
+        if self.verdicts is None:
+            return agree_max(int(bool(bad)), self.device) == 0
+        asked = Asked(phase=phase.name, step=step, terms=terms, bad=any_rank(bad))
+        player.skip_where(self.verdicts.ask(asked))
+        return True
 
-    def _explain(self, phase: Phase, terms: Terms, step: int) -> str:
+    def _explain(self, phase: str, terms: Terms, step: int) -> str:
         mine = {n: float(t) for n, t in terms.items()}
         for found in gather_objects((rank(), mine)):
             bad = [f"{n}={v}" for n, v in found[1].items() if not math.isfinite(v)]
             if bad:
-                return f"phase {phase.name} at step {step}: {', '.join(bad)} on rank {found[0]}"
-        return f"phase {phase.name} at step {step}: the losses are finite but a gradient is not"
+                return f"phase {phase} at step {step}: {', '.join(bad)} on rank {found[0]}"
+        return f"phase {phase} at step {step}: the losses are finite but a gradient is not"

@@ -13,9 +13,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sdtrain.engine.launcher import wants_cpu
-from sdtrain.engine.precision import set_precision
 from sdtrain.engine.pulse import PULSE
 from sdtrain.errors import ConfigError, MachineError
+from sdtrain.precision import set_precision
 
 RANK_TIMEOUT = datetime.timedelta(minutes=30)  # a collective waits this long for the slowest rank
 P = ParamSpec("P")
@@ -130,6 +130,16 @@ def agree_max(value: int, device: torch.device | str = "cpu") -> int:
     flag = torch.tensor([value], dtype=torch.int64, device=device)
     dist.all_reduce(flag, op=dist.ReduceOp.MAX)
     return int(flag.item())
+
+
+@collective
+def any_rank(flag: Tensor) -> Tensor:
+    """bool [] -> bool []: true on all ranks where it is true on one. The host does not wait for the device."""
+    if not _grouped():
+        return flag
+    number = flag.int()
+    dist.all_reduce(number, op=dist.ReduceOp.MAX)
+    return number.bool()
 
 
 @collective
