@@ -304,7 +304,7 @@ class AdaPipe(nn.Module):
         with full_precision(images.device):
             # matrices and margins are made beside a GPU: small, many, and the host decides by them
             strength = torch.as_tensor(self.p if p is None else p, dtype=torch.float32)
-            host = None if draws is None else replace(draws, device=strength.device)
+            host = draws if draws is None or not images.is_cuda else replace(draws, device="cpu")
             chance = Chance(host, strength, len(images), debug_percentile, draws)
             return self.augmented(images.float(), chance)
 

@@ -50,7 +50,7 @@ class PairedAugment:
         if draws is None:
             return x, y
         with full_precision("cpu"):  # few and small: made beside a GPU, which is not waited for
-            maps = self.matrices(replace(draws, device="cpu"), x.shape[2:])
+            maps = self.matrices(replace(draws, device="cpu") if x.is_cuda else draws, x.shape[2:])
         grid = affine_grid(maps, x)
         return warp(x, grid, self.padding), warp(y, grid, self.padding)
 
