@@ -11,4 +11,5 @@ from torch import Tensor
 @functools.lru_cache(maxsize=256)
 def constant(values: tuple[float, ...], device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
     """[len(values)]. Not to be changed."""
-    return torch.tensor(values, dtype=dtype, device=device)
+    with torch.inference_mode(False):  # training may use it after an evaluation has made it
+        return torch.tensor(values, dtype=dtype, device=device)

@@ -158,7 +158,7 @@ def start(config: Config) -> torch.device:
     from sdtrain.engine.ranks import is_main, start_ranks
     from sdtrain.engine.threads import set_threads
 
-    device = start_ranks(tf32=config.tf32)
+    device = start_ranks(tf32=config.tf32, deterministic=config.deterministic)
     set_threads()
     level = logging.INFO if is_main() else logging.WARNING
     logging.basicConfig(level=level, format="%(asctime)s  %(message)s", datefmt="%H:%M:%S")

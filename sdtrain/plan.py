@@ -113,7 +113,9 @@ def make_plan(
     `initial` is what `check_initial` has found; without a run it is looked up here. `out`: where a speed may be known.
     """
     from sdtrain.engine.cost import compared
+    from sdtrain.engine.ranks import has_gpu
     from sdtrain.outlook import forecast, warnings
+    from sdtrain.precision import exact_sums
     from sdtrain.weights import check_weights
 
     dataset = run.dataset if run is not None else check_data(config, keep_index=False)
@@ -122,14 +124,15 @@ def make_plan(
     method = trainer.method
     total_img = method.stages[-1].end_img if method.stages else 0
     needs = weights_needed(config)
-    networks = _networks(method, exact=config.summation == "exact")
+    exact, teacher = exact_sums(config, "cuda" if has_gpu() else "cpu"), config.shard_teacher
+    networks = _networks(method, exact=exact)
     memory = _memory(networks, _stages(method))
     kept = {} if run is not None else _kept_gb(trainer)
-    exact, teacher = config.summation == "exact", config.shard_teacher
     engines = compared(networks, _stages(method), config.engine or "ddp", num_ranks(config), exact, teacher)
     return {
         "name": config.name,
         "config_hash": config_hash(config),
+        "summation": "exact" if exact else "fast",
         "data": {
             "what": dataset.describe(),
             "samples": dataset.num_samples,
@@ -201,12 +204,14 @@ def _networks(method: Method, exact: bool) -> dict[str, dict[str, Any]]:
 def _build(config: Config, dataset: Dataset) -> Trainer:
     import torch
 
+    from sdtrain.engine.ranks import has_gpu
+    from sdtrain.precision import exact_sums
     from sdtrain.trainer import Trainer
 
     side, cpu = config.data.resolution or dataset.resolution, torch.device("cpu")
     assert side is not None  # `check_data` came first
     trainer = Trainer(config, cpu, side, dataset.class_counts, num_samples=dataset.num_samples, random_weights=True)
-    if config.summation == "fast":  # on as many ranks as the run can have
+    if not exact_sums(config, "cuda" if has_gpu() else "cpu"):  # on as many ranks as the run can have
         trainer.ghosts_at_once = config.ghosts_at_once or config.num_ghosts // max(valid_world_sizes(config))
     return trainer
 

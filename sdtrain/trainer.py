@@ -21,6 +21,7 @@ from sdtrain.engine.pulse import PULSE
 from sdtrain.engine.ranks import rank, world
 from sdtrain.engine.timing import Timer
 from sdtrain.errors import ConfigError
+from sdtrain.precision import exact_sums
 from sdtrain.rng import Draws
 
 MOST_LATE = 64  # steps whose numbers a GPU keeps for the host
@@ -51,7 +52,7 @@ class Trainer:
         self.starts = {stage.name: start for stage, start in spans(self.method.stages)}
         share = config.num_ghosts // world()
         self.ghosts = tuple(range(rank() * share, (rank() + 1) * share))
-        self.ghosts_at_once = 1 if config.summation == "exact" else config.ghosts_at_once or share
+        self.ghosts_at_once = 1 if exact_sums(config, device) else config.ghosts_at_once or share
         self.step = 0
         self.timer = Timer(device)
         self.uncontrolled: list[tuple[int, Terms]] = []  # steps that `Method.control` has not seen yet

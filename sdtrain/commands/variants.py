@@ -117,7 +117,7 @@ class Variant:
         """CPU: what backward keeps of one chunk, and the gradients of the player."""
         with saved_storages() as kept:
             self.trainer.engine.run(phase, chunks[:1])
-        per_weight = 4 + (16 if self.config.summation == "exact" else 0)  # see `plan.py`
+        per_weight = 4 + (16 if self.trainer.engine.exact else 0)  # see `plan.py`
         gradients = sum(p.numel() * per_weight for p in self.trainer.engine.players[phase.player].params)
         return total_bytes(kept, beside=self._modules()) + gradients
 

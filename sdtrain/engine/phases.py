@@ -69,7 +69,8 @@ class PhaseEngine(ABC):
 
     def described(self) -> dict[str, Any]:
         """What is used, for environment.json and the log."""
-        return {**asdict(self.sharing), "class": type(self).__name__, "precision": "bf16" if self.bf16 else "fp32"}
+        used = {"precision": "bf16" if self.bf16 else "fp32", "summation": "exact" if self.exact else "fast"}
+        return {**asdict(self.sharing), "class": type(self).__name__, **used}
 
     @abstractmethod
     def net(self, module: nn.Module, trained: bool = True) -> Net:

@@ -22,28 +22,32 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def pick_device(name: str = "auto", tf32: bool = False) -> torch.device:
+def has_gpu() -> bool:
+    """Whether `auto` means a GPU here."""
+    return torch.cuda.is_available() and not wants_cpu()
+
+
+def pick_device(name: str = "auto", tf32: bool = False, deterministic: bool = False) -> torch.device:
     """auto (a GPU where there is one), cpu, cuda or cuda:1, with float32 as `set_precision` says.
 
     Raises ConfigError for a device that this machine has not.
     """
-    has_gpu = torch.cuda.is_available()
     try:
-        device = torch.device(("cuda" if has_gpu and not wants_cpu() else "cpu") if name == "auto" else name)
+        device = torch.device(("cuda" if has_gpu() else "cpu") if name == "auto" else name)
     except RuntimeError:
         raise ConfigError(f"--device {name} is no device; say auto, cpu, cuda or cuda:1") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"--device {name} cannot be used on this machine; leave it out, or say cpu")
-    set_precision(tf32)
+    set_precision(tf32, deterministic)
     return device
 
 
-def start_ranks(name: str = "auto", tf32: bool = False) -> torch.device:
+def start_ranks(name: str = "auto", tf32: bool = False, deterministic: bool = False) -> torch.device:
     """Join the process group that accelerate or torchrun announced; returns this rank's device.
 
     Arguments and errors are those of `pick_device`; with several ranks each has a GPU of its own.
     """
-    device = pick_device(name, tf32)
+    device = pick_device(name, tf32, deterministic)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return device
     from accelerate import PartialState

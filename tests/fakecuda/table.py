@@ -81,6 +81,24 @@ def measured(only: str, modes: list[str]) -> dict[str, Any]:
     return found
 
 
+def used(only: str) -> dict[str, Any]:
+    """What is done with networks beside training: name -> "", or what is wrong."""
+    from cases import USES
+    from gpu import gpu
+
+    found = {}
+    for name, use in USES.items():
+        try:
+            with gpu():
+                use() if only in name else None
+            found[name] = ""
+        except Exception as error:
+            if "--trace" in sys.argv:
+                raise
+            found[name] = f"{type(error).__name__}: {error}"[:300]
+    return found
+
+
 def steps(trainer: Any, batch: Any, device: Any) -> dict[str, Any]:
     """A step to fill what is kept, then the one that counts."""
     first = trainer.step
@@ -124,10 +142,12 @@ def main() -> int:
     if SAID not in os.environ:
         return subprocess.run([sys.executable, *sys.argv], env=environment()).returncode
     found = measured(args.only, args.modes.split(","))
+    beside = used(args.only)
     if args.json:
-        args.json.write_text(json.dumps(found, indent=1))
+        args.json.write_text(json.dumps({"steps": found, "beside": beside}, indent=1))
     print(render(found, args.where))
-    return int(any("error" in c for row in found.values() for c in row.values()))
+    print("\n".join(f"{name:<46}{said or 'runs'}" for name, said in beside.items()))
+    return int(any(beside.values()) or any("error" in c for row in found.values() for c in row.values()))
 
 
 if __name__ == "__main__":

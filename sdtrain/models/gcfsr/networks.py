@@ -49,7 +49,8 @@ def low_pass(like: Tensor) -> Tensor:
 @functools.lru_cache(maxsize=16)
 def _low_pass(device: torch.device, dtype: torch.dtype) -> Tensor:
     """[4, 4], not to be changed."""
-    return fir_filter(FIR_TAPS).to(device, dtype)
+    with torch.inference_mode(False):  # training may use it after an evaluation has made it
+        return fir_filter(FIR_TAPS).to(device, dtype)
 
 
 def fir(x: Tensor, pad: tuple[int, int], up: bool = False) -> Tensor:
