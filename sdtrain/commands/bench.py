@@ -66,7 +66,8 @@ def run(args: argparse.Namespace) -> int:
     with source.feeding(variants[0].method.feed):
         compare(variants, source.stream, args.steps, clock)
     found = figures(variants)
-    found |= {"float32": "tf32" if first.tf32 else "full", "summation": "exact" if exact_sums(first, device) else "fast"}
+    found |= {"float32": "tf32" if first.tf32 else "full"}
+    found |= {"summation": "exact" if exact_sums(first, device) else "fast"}
     found |= {"ghosts_at_once": variants[0].trainer.ghosts_at_once, "single": args.single}
     found |= {"cfg": args.cfg, "resolution": source.resolution, "device": device.type, "clock": clock.name}
     print(header(first, source, found, args.steps))
