@@ -202,6 +202,10 @@ class Engine(Protocol):
     def run(self, phase: Phase, chunks: Sequence[Chunk]) -> Terms:
         """One phase over this rank's share of the global batch. Raises `NonFinite` on all ranks together."""
 
+    def settle(self, late: bool = False) -> None:
+        """Where a device is not waited for, `run` cannot know whether all was finite: raises `NonFinite` for what it
+        has let pass, on all ranks together. Called before anything is written, and, with `late`, after every step."""
+
 
 class Method:
     """What networks minimise. A method sets `nets` and `stages`, implements `phases`, and overrides what it needs."""
@@ -241,8 +245,12 @@ class Method:
         """The shapes that `prepare` hands on, without its work, and the most costly switches: for a count of memory."""
         return x
 
+    def steers_after(self, step: int) -> bool:
+        """Whether `control` may change what the step after `step` does; else it may be called later, for many steps."""
+        return False
+
     def control(self, step: int, means: Mapping[str, float]) -> dict[str, float]:
-        """After every step, with the global means of `steering`; returns numbers for the log."""
+        """For every step, in order, with the global means of `steering`; returns numbers for the log."""
         return {}
 
     def state(self) -> State:

@@ -29,6 +29,8 @@ def train(run: Run) -> int:
             run.begin(stage)
             for batch in run.batches():
                 advance(run, run.chunks(batch))
+                if writes(run):
+                    run.settle()
                 if run.due(run.config.log_img):
                     tick(run)
                 run.undone = due(run)
@@ -42,6 +44,12 @@ def train(run: Run) -> int:
         raise RankFailed(f"{failure.sentence}; {kept(run, failure)}", failure.code) from failure
     finally:
         run.saver.wait(LAST_SAVE_SEC)
+
+
+def writes(run: Run) -> bool:
+    """Whether anything of this position will be seen: what the device still holds back is asked for before."""
+    at_interval = any(run.due(img) for img in (run.config.log_img, run.config.save_img))
+    return at_interval or run.at_stage_end or run.seen_img in run.snapshot_img or bool(due(run))
 
 
 def due(run: Run) -> list[str]:

@@ -215,7 +215,8 @@ def start(config: Config) -> torch.device:
     from sdtrain.engine.threads import set_threads
 
     PULSE.restart()
-    device = start_ranks(tf32=config.tf32, timeout_sec=LONGER * config.timeout)
+    wait = LONGER * config.timeout
+    device = start_ranks(tf32=config.tf32, deterministic=config.deterministic, timeout_sec=wait)
     set_threads()
     level = logging.INFO if is_main() else logging.WARNING
     logging.basicConfig(level=level, format="%(asctime)s  %(message)s", datefmt="%H:%M:%S")

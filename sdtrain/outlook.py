@@ -117,11 +117,15 @@ def _threads() -> Iterator[str]:
 def _arithmetic(config: Config) -> Iterator[str]:
     import torch
 
+    from sdtrain.precision import exact_sums
+
     on_cpu = wants_cpu() or not torch.cuda.is_available()
     for role, section in vars(config.model).items():
         levels = getattr(section, "num_low_precision_res", 0)
         if on_cpu and levels and getattr(section, "low_precision", None) == "fp16":
             yield f"model.{role}: {levels} levels in float16 compute in float32 on this CPU, which emulates float16"
+    if (config.ghosts_at_once or 1) > 1 and exact_sums(config, "cpu" if on_cpu else "cuda"):
+        yield f"ghosts_at_once: {config.ghosts_at_once} changes nothing here, where summation: auto is exact: set fast"
     if config.tf32 and on_cpu:
         yield "tf32: true changes nothing on a CPU: figures from here are of full float32"
     elif config.tf32:

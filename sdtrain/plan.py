@@ -122,8 +122,10 @@ def make_plan(
     `asked`: ranks to plan for that are not there, and what they may send and write.
     """
     from sdtrain.engine.cost import compared
+    from sdtrain.engine.ranks import has_gpu
     from sdtrain.engine.scale import Asked, scaled
     from sdtrain.outlook import forecast, warnings
+    from sdtrain.precision import exact_sums
     from sdtrain.weights import check_weights
 
     dataset = run.dataset if run is not None else check_data(config, keep_index=False)
@@ -135,17 +137,18 @@ def make_plan(
     method = trainer.method
     total_img = method.stages[-1].end_img if method.stages else 0
     needs = weights_needed(config)
-    networks = _networks(method, exact=config.summation == "exact")
+    exact, teacher = exact_sums(config, "cuda" if has_gpu() else "cpu"), config.shard_teacher
+    networks = _networks(method, exact=exact)
     memory = _memory(networks, _stages(method))
     phases = _phases(trainer)
     recomputing = {} if run is not None else _recomputing(config, trainer)
-    exact, teacher = config.summation == "exact", config.shard_teacher
     engines = compared(networks, _stages(method), config.engine or "ddp", ranks, exact, teacher)
     kept = recomputing["gb"]["again" if recomputing["used"] else "plain"] if recomputing else {}
     most = max(kept.values(), default=0.0)
     return {
         "name": config.name,
         "config_hash": config_hash(config),
+        "summation": "exact" if exact else "fast",
         "data": {
             "what": dataset.describe(),
             "samples": dataset.num_samples,
@@ -228,13 +231,15 @@ def _phases(trainer: Trainer) -> dict[str, tuple[tuple[str, ...], float]]:
 def _build(config: Config, dataset: Dataset, ranks: int | None = None) -> Trainer:
     import torch
 
+    from sdtrain.engine.ranks import has_gpu
+    from sdtrain.precision import exact_sums
     from sdtrain.trainer import Trainer
 
     side, cpu = config.data.resolution or dataset.resolution, torch.device("cpu")
     assert side is not None  # `check_data` came first
     config = replace(config, checkpoint_activations=True)  # both ways are counted
     trainer = Trainer(config, cpu, side, dataset.class_counts, num_samples=dataset.num_samples, random_weights=True)
-    if config.summation == "fast":  # on as many ranks as the run can have, unless told
+    if not exact_sums(config, "cuda" if has_gpu() else "cpu"):  # on as many ranks as the run can have, unless told
         share = config.num_ghosts // (ranks or max(valid_world_sizes(config)))
         trainer.ghosts_at_once = config.ghosts_at_once or share
     return trainer

@@ -153,6 +153,7 @@ class Run(Trainer):
 
         Raises `Unlike` for copies that differ, and `RankFailed` as `wait_for_save`, on all ranks.
         """
+        self.settle()
         with PULSE.section("save"):
             self.engine.check_copies(self.nets)
             order = {"root": self.folder.checkpoints, "keep": self.config.keep_checkpoints}

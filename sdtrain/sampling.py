@@ -33,7 +33,7 @@ def labels_for(draws: Draws, class_counts: Sequence[int]) -> Tensor | None:
     chance = replace(draws, device="cpu").uniform("label").double()
     picked = torch.searchsorted(shares / shares[-1], chance, right=True)
     picked = picked.clamp(max=len(class_counts) - 1)
-    return torch.nn.functional.one_hot(picked, len(class_counts)).float().to(draws.device)
+    return torch.nn.functional.one_hot(picked, len(class_counts)).float().to(draws.device, non_blocking=True)
 
 
 @torch.no_grad()

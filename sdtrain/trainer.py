@@ -22,8 +22,10 @@ from sdtrain.engine.ranks import rank, world
 from sdtrain.engine.timing import Timer
 from sdtrain.errors import ConfigError, RankFailed
 from sdtrain.exits import NO_MEMORY
+from sdtrain.precision import exact_sums
 from sdtrain.rng import Draws
 
+MOST_LATE = 64  # steps whose numbers a GPU keeps for the host
 TOO_LARGE = re.compile(f"{NO_MEMORY.pattern}|overflow")
 
 
@@ -51,9 +53,10 @@ class Trainer:
         self.starts = {stage.name: start for stage, start in spans(self.method.stages)}
         share = config.num_ghosts // world()
         self.ghosts = tuple(range(rank() * share, (rank() + 1) * share))
-        self.ghosts_at_once = 1 if config.summation == "exact" else config.ghosts_at_once or share
+        self.ghosts_at_once = 1 if exact_sums(config, device) else config.ghosts_at_once or share
         self.step = 0
         self.timer = Timer(device)
+        self.uncontrolled: list[tuple[int, Terms]] = []  # steps that `Method.control` has not seen yet
 
     @property
     def seen_img(self) -> int:
@@ -65,6 +68,7 @@ class Trainer:
         `best` ({net: {name: [...]}}) holds the weights that validation chose in the stage before; None = go on inside
         the stage, where every network keeps what it has.
         """
+        self.settle()
         self.stage = stage
         if best is not None:
             self.take_starts(stage, best)
@@ -115,6 +119,7 @@ class Trainer:
         """One step of the clock: every phase of the method, controllers, averages. Raises `NonFinite`."""
         with PULSE.step(self.step):
             self._advance(chunks)
+            self.engine.settle(late=True)
         self.step += 1
 
     def _advance(self, chunks: list[Chunk]) -> None:
@@ -128,18 +133,30 @@ class Trainer:
                 raise
             steering |= {n: terms[n] for n in terms if n in self.method.steering}
         if self.method.steering:
-            self.engine.meter.add(self.controls(steering))
+            self.uncontrolled.append((self.step, steering))
+        # a GPU is not waited for, unless its numbers decide something now
+        if self.device.type == "cpu" or self.method.steers_after(self.step) or len(self.uncontrolled) >= MOST_LATE:
+            self.control()
         with self.timer.section("ema"):
             self.average()
 
-    def controls(self, terms: Terms) -> Terms:
-        """Hand the method the global means it steers by; returns what it wants logged."""
+    def settle(self) -> None:
+        """Bring up to date what a step has left for later. Before anything is written. Raises `NonFinite`."""
+        self.engine.settle()
+        self.control()
+
+    def control(self) -> None:
+        """Hand the method the global means it steers by, and the log what comes of them."""
+        steps, self.uncontrolled = self.uncontrolled, []
         meter = Meter()
-        meter.add(terms)
-        meter.count(list(terms))
-        moved = self.method.control(self.step, meter.means())
-        self.engine.meter.count(list(moved))
-        return {n: torch.tensor(v, device=self.device) for n, v in moved.items()}
+        for i, (_, terms) in enumerate(steps):
+            meter.add({f"{i} {name}": value for name, value in terms.items()})
+        meter.count(list(meter.sums))
+        means = meter.means()
+        for i, (step, terms) in enumerate(steps):
+            moved = self.method.control(step, {name: means[f"{i} {name}"] for name in terms})
+            self.engine.meter.count(list(moved))
+            self.engine.meter.add({n: torch.tensor(v) for n, v in moved.items()})
 
     def average(self) -> None:
         """Eq. (1) of SD-GAN for every average of the stage."""

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from sdtrain.engine.nonfinite import clamp_nonfinite
-from sdtrain.engine.precision import described, set_precision
+from sdtrain.precision import described, set_precision
 
 
 @pytest.fixture(autouse=True)

@@ -21,6 +21,7 @@ from sdtrain.augment.ada_transforms import (
     apply_color,
     apply_filter,
     apply_geometry,
+    beside,
     grey_rotation,
     matrix,
     needed_margins,
@@ -29,6 +30,7 @@ from sdtrain.augment.ada_transforms import (
     shift,
 )
 from sdtrain.errors import ConfigError
+from sdtrain.precision import full_precision
 from sdtrain.rng import Draws
 
 # average power of natural images in the four bands of the filter bank
@@ -123,8 +125,12 @@ def update_p(
 class Chance:
     """Values and gates of one call: drawn from `draws`, or every value its q-quantile and every gate open."""
 
-    def __init__(self, draws: Draws | None, p: Tensor, num: int, quantile: float | None):
+    def __init__(
+        self, draws: Draws | None, p: Tensor, num: int, quantile: float | None, pixel_draws: Draws | None = None
+    ):
+        """`pixel_draws`: `draws` on the device of the images, where they are not there already."""
         self.draws, self.p, self.num, self.quantile = draws, p, num, quantile
+        self.pixel_draws = draws if pixel_draws is None else pixel_draws
         # the official pipeline takes erfinv(2q - 1) for the normal quantile, without the factor sqrt 2
         self.normal_quantile = None if quantile is None else _erfinv(2 * quantile - 1)
 
@@ -252,17 +258,16 @@ def add_noise(o: AdaOptions, images: Tensor, chance: Chance) -> Tensor:
         sigma = chance.gated("noise", o.noise, chance.normal("noise").abs() * o.noise_std, 0)
     else:
         sigma = chance.p.new_full((chance.num,), _erfinv(chance.quantile) * o.noise_std)
-    pixels = (
-        torch.zeros_like(images) if chance.draws is None else chance.draws.normal("noise/pixels", *images.shape[1:])
-    )
-    return images + pixels * sigma[:, None, None, None]
+    draws = chance.pixel_draws
+    pixels = torch.zeros_like(images) if draws is None else draws.normal("noise/pixels", *images.shape[1:])
+    return images + pixels * beside(images, sigma)[:, None, None, None]
 
 
 def cut_out(o: AdaOptions, images: Tensor, chance: Chance) -> Tensor:
     """Set a square with its centre anywhere in the image to 0, grey in [-1, 1]: [N, C, H, W] -> the same shape."""
     height, width = images.shape[2:]
     size = chance.gated("cutout", o.cutout, chance.p.new_full((chance.num,), o.cutout_size), 0)[:, None] / 2
-    centre = chance.uniform("cutout", 2)
+    size, centre = beside(images, size), beside(images, chance.uniform("cutout", 2))
     x, y = ((torch.arange(n, device=images.device) + 0.5) / n for n in (width, height))
     inside_x = (x - centre[:, :1]).abs() < size
     inside_y = (y - centre[:, 1:]).abs() < size
@@ -296,9 +301,11 @@ class AdaPipe(nn.Module):
         """
         if debug_percentile is None and (draws is None or (isinstance(p, (int, float)) and p == 0)):
             return images
-        with torch.autocast(images.device.type, enabled=False):
-            strength = torch.as_tensor(self.p if p is None else p, dtype=torch.float32, device=images.device)
-            chance = Chance(draws, strength, len(images), debug_percentile)
+        with full_precision(images.device):
+            # matrices and margins are made beside a GPU: small, many, and the host decides by them
+            strength = torch.as_tensor(self.p if p is None else p, dtype=torch.float32)
+            host = draws if draws is None or not images.is_cuda else replace(draws, device="cpu")
+            chance = Chance(host, strength, len(images), debug_percentile, draws)
             return self.augmented(images.float(), chance)
 
     def augmented(self, x: Tensor, chance: Chance) -> Tensor:
@@ -311,9 +318,9 @@ class AdaPipe(nn.Module):
             g_inv = inverse_geometry(o, chance, x.shape[3], x.shape[2])
             x = self.warp(x, g_inv, None if chance.draws is None else chance.draws.ghost_batch)
         if any(getattr(o, name) for name in _COLOR):
-            x = apply_color(x, color_matrix(o, chance, x.shape[1]))
+            x = apply_color(x, beside(x, color_matrix(o, chance, x.shape[1])))
         if o.imgfilter:
-            x = apply_filter(x, band_gains(o, chance) @ self.Hz_fbank)
+            x = apply_filter(x, beside(x, band_gains(o, chance)) @ self.Hz_fbank)
         if o.noise:
             x = add_noise(o, x, chance)
         return cut_out(o, x, chance) if o.cutout else x

@@ -14,6 +14,11 @@ from sdtrain.errors import DataError
 from sdtrain.models.stylegan2.ops import upfirdn2d
 
 
+def beside(x: Tensor, small: Tensor) -> Tensor:
+    """`small` [...] on the device of `x` [...]; nobody waits for it."""
+    return small.to(x.device, non_blocking=True)
+
+
 def matrix(rows: Sequence[Sequence[Tensor | float]], like: Tensor) -> Tensor:
     """Stack scalars and [N] tensors into [N, rows, columns]."""
     entries = [torch.stack([torch.as_tensor(v, dtype=like.dtype, device=like.device).expand_as(like) for v in row], 1)
@@ -125,17 +130,18 @@ def apply_geometry(images: Tensor, g_inv: Tensor, taps: Tensor, margin: tuple[in
     pad_up = ((len(taps) + 1) // 2, (len(taps) - 2) // 2)
     x = upfirdn2d(x, taps, up=2, padding=pad_up * 2, gain=4.0)
     size = (n, channels, 2 * (height + 2 * reach), 2 * (width + 2 * reach))
-    x = _Sample.apply(x, _grid(g_inv, x.shape, size, (left - right) / 2, (top - bottom) / 2))
+    maps = _map(g_inv, x.shape, size, (left - right) / 2, (top - bottom) / 2)
+    grid = F.affine_grid(beside(x, maps), [n, 1, *size[2:]], align_corners=False)
+    x = _Sample.apply(x, grid)
     pad_down = ((len(taps) - 1) // 2 - 2 * reach, (len(taps) - 2) // 2 - 2 * reach)
     return upfirdn2d(x, taps, down=2, padding=pad_down * 2, flip_filter=True)
 
 
-def _grid(g_inv: Tensor, source: torch.Size, target: tuple[int, int, int, int], dx: float, dy: float) -> Tensor:
-    """Sampling grid [N, h, w, 2] in grid_sample's units for images of twice the resolution, padded unevenly by dx, dy.
+def _map(g_inv: Tensor, source: torch.Size, target: tuple[int, int, int, int], dx: float, dy: float) -> Tensor:
+    """[N, 2, 3] in grid_sample's units for images of twice the resolution, padded unevenly by dx, dy.
 
     The wavelet is centred on one tap, half a doubled pixel beside the middle of its twelve, hence the shifts by 1/4.
     """
-    n = len(g_inv)
     like = g_inv[:, 0, 0]
 
     def fixed(a: float, b: float, make: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
@@ -147,7 +153,7 @@ def _grid(g_inv: Tensor, source: torch.Size, target: tuple[int, int, int, int], 
     normalise = fixed(4 / source[3], 4 / source[2], scaling)  # pixels about the centre -> [-1, 1]
     spread = fixed(target[3] / 4, target[2] / 4, scaling)
     g = normalise @ g @ spread
-    return F.affine_grid(g[:, :2], [n, 1, target[2], target[3]], align_corners=False)
+    return g[:, :2]
 
 
 def apply_filter(images: Tensor, kernels: Tensor) -> Tensor:

@@ -8,12 +8,14 @@ affine map, so both batches are resampled once, through the same grid.
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sdtrain.precision import full_precision
 from sdtrain.rng import Draws
 
 FLIP, ROTATE, TRANSLATE = range(3)
@@ -47,7 +49,8 @@ class PairedAugment:
         y = y.detach()
         if draws is None:
             return x, y
-        maps = self.matrices(draws, x.shape[2:])
+        with full_precision("cpu"):  # few and small: made beside a GPU, which is not waited for
+            maps = self.matrices(replace(draws, device="cpu") if x.is_cuda else draws, x.shape[2:])
         grid = affine_grid(maps, x)
         return warp(x, grid, self.padding), warp(y, grid, self.padding)
 
@@ -99,12 +102,14 @@ def affine_grid(maps: Tensor, like: Tensor) -> Tensor:
     """
     height, width = like.shape[2:]
     half = torch.tensor([(width - 1) / 2, (height - 1) / 2, 1.0], device=maps.device)
-    back = torch.linalg.inv(maps) * half / half[:, None]
-    return F.affine_grid(back[:, :2].to(like.device), list(like.shape), align_corners=False)
+    with full_precision(maps.device), full_precision(like.device):
+        back = torch.linalg.inv(maps) * half / half[:, None]
+        there = back[:, :2].to(like.device, non_blocking=True)
+        return F.affine_grid(there, list(like.shape), align_corners=False)
 
 
 def warp(images: Tensor, grid: Tensor, padding: str) -> Tensor:
     """[N, C, H, W] at grid [N, h, w, 2] (the image is [-1, 1]) -> [N, C, h, w], in fp32; the images' data type."""
-    with torch.autocast(images.device.type, enabled=False):
+    with full_precision(images.device):
         out = F.grid_sample(images.float(), grid.float(), mode="bilinear", padding_mode=padding, align_corners=False)
     return out.to(images.dtype)

@@ -56,16 +56,18 @@ def run(args: argparse.Namespace) -> int:
     from sdtrain.commands.variants import Clock, Variant, compare
     from sdtrain.engine.ranks import pick_device
     from sdtrain.methods.sdgan.method import SDGAN
+    from sdtrain.precision import exact_sums
 
     first = next(iter(configs.values()))
-    device = pick_device(args.device, first.tf32)
+    device = pick_device(args.device, first.tf32, first.deterministic)
     clock = Clock(device)
     source = Source(first, args.resolution, device)
     variants = [Variant(n, c, device, source.resolution, source.class_counts) for n, c in configs.items()]
     with source.feeding(variants[0].method.feed):
         compare(variants, source.stream, args.steps, clock)
     found = figures(variants)
-    found |= {"float32": "tf32" if first.tf32 else "full", "summation": first.summation}
+    found |= {"float32": "tf32" if first.tf32 else "full"}
+    found |= {"summation": "exact" if exact_sums(first, device) else "fast"}
     found |= {"ghosts_at_once": variants[0].trainer.ghosts_at_once, "single": args.single}
     found |= {"cfg": args.cfg, "resolution": source.resolution, "device": device.type, "clock": clock.name}
     print(header(first, source, found, args.steps))
@@ -186,7 +188,7 @@ def header(config: Any, source: Source, found: dict[str, Any], steps: int) -> st
         f"{found['cfg']} at {source.resolution} px on {place}, {found['clock']}, {config.precision}, batch "
         f"{config.batch_size} in ghosts of {config.ghost_batch}, "
         f"float32 products {found['float32']}\n"
-        f"{who}: summation {config.summation}, {found['ghosts_at_once']} of {config.num_ghosts} ghosts in a forward\n"
+        f"{who}: summation {found['summation']}, {found['ghosts_at_once']} of {config.num_ghosts} ghosts in a forward\n"
         f"{source.note}; frozen networks with random weights; medians of {steps} interleaved steps"
     )
 

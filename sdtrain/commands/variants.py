@@ -76,6 +76,7 @@ class Variant:
         for phase in self.method.phases(self.stage, chunks[0].step):
             found[phase.name], _ = clock.time(partial(self.trainer.engine.run, phase, chunks))
         found["ema"], _ = clock.time(self.trainer.average)
+        self.trainer.engine.settle(late=True)
         self.trainer.engine.meter.clear()
         return found
 

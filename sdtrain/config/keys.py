@@ -23,6 +23,7 @@ HARMLESS = (
     *("data.workers", "data.prefetch", "data.cache", "data.max_bad", "data.check", "data.val", "data.test"),
     *("data.allow_pipe", "weights.inception", "weights.alex", "weights.vgg16", "sd.log", "snapshots"),
     *("timeout", "max_time", "tensorboard", "metrics"),
+    *("summation", "deterministic"),  # they change how sums round, of which a resumed run is told
     *("engine", "shard_teacher", "shard_ranks", "offload_optimizer", "checkpoint_activations"),
 )
 
@@ -63,9 +64,12 @@ class Config:
     """[images] Images of a ghost: the unit of batch statistics and random numbers."""
     ghosts_at_once: Count | None = None
     """[ghosts] summation fast: ghosts in one forward pass; null = all of the rank. summation exact: one."""
-    summation: Literal["exact", "fast"] = "exact"
+    summation: Literal["auto", "exact", "fast"] = "auto"
     """exact: one forward a ghost, sums in float64; the curve is the same, number for number, on any number of ranks.
-    fast: several ghosts at once, overlapped with sharing; equal up to rounding, which training amplifies."""
+    fast: several ghosts at once, overlapped with sharing; equal up to rounding, which training amplifies.
+    auto: exact on a CPU and with deterministic: true, else fast."""
+    deterministic: bool = False
+    """A GPU takes kernels that repeat their bits, which costs time; a CPU does so anyway."""
     total_img: Images
     """Images to train on."""
     log_img: Images = 4_000

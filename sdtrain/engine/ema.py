@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import MethodType
 
 import torch
@@ -35,8 +36,15 @@ def update_ema(ema: nn.Module, net: nn.Module, beta: float) -> None:
     ours: list[torch.Tensor] = list(ema.parameters())
     theirs = net.parameters()
     torch._foreach_lerp_(ours, [p.to(o.dtype) for o, p in zip(ours, theirs)], 1.0 - beta)
-    for kept, seen in zip(ema.buffers(), net.buffers()):
-        kept.copy_(seen)
+    copy_all(list(ema.buffers()), list(net.buffers()))
+
+
+@torch.no_grad()
+def copy_all(to: Sequence[torch.Tensor], by: Sequence[torch.Tensor]) -> None:
+    """Tensors [...] over others of the same shapes, with one call a data type."""
+    for dtype in dict.fromkeys(t.dtype for t in to):
+        pairs = [(t, s) for t, s in zip(to, by, strict=True) if t.dtype == dtype]
+        torch._foreach_copy_([t for t, _ in pairs], [s for _, s in pairs])
 
 
 def freeze(net: nn.Module) -> nn.Module:

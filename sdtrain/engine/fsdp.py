@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor
 
 from sdtrain.config.options import Optimizer
 from sdtrain.contracts import Net, Phase, Tensors
+from sdtrain.engine.ema import copy_all
 from sdtrain.engine.layout import Dealer
 from sdtrain.engine.net import LocalNet, own_tensors, require_fit
 from sdtrain.engine.nonfinite import clamp_nonfinite
@@ -124,8 +125,7 @@ class ShardedNet(LocalNet):
         """No rank talks to another: an average is dealt out as the network it follows."""
         assert isinstance(other, ShardedNet)
         torch._foreach_lerp_(list(self.held.values()), list(other.held.values()), 1.0 - beta)
-        for kept, seen in zip(self.module.buffers(), other.module.buffers()):
-            kept.copy_(seen)
+        copy_all(list(self.module.buffers()), list(other.module.buffers()))
 
     @contextmanager
     def whole(self) -> Iterator[nn.Module]:

@@ -11,6 +11,7 @@ from sdtrain.config.keys import Config
 from sdtrain.engine.ddp import Ddp
 from sdtrain.engine.phases import PhaseEngine, Sharing
 from sdtrain.engine.ranks import world
+from sdtrain.precision import exact_sums
 
 ENGINES: dict[str, type[PhaseEngine] | str] = {  # MODULE:CLASS is imported when it is asked for
     "ddp": Ddp,
@@ -33,9 +34,10 @@ def make_engine(config: Config, device: torch.device) -> PhaseEngine:
         device,
         vars(config.optimizer),
         precision=config.precision,
-        exact=config.summation == "exact",
+        exact=exact_sums(config, device),
         clamp=config.on_nonfinite == "clamp",
         sharing=sharing_of(config, name),
+        late=config.on_nonfinite == "stop" and not name.startswith("zero"),  # DeepSpeed steps by itself
     )
 
 

@@ -31,13 +31,28 @@ class Meter:
 
     def means(self) -> dict[str, float]:
         """Global means since `clear`, in the order in which the terms first appeared, in one collective."""
-        names = list(self.sums)
-        if not names:
-            return {}
-        total = torch.stack([self.sums[n] for n in names])
-        sum_over_ranks([total])
-        # counts are not added up: every rank takes part in every phase
-        return {n: t / world() / self.counts[n] for n, t in zip(names, total.tolist())}
+        found = {n: float(self.sums[n]) / self.counts[n] for n in self._of_host()}
+        names, total = self._totals()
+        if names:
+            found |= {n: t / world() / self.counts[n] for n, t in zip(names, total.tolist())}
+        return {n: found[n] for n in self.sums}
+
+    def global_means(self) -> dict[str, Tensor]:
+        """The same as float64 scalars, which the host does not wait for."""
+        names, total = self._totals()
+        return {n: t / world() / self.counts[n] for n, t in zip(names, total)}
+
+    def _of_host(self) -> list[str]:
+        """Numbers that the host has put beside those of a device: they are the same on every rank."""
+        places = {n: s.device.type for n, s in self.sums.items()}
+        return [n for n, place in places.items() if place == "cpu"] if len(set(places.values())) > 1 else []
+
+    def _totals(self) -> tuple[list[str], Tensor]:
+        """Names, and their sums over all ranks, [names]; counts are not added up: every rank takes part in a phase."""
+        names = [n for n in self.sums if n not in self._of_host()]
+        total = torch.stack([self.sums[n].reshape(()) for n in names]) if names else torch.zeros(0)
+        sum_over_ranks([total] if names else [])
+        return names, total
 
     def clear(self) -> None:
         self.sums, self.counts = {}, {}

@@ -18,6 +18,7 @@ from sdtrain.data.read.identity import differences, identity
 from sdtrain.engine.ranks import gather_objects, is_main, world
 from sdtrain.engine.runfolder import git_commit
 from sdtrain.errors import RunError
+from sdtrain.precision import exact_sums
 
 DATA_KEY = "data.train"  # what --allow has to name
 LOST = "from here on the numbers are not those of an uninterrupted run to the bit"
@@ -38,7 +39,8 @@ def origin_of(config: Config, dataset: Dataset, device: torch.device) -> dict[st
         "sdtrain": found[0]["sdtrain"],
         "devices": sorted({rank["device"] for rank in found}),
         "threads": sorted({rank["threads"] for rank in found}) if device.type == "cpu" else [],
-        "world": [world()] if config.summation == "fast" else [],
+        "world": [] if exact_sums(config, device) else [world()],
+        "summation": ["exact" if exact_sums(config, device) else "fast"],
     }
 
 
@@ -71,6 +73,8 @@ def warnings(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
         "devices": lambda value: ", ".join(value),
         "threads": lambda value: f"{' or '.join(map(str, value))} threads a rank (OMP_NUM_THREADS)",
         "world": lambda value: f"{value[0]} ranks with summation: fast",
+        "summation": lambda value: f"summation: {value[0]}",
     }
-    pairs = [(say, old[what], new[what]) for what, say in words.items() if old[what] and new[what]]
+    there = [what for what in words if old.get(what) and new.get(what)]  # earlier versions have written less
+    pairs = [(words[what], old[what], new[what]) for what in there]
     return [f"{say(before)} then, {say(after)} now; {LOST}" for say, before, after in pairs if before != after]

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sdtrain.config.options import Optimizer
 from sdtrain.contracts import Chunk, Loss, Net, Phase, Stage, Terms
@@ -20,9 +20,10 @@ from sdtrain.engine.meter import Meter
 from sdtrain.engine.net import LocalNet
 from sdtrain.engine.player import BasePlayer, Span, only_training
 from sdtrain.engine.pulse import PULSE
-from sdtrain.engine.ranks import agree_max, backends, first_difference, gather_objects, rank, sum_over_ranks
+from sdtrain.engine.ranks import agree_max, any_rank, backends, first_difference, gather_objects, rank, sum_over_ranks
+from sdtrain.engine.verdicts import Asked, Verdicts
 from sdtrain.errors import Together
-from sdtrain.models.ghost import close_phase, next_chunk, open_phase
+from sdtrain.models.ghost import advancing_layers, close_phase, next_chunk, open_phase
 
 FINE, NOT_FINITE, FAILED = 0, 1, 2  # what a rank says of its share of a phase
 
@@ -62,18 +63,24 @@ class PhaseEngine(ABC):
         exact: bool = True,
         clamp: bool = False,
         sharing: Sharing | None = None,
+        late: bool = False,
     ) -> None:
-        """`options`: by player. `exact`: one ghost a chunk, sums in float64. `clamp`: repair gradients, never stop."""
+        """`options`: by player. `exact`: one ghost a chunk, sums in float64. `clamp`: repair gradients, never stop.
+
+        `late`: see `verdicts.py`; a step that is not finite is then the last one, and cannot be undone.
+        """
         self.sharing = sharing or Sharing()
         self.device, self.options, self.exact, self.clamp = device, options, exact, clamp
         self.bf16 = precision == "bf16"
         self.players: dict[str, BasePlayer] = {}
         self.meter = Meter()
+        self.verdicts = Verdicts(device) if late and device.type == "cuda" else None
 
     def described(self) -> dict[str, Any]:
         """What is used, for environment.json and the log."""
-        how = {"class": type(self).__name__, "precision": "bf16" if self.bf16 else "fp32"}
-        return {**asdict(self.sharing), **how, "device": str(self.device), "process_group": backends()}
+        used = {"precision": "bf16" if self.bf16 else "fp32", "summation": "exact" if self.exact else "fast"}
+        where = {"device": str(self.device), "process_group": backends()}
+        return {**asdict(self.sharing), "class": type(self).__name__, **used, **where}
 
     @abstractmethod
     def net(self, module: nn.Module, trained: bool = True) -> Net:
@@ -97,7 +104,7 @@ class PhaseEngine(ABC):
         }
         for player in self.players.values():
             player.clear()
-        self.layers = self.modules(nets)
+        self.layers = list(advancing_layers(*self.modules(nets)))
 
     def check_copies(self, nets: Mapping[str, Net]) -> None:
         """Networks of which every rank holds a copy are the same on all. Raises `RuntimeError` on all ranks."""
@@ -112,17 +119,17 @@ class PhaseEngine(ABC):
         player.set_clock(chunks[0].seen_img)
         with self.fence(phase):
             self._prepass(phase, chunks)
-            open_phase(*self.layers)
+            open_phase(self.layers)
             terms, failure = self._backward(phase, player, chunks)
             if self.clamp:
                 terms[f"{phase.name}/clamped"] = player.clamp()
-            found = self._agree(player, terms, failure)
+            found = self._agree(phase, player, terms, failure, chunks[0].step)
             # before the raise: a phase that comes to nothing must leave no trace in running statistics either
-            close_phase(*self.layers, sum_over_ranks=sum_over_ranks, apply=found == FINE)
+            close_phase(self.layers, sum_over_ranks=sum_over_ranks, apply=found == FINE)
             if found == FAILED:
                 raise_together(failure)
             if found == NOT_FINITE:
-                raise NonFinite(self._explain(phase, terms, chunks[0].step))
+                raise NonFinite(self._explain(phase.name, terms, chunks[0].step))
             if not phase.fp32:  # penalties are not clipped (official StyleNAT)
                 player.clip_gradients()
             player.step()
@@ -151,7 +158,7 @@ class PhaseEngine(ABC):
         try:
             self._add_up(phase, player, chunks, share)
         except Exception as error:
-            if not player.meets_once:
+            if not player.meets_once or self.verdicts is not None:
                 raise
             failure = error
             traceback.clear_frames(error.__traceback__)  # they hold the memory of the graph
@@ -162,7 +169,7 @@ class PhaseEngine(ABC):
         total = sum(chunk.draws.num_samples for chunk in chunks)
         for i, chunk in enumerate(chunks):
             PULSE.beat()
-            next_chunk(*self.layers)
+            next_chunk(self.layers)
             weight = chunk.draws.num_samples / total
             with player.chunk(phase, last=i == len(chunks) - 1):
                 loss, terms = self.loss(phase, chunk)
@@ -174,32 +181,47 @@ class PhaseEngine(ABC):
             return
         means, total = Meter(), sum(chunk.draws.num_samples for chunk in chunks)
         for chunk in chunks:
-            open_phase(*self.layers)
+            open_phase(self.layers)
             # a penalty's prepass takes derivatives itself (path lengths), so it needs the graph while it runs
             with torch.no_grad() if not phase.fp32 else torch.enable_grad(), self.autocast(not phase.fp32):
                 terms = phase.prepass(chunk)
             means.add(terms, chunk.draws.num_samples / total)
-            close_phase(*self.layers, apply=False)  # the phase itself will see the same images again
+            close_phase(self.layers, apply=False)  # the phase itself will see the same images again
         means.count(list(means.sums))
-        values = means.means()
+        values = means.global_means()
         if phase.receive is not None:
-            phase.receive({n: torch.tensor(v, device=self.device, dtype=torch.float32) for n, v in values.items()})
+            phase.receive({n: v.float() for n, v in values.items()})
 
-    def _agree(self, player: BasePlayer, terms: Terms, failure: Exception | None) -> int:
-        """The worst that any rank has to say of the phase."""
-        mine = FAILED if failure else FINE if self.clamp else self._finite(player, terms)
-        return agree_max(mine, self.device)
+    def settle(self, late: bool = False) -> None:
+        """See `contracts.Engine`; `late` leaves the phases since the last call unread: nobody waits for them."""
+        bad = self.verdicts.read(late) if self.verdicts is not None else None
+        if bad is not None:
+            raise NonFinite(self._explain(bad.phase, bad.terms, bad.step))
 
-    def _finite(self, player: BasePlayer, terms: Terms) -> int:
-        numbers = [t.reshape(()).float() for t in terms.values()]
-        # a norm is not finite when one element is not; one answer for all spares a wait for each
-        numbers += [n.float() for n in torch._foreach_norm(player.gradients())]
-        return FINE if bool(torch.stack(numbers).isfinite().all()) else NOT_FINITE
+    def _agree(
+        self, phase: Phase, player: BasePlayer, terms: Terms, failure: Exception | None, step: int
+    ) -> int:
+        """The worst that any rank has to say of the phase; where that is read late, the optimizer asks for itself."""
+        if self.verdicts is None:
+            finite = self.clamp or failure is not None or not bool(_not_finite(player, terms))
+            return agree_max(FAILED if failure else FINE if finite else NOT_FINITE, self.device)
+        if not self.clamp:
+            asked = Asked(phase=phase.name, step=step, terms=terms, bad=any_rank(_not_finite(player, terms)))
+            player.skip_where(self.verdicts.ask(asked))
+        return FINE
 
-    def _explain(self, phase: Phase, terms: Terms, step: int) -> str:
+    def _explain(self, phase: str, terms: Terms, step: int) -> str:
         mine = {n: float(t) for n, t in terms.items()}
         for found in gather_objects((rank(), mine)):
             bad = [f"{n}={v}" for n, v in found[1].items() if not math.isfinite(v)]
             if bad:
-                return f"phase {phase.name} at step {step}: {', '.join(bad)} on rank {found[0]}"
-        return f"phase {phase.name} at step {step}: the losses are finite but a gradient is not"
+                return f"phase {phase} at step {step}: {', '.join(bad)} on rank {found[0]}"
+        return f"phase {phase} at step {step}: the losses are finite but a gradient is not"
+
+
+def _not_finite(player: BasePlayer, terms: Terms) -> Tensor:
+    """bool []: whether a term or a gradient of this rank is not finite."""
+    numbers = [t.reshape(()).float() for t in terms.values()]
+    # a norm is not finite when one element is not; one answer for all spares a wait for each
+    numbers += [n.float() for n in torch._foreach_norm(player.gradients())]
+    return torch.stack(numbers).isfinite().all().logical_not()

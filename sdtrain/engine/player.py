@@ -33,7 +33,8 @@ class BasePlayer(ABC):
         }
         self.params = list(self.named.values())
         self.leaves = self.params  # what autograd differentiates by; sharded networks compute with other tensors
-        self.optimizer = make_optimizer(self.params, *self.settings(span[0]), options)
+        fused = self.params[0].is_cuda
+        self.optimizer = make_optimizer(self.params, *self.settings(span[0]), options, fused)
 
     def settings(self, seen_img: int) -> tuple[float, tuple[float, float]]:
         """(lr, betas) of Adam: functions of images seen, never of a scheduler's own count."""
@@ -91,6 +92,10 @@ class BasePlayer(ABC):
         if self.options.clip_norm:
             torch.nn.utils.clip_grad_norm_(self.params, self.options.clip_norm)
 
+    def skip_where(self, bad: Tensor) -> None:
+        """The next step moves nothing where `bad`, float32 [], is 1: a fused optimizer looks at it on the device."""
+        self.optimizer.found_inf = bad  # type: ignore[attr-defined]  # as torch's GradScaler hands it over
+
     def step(self) -> None:
         self.optimizer.step()
 
@@ -116,17 +121,19 @@ class BasePlayer(ABC):
             slots.setdefault(key, {})[slot] = value
         for key, p in self.named.items():
             if key in slots:
-                # Adam counts its steps on the host
-                own = {k: v.to(p.device if k != "step" else "cpu") for k, v in slots[key].items()}
+                # Adam counts its steps on the host, unless it is fused
+                where = p.device if self.optimizer.defaults.get("fused") else "cpu"
+                own = {k: v.to(p.device if k != "step" else where) for k, v in slots[key].items()}
                 self.optimizer.state[p] = own
 
 
 def make_optimizer(
-    params: list[nn.Parameter], lr: float, betas: tuple[float, float], options: Optimizer
+    params: list[nn.Parameter], lr: float, betas: tuple[float, float], options: Optimizer, fused: bool = False
 ) -> torch.optim.Optimizer:
+    """`fused`: one kernel for many parameters, on a GPU; it can be told on the device to skip a step."""
     if options.kind == "sgd":
-        return torch.optim.SGD(params, lr=lr)
-    return torch.optim.Adam(params, lr=lr, betas=betas, eps=options.eps)
+        return torch.optim.SGD(params, lr=lr, fused=fused)
+    return torch.optim.Adam(params, lr=lr, betas=betas, eps=options.eps, fused=fused or None)
 
 
 @contextmanager

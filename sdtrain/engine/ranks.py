@@ -13,9 +13,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sdtrain.engine.launcher import wants_cpu
-from sdtrain.engine.precision import set_precision
 from sdtrain.engine.pulse import PULSE
 from sdtrain.errors import ConfigError, MachineError, UserError
+from sdtrain.precision import set_precision
 
 RANK_TIMEOUT_SEC = 1800.0  # a collective waits this long for the slowest rank, unless a run says otherwise
 # with GPUs too, what lies in the memory of the host goes over gloo: objects, counters, a checkpoint's tensors
@@ -24,28 +24,34 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def pick_device(name: str = "auto", tf32: bool = False) -> torch.device:
+def has_gpu() -> bool:
+    """Whether `auto` means a GPU here."""
+    return torch.cuda.is_available() and not wants_cpu()
+
+
+def pick_device(name: str = "auto", tf32: bool = False, deterministic: bool = False) -> torch.device:
     """auto (a GPU where there is one), cpu, cuda or cuda:1, with float32 as `set_precision` says.
 
     Raises ConfigError for a device that this machine has not.
     """
-    has_gpu = torch.cuda.is_available()
     try:
-        device = torch.device(("cuda" if has_gpu and not wants_cpu() else "cpu") if name == "auto" else name)
+        device = torch.device(("cuda" if has_gpu() else "cpu") if name == "auto" else name)
     except RuntimeError:
         raise ConfigError(f"--device {name} is no device; say auto, cpu, cuda or cuda:1") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"--device {name} cannot be used on this machine; leave it out, or say cpu")
-    set_precision(tf32)
+    set_precision(tf32, deterministic)
     return device
 
 
-def start_ranks(name: str = "auto", tf32: bool = False, timeout_sec: float = RANK_TIMEOUT_SEC) -> torch.device:
+def start_ranks(
+    name: str = "auto", tf32: bool = False, deterministic: bool = False, timeout_sec: float = RANK_TIMEOUT_SEC
+) -> torch.device:
     """Join the process group that accelerate or torchrun announced; returns this rank's device.
 
     Arguments and errors are those of `pick_device`; with several ranks each has a GPU of its own.
     """
-    device = pick_device(name, tf32)
+    device = pick_device(name, tf32, deterministic)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return device
     from accelerate import PartialState
@@ -157,6 +163,16 @@ def sum_up(values: Sequence[int], device: torch.device | str = "cpu") -> list[in
     total = torch.tensor(values, dtype=torch.int64, device=device)
     dist.all_reduce(total)
     return [int(value) for value in total.tolist()]
+
+
+@collective
+def any_rank(flag: Tensor) -> Tensor:
+    """bool [] -> bool []: true on all ranks where it is true on one. The host does not wait for the device."""
+    if not _grouped():
+        return flag
+    number = flag.int()
+    dist.all_reduce(number, op=dist.ReduceOp.MAX)
+    return number.bool()
 
 
 @collective

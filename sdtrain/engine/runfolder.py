@@ -34,13 +34,13 @@ from typing import TYPE_CHECKING, Any
 
 from sdtrain.engine import starts
 from sdtrain.engine.launcher import said
-from sdtrain.engine.precision import described
 from sdtrain.engine.ranks import from_main, is_main, world
 from sdtrain.engine.restart import lines_of, position
 from sdtrain.engine.threads import cores
 from sdtrain.engine.writing import Writing, hush_board
 from sdtrain.errors import RunError
 from sdtrain.files import sweep, write_bytes, write_json
+from sdtrain.precision import described
 
 if TYPE_CHECKING:
     import numpy as np

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sdtrain.errors import ConfigError
 from sdtrain.losses.vgg import Frozen, Net, Trunk, imagenet_statistics, layer_names, load_fitting
+from sdtrain.precision import full_precision
 from sdtrain.rng import generator
 
 # VGG and its layers, taken before the ReLU, as the two works train
@@ -62,7 +63,7 @@ class VGGFeatures(Frozen):
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """RGB [N, 3, H, W] in [0, 1] -> maps [N, C, h, w] by layer, float32."""
-        with torch.autocast(x.device.type, enabled=False):
+        with full_precision(x.device):
             out = x.float()
             if self.imagenet_norm:
                 out = (out - self.mean) / self.std

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sdtrain.errors import ConfigError
+from sdtrain.precision import full_precision
 
 SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 SIGMA = 1.5
@@ -34,7 +35,7 @@ def ms_ssim(x: Tensor, y: Tensor, *, window: int | None = None, weights: Sequenc
     """
     window = window or default_window(min(x.shape[2:]))
     _check(x, window, len(weights))
-    with torch.autocast(x.device.type, enabled=False):
+    with full_precision(x.device):
         x, y = x.float(), y.float()
         taps = gaussian(window, x.device)
         value = torch.ones(x.shape[:2], device=x.device)

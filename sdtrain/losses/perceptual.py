@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from sdtrain.errors import ConfigError, WeightsError
 from sdtrain.losses.vgg import WIDTHS, Frozen, Trunk, load_fitting
+from sdtrain.precision import full_precision
 from sdtrain.rng import generator
 
 Net = Literal["vgg", "alex"]
@@ -120,7 +121,7 @@ class LPIPS(Frozen):
         self._check(x, target)
         with torch.no_grad():
             aims = [unit_length(features) for features in self._features(target)]
-        with torch.autocast(x.device.type, enabled=False):
+        with full_precision(x.device):
             diffs = [(unit_length(f) - aim).square() for f, aim in zip(self._features(x), aims, strict=True)]
             return torch.stack([self._head(number)(diff).mean((1, 2, 3)) for number, diff in enumerate(diffs)])
 
@@ -129,10 +130,10 @@ class LPIPS(Frozen):
 
     def _features(self, images: Tensor) -> Iterator[Tensor]:
         """The five ReLU outputs in fp32, one after the other so that a caller may let go of each."""
-        with torch.autocast(images.device.type, enabled=False):
+        with full_precision(images.device):
             h = ((images.float() - self.shift) / self.scale).to(next(self.net.parameters()).dtype)
         for part in self.net.values():
-            with torch.autocast(images.device.type, enabled=False):
+            with full_precision(images.device):
                 h = part(h)
             yield h.float()
 

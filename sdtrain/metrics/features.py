@@ -20,6 +20,7 @@ from sdtrain.errors import WeightsError
 from sdtrain.losses.vgg import Frozen, Trunk, imagenet_statistics, load_fitting
 from sdtrain.metrics.inception import Inception, calibrate, randomise, resize_tf1
 from sdtrain.metrics.rfid import RULE_HASH
+from sdtrain.precision import full_precision
 from sdtrain.rng import generator
 
 VGG_SIDE = 224
@@ -97,7 +98,7 @@ class VGG16Features(Frozen):
 
     def forward(self, images: Tensor) -> Tensor:
         """[N, 3, H, W] uint8 -> [N, 4096] float32."""
-        with torch.autocast(images.device.type, enabled=False):
+        with full_precision(images.device):
             x = (resize_tf1(images.float(), VGG_SIDE) - self.mean) / self.std
             return self.classifier(F.adaptive_avg_pool2d(self.features(x), 7).flatten(1))
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sdtrain.errors import ConfigError, WeightsError
+from sdtrain.precision import full_precision
 from sdtrain.rng import generator
 
 SIDE = 299
@@ -198,7 +199,7 @@ class Inception(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """[N, 3, H, W] uint8, any size -> [N, tap] float32."""
-        with torch.autocast(images.device.type, enabled=False):
+        with full_precision(images.device):
             x = (resize_tf1(images.float(), SIDE) - 128) / 128
             for name, what in self.plan:
                 x = pooled(what, x) if isinstance(what, str) else self.get_submodule(name)(x)

@@ -14,12 +14,13 @@ Outside a phase (`open_phase` not called) a train-mode forward advances at once,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from sdtrain.precision import full_precision
 
 SumOverRanks = Callable[[list[Tensor]], None]
 
@@ -61,22 +62,27 @@ class Advancing(nn.Module):
         raise NotImplementedError  # abstract
 
 
-def advancing_layers(*nets: nn.Module) -> Iterator[Advancing]:
+Nets = nn.Module | Sequence[Advancing]
+
+
+def advancing_layers(*nets: Nets) -> Iterator[Advancing]:
+    """Those of networks; of a list of them, its members: whoever opens many phases looks for them once."""
     for net in nets:
-        yield from (layer for layer in net.modules() if isinstance(layer, Advancing))
+        found = net.modules() if isinstance(net, nn.Module) else net
+        yield from (layer for layer in found if isinstance(layer, Advancing))
 
 
-def open_phase(*nets: nn.Module) -> None:
+def open_phase(*nets: Nets) -> None:
     for layer in advancing_layers(*nets):
         layer._ledger, layer._pass = [], 0
 
 
-def next_chunk(*nets: nn.Module) -> None:
+def next_chunk(*nets: Nets) -> None:
     for layer in advancing_layers(*nets):
         layer._pass = 0
 
 
-def close_phase(*nets: nn.Module, sum_over_ranks: SumOverRanks | None = None, apply: bool = True) -> None:
+def close_phase(*nets: Nets, sum_over_ranks: SumOverRanks | None = None, apply: bool = True) -> None:
     """Add the ledgers up over ranks and advance the layers, pass by pass. `apply=False` forgets a skipped phase."""
     layers = list(advancing_layers(*nets))
     if apply and sum_over_ranks is not None:
@@ -141,13 +147,6 @@ def set_ghost_batch(net: nn.Module, ghost_batch: int) -> None:
             layer.ghost_batch = ghost_batch  # type: ignore[assignment]
 
 
-def _full_precision(device_type: str) -> AbstractContextManager:
-    """No autocast inside; the meta device, where shapes are worked out, has none to begin with."""
-    if not torch.amp.is_autocast_available(device_type):
-        return nullcontext()
-    return torch.autocast(device_type, enabled=False)
-
-
 class SpectralNorm(Advancing):
     """Spectral normalisation under the names of the old torch utility: weight_orig, weight_u, weight_v.
 
@@ -198,7 +197,7 @@ class SpectralNorm(Advancing):
     @property
     def weight(self) -> Tensor:
         """W / (u^T W v); reading it in train mode is one pass. Stays float32 under autocast: sigma is a long sum."""
-        with _full_precision(self.weight_orig.device.type):
+        with full_precision(self.weight_orig.device):
             u, v = self._vectors()
             return self.weight_orig / torch.dot(u, self._matrix(self.weight_orig) @ v)
 

@@ -126,7 +126,8 @@ class Faces:
     def prepare(self, x: Chunk, stage: str = "") -> Chunk:
         factors = draw_factors(x.draws, self.factors)
         lq = gcfsr_train_input((x.real + 1) / 2, factors) * 2 - 1
-        return replace(x, inputs={"lq": lq, "factor": torch.tensor(factors, dtype=torch.float32, device=lq.device)})
+        factor = torch.tensor(factors, dtype=torch.float32).to(lq.device, non_blocking=True)
+        return replace(x, inputs={"lq": lq, "factor": factor})
 
     fixed = prepare
 

@@ -212,7 +212,7 @@ def apply_chain(hq: Tensor, decisions: Decisions, scale: int = 4, *, rounded: bo
 def flip_images(x: Tensor, draws: Draws, prob: float = 0.5) -> Tensor:
     """Mirror each image of [N, 3, H, W] left to right with probability `prob`."""
     flipped = draws.uniform("flip") < prob
-    return torch.where(flipped.to(x.device).view(-1, 1, 1, 1), x.flip(-1), x)
+    return torch.where(flipped.to(x.device, non_blocking=True).view(-1, 1, 1, 1), x.flip(-1), x)
 
 
 def reflect_to(x: Tensor, size: int) -> Tensor:

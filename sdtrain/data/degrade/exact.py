@@ -11,6 +11,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from sdtrain.precision import full_precision
+
 
 def matmul_exact(a: Tensor, b: Tensor) -> Tensor:
     """[..., M, K] @ [..., K, N] -> [..., M, N] in full float32.
@@ -25,5 +27,5 @@ def matmul_exact(a: Tensor, b: Tensor) -> Tensor:
 @contextmanager
 def exact_math(device: torch.device) -> Iterator[None]:
     """A region without gradients and without autocast."""
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+    with torch.no_grad(), full_precision(device):
         yield

@@ -99,7 +99,7 @@ def jpeg(x: Tensor, quality: Tensor, rounding: Callable[[Tensor], Tensor] = torc
     """
     height, width = x.shape[-2:]
     x = F.pad(x, (0, -width % 16, 0, -height % 16))
-    factor = quality_factor(quality.to(x)).view(-1, 1)
+    factor = quality_factor(quality.to(x.device, x.dtype, non_blocking=True)).view(-1, 1)
     luma, chroma = recolour(x, "ycbcr").split((1, 2), 1)
     luma = quantised(luma - 128, factor * matrix("luminance", x.device), rounding) + 128
     chroma = quantised(F.avg_pool2d(chroma, 2), factor * matrix("chrominance", x.device), rounding)

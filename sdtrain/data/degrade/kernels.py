@@ -105,7 +105,7 @@ def filter2d(x: Tensor, kernel: Tensor) -> Tensor:
     height, width = x.shape[-2:]
     radius = kernel.shape[-1] // 2
     size = (fast_length(height + 2 * radius), fast_length(width + 2 * radius))
-    response = torch.fft.rfft2(kernel.to(x), s=size).conj_physical().unsqueeze(1)
+    response = torch.fft.rfft2(kernel.to(x.device, x.dtype, non_blocking=True), s=size).conj_physical().unsqueeze(1)
     if x.is_cuda:
         return correlate(x, response, size, radius)
     pieces = zip(x.split(1), response.expand(len(x), -1, -1, -1).split(1), strict=True)

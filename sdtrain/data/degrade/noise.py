@@ -120,12 +120,14 @@ def noise_of(x: Tensor, noise: Noise, gray: bool) -> Tensor:
 
 def add_noise(x: Tensor, noise: Noise) -> Tensor:
     """clip(x + level * noise, 0, 1) for images [B, 3, H, W] in [0, 1]; only what a sample needs is drawn for it."""
-    level = noise.level.to(x).view(-1, 1, 1, 1)
-    out = torch.empty_like(x)
+    level = noise.level.to(x.device, x.dtype, non_blocking=True).view(-1, 1, 1, 1)
+    done: dict[int, Tensor] = {}
     for gray in (False, True):
         rows = [i for i, g in enumerate(noise.gray) if g == gray]
         if len(rows) == len(x):
             return (x + level * noise_of(x, noise, gray)).clamp_(0, 1)
         if rows:
-            out[rows] = (x[rows] + level[rows] * noise_of(x[rows], noise, gray)).clamp_(0, 1)
-    return out
+            # taken one by one: a list of rows would be copied to the device, which waits for it
+            some, strength = (torch.stack([t[i] for i in rows]) for t in (x, level))
+            done |= dict(zip(rows, (some + strength * noise_of(some, noise, gray)).clamp_(0, 1), strict=True))
+    return torch.stack([done[i] for i in range(len(x))])

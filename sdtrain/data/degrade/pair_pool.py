@@ -21,6 +21,7 @@ State = dict[int, dict[str, Tensor]]
 ORDER = "_order"  # [pool_size] int64: which slot stands at each place of the queue
 FILLED = "_filled"  # [] int64: pairs kept so far
 RESERVED = {ORDER, FILLED}
+NOT_LEVELS = "an eight_bit field of the pair pool holds values that are not k / 255: store it as float"
 
 
 def encode(x: Tensor) -> Tensor:
@@ -29,8 +30,10 @@ def encode(x: Tensor) -> Tensor:
     Raises ValueError for a tensor that would not come back bit for bit.
     """
     coded = (x * 255).round().to(torch.uint8)
-    if not torch.equal(decode(coded), x):
-        raise ValueError("an eight_bit field of the pair pool holds values that are not k / 255: store it as float")
+    if x.is_cuda:  # asked on the device: nobody waits
+        torch._assert_async((decode(coded) == x).all(), NOT_LEVELS)
+    elif not torch.equal(decode(coded), x):
+        raise ValueError(NOT_LEVELS)
     return coded
 
 
@@ -102,10 +105,10 @@ class PairPool:
 
     def _put(self, pool: dict[str, Tensor], slots: Tensor, batch: dict[str, Tensor]) -> None:
         for name, field in batch.items():
-            pool[name][slots.to(field.device)] = encode(field) if name in self.eight_bit else field
+            pool[name][slots.to(field.device, non_blocking=True)] = encode(field) if name in self.eight_bit else field
 
     def _take(self, pool: dict[str, Tensor], slots: Tensor, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        out = {name: pool[name][slots.to(pool[name].device)] for name in batch}
+        out = {name: pool[name][slots.to(pool[name].device, non_blocking=True)] for name in batch}
         return {name: decode(field) if name in self.eight_bit else field for name, field in out.items()}
 
     def state(self) -> State:

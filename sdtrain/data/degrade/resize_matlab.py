@@ -89,12 +89,14 @@ def gcfsr_train_input(hq: Tensor, factors: Sequence[int]) -> Tensor:
 
     `factors` has one entry an image. Images of one factor go through the matrices together.
     """
-    out = torch.empty_like(hq)
+    done: dict[int, Tensor] = {}
     for factor in sorted(set(factors)):
         check_factor(factor)
         rows = [i for i, f in enumerate(factors) if f == factor]
-        out[rows] = eight_bit(down_up(hq[rows], factor))
-    return out
+        # single images are taken and put together: a list of rows would be copied to the device, which waits for it
+        some = eight_bit(down_up(torch.stack([hq[i] for i in rows]), factor))
+        done |= dict(zip(rows, some, strict=True))
+    return torch.stack([done[i] for i in range(len(hq))])
 
 
 def gcfsr_test_small(hq: Tensor, factor: int) -> Tensor:

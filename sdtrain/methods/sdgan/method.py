@@ -63,7 +63,8 @@ class SDGAN(Method):
         self.snapshots = options.snapshots
         self.p = value_at(options.augment.p, 0)  # ADA's augmentation probability
         self.signs = [0.0, 0.0]  # sum and count of sign(D(real)) since p last moved
-        self.pl_mean = self.pl_mean_before = 0.0  # running mean of path lengths, `a` of the fact sheet
+        self.pl_mean: Tensor | float = 0.0  # running mean of path lengths, `a` of the fact sheet
+        self.pl_mean_before: Tensor | float = 0.0
         self.pl_global_mean: Tensor | None = None
 
     def phases(self, stage: Stage, step: int) -> Sequence[Phase]:
@@ -267,7 +268,12 @@ class SDGAN(Method):
 
     def _receive_path_length(self, means: Terms) -> None:
         self.pl_mean_before, self.pl_global_mean = self.pl_mean, means["pl"]
-        self.pl_mean += self.o.path_length.decay * (float(means["pl"]) - self.pl_mean)
+        # float64, on the device: nobody waits for it
+        self.pl_mean = self.pl_mean + self.o.path_length.decay * (means["pl"].double() - self.pl_mean)
+
+    def steers_after(self, step: int) -> bool:
+        """ADA moves p."""
+        return bool(self.steering) and (step + 1) % self.o.augment.interval == 0
 
     def control(self, step: int, means: Mapping[str, float]) -> dict[str, float]:
         """ADA: every `interval` steps move p by the sign of r_t - target. Returns numbers for the log.
@@ -286,7 +292,7 @@ class SDGAN(Method):
         return {"ada/p": self.p}
 
     def state(self) -> State:
-        return {"p": self.p, "signs": self.signs, "pl_mean": self.pl_mean}
+        return {"p": self.p, "signs": self.signs, "pl_mean": float(self.pl_mean)}
 
     def load_state(self, state: State) -> None:
         self.p, self.signs, self.pl_mean = state["p"], list(state["signs"]), state["pl_mean"]

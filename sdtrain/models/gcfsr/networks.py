@@ -7,6 +7,7 @@ files (narrow 1) still load.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
@@ -41,7 +42,14 @@ def channels(options: GeneratorOptions | DiscriminatorOptions, resolution: int) 
 
 def low_pass(like: Tensor) -> Tensor:
     """The normalised outer product of [1, 3, 3, 1], [4, 4], where and as `like` [...] is."""
-    return fir_filter(FIR_TAPS).to(like)
+    return _low_pass(like.device, like.dtype)
+
+
+@functools.lru_cache(maxsize=16)
+def _low_pass(device: torch.device, dtype: torch.dtype) -> Tensor:
+    """[4, 4], not to be changed."""
+    with torch.inference_mode(False):  # training may use it after an evaluation has made it
+        return fir_filter(FIR_TAPS).to(device, dtype)
 
 
 def fir(x: Tensor, pad: tuple[int, int], up: bool = False) -> Tensor:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from sdtrain.errors import ConfigError
 from sdtrain.models.r3gan.grouped import grouped_conv2d, grouped_spread2d
 from sdtrain.models.r3gan.options import DiscriminatorOptions, GeneratorOptions, StageOptions
-from sdtrain.models.stylegan2.ops import fir_filter, full_precision
+from sdtrain.models.stylegan2.ops import as_full, fir_filter
 from sdtrain.rng import Draws
 
 SLOPE = 0.2  # of every leaky ReLU
@@ -213,7 +213,7 @@ class DiscriminativeBasis(nn.Module):
 
 def cast(x: Tensor, low: bool) -> Tensor:
     """[...] -> the same shape in bfloat16 or full precision."""
-    return x.to(torch.bfloat16) if low else full_precision(x)
+    return x.to(torch.bfloat16) if low else as_full(x)
 
 
 class StageLayers(nn.Module):
@@ -261,10 +261,10 @@ class Generator(nn.Module):
 
         Without classes c is ignored; the network has no noise, so draws are too.
         """
-        x = full_precision(z)
+        x = as_full(z)
         if self.num_classes:
             x = torch.cat([x, self.Model["EmbeddingLayer"](c)], 1)
-        return full_precision(self.Model["AggregationLayer"](self.Model["MainLayers"](x)))
+        return as_full(self.Model["AggregationLayer"](self.Model["MainLayers"](x)))
 
 
 class Discriminator(nn.Module):
@@ -291,5 +291,5 @@ class Discriminator(nn.Module):
     def forward(self, x: Tensor, c: Tensor | None = None) -> Tensor:
         """Images [N, 3, R, R], one-hot c [N, num_classes] -> logits [N], float32; without classes c is ignored."""
         x = self.Model["ExtractionLayer"](cast(x, self.starts_low))
-        x = full_precision(self.Model["MainLayers"](x))
+        x = as_full(self.Model["MainLayers"](x))
         return (x * self.Model["EmbeddingLayer"](c)).sum(1) if self.num_classes else x.flatten()

@@ -23,6 +23,7 @@ from sdtrain.models.stylegan2.ops import (
     minibatch_stddev,
     modulated_conv2d,
 )
+from sdtrain.precision import full_precision
 
 FIR_TAPS = (1.0, 3.0, 3.0, 1.0)
 
@@ -145,7 +146,7 @@ class MappingNetwork(Advancing):
         Raises DataError when a conditional network gets no labels or labels of another width.
         """
         inputs = next(t for t in (z, c, *self.parameters()) if t is not None)
-        with torch.autocast(inputs.device.type, enabled=False):
+        with full_precision(inputs.device):
             w = self._layers(self._inputs(z, c))
             if self.w_avg_beta is not None and self.training and update_w_avg:
                 self._track(w)

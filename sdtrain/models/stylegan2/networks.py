@@ -23,8 +23,9 @@ from sdtrain.models.stylegan2.layers import (
     SynthesisConv,
     ToRGB,
 )
-from sdtrain.models.stylegan2.ops import downsample2d, fir_filter, format_on, full_precision, upsample2d
+from sdtrain.models.stylegan2.ops import as_full, downsample2d, fir_filter, format_on, upsample2d
 from sdtrain.models.stylegan2.options import DiscriminatorOptions, GeneratorOptions
+from sdtrain.precision import full_precision
 from sdtrain.rng import Draws
 
 Noise = Literal["random", "const", "none"]
@@ -87,7 +88,7 @@ class SynthesisBlock(nn.Module):
         for i, name in enumerate(("conv0", "conv1")[-self.num_conv :]):
             layer = getattr(self, name)
             x = layer(x, ws[:, i], self._noise(name, layer, draws, noise))
-        rgb = full_precision(self.torgb(x, ws[:, self.num_conv]))
+        rgb = as_full(self.torgb(x, ws[:, self.num_conv]))
         return x, rgb if image is None else upsample2d(image, self.resample_filter) + rgb
 
     def _noise(self, name: str, layer: SynthesisConv, draws: Draws | None, noise: Noise) -> Tensor | None:
@@ -254,10 +255,10 @@ class DiscriminatorEpilogue(nn.Module):
 
         Raises ConfigError where the minibatch stddev's group does not divide a ghost.
         """
-        with torch.autocast(x.device.type, enabled=False):
-            x = full_precision(x)
+        with full_precision(x.device):
+            x = as_full(x)
             if image is not None:
-                x = x + self.fromrgb(full_precision(image))
+                x = x + self.fromrgb(as_full(image))
             x = x if self.mbstd is None else self.mbstd(x)
             x = self.out(self.fc(self.conv(x).flatten(1)))
             return x if cmap is None else (x * cmap).sum(1, keepdim=True) / sqrt(self.cmap_dim)

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sdtrain.errors import ConfigError
+from sdtrain.precision import full_precision
 
 log = logging.getLogger("sdtrain")
 
@@ -40,7 +41,7 @@ ACTIVATIONS: dict[str, tuple[Callable[[Tensor, float], Tensor], float]] = {
 }
 
 
-def full_precision(x: Tensor) -> Tensor:
+def as_full(x: Tensor) -> Tensor:
     """[...] -> the same shape in float32, or float64 where somebody wants it."""
     return x if x.dtype == torch.float64 else x.float()
 
@@ -220,9 +221,9 @@ def demodulation(weight: Tensor, styles: Tensor) -> Tensor:
 
     Naively the norm of one modulated copy of the weights per sample; squares factor, so a matrix product does it.
     """
-    with torch.autocast(styles.device.type, enabled=False):
-        energy = full_precision(weight).square().sum((2, 3))
-        return (full_precision(styles).square() @ energy.t() + 1e-8).rsqrt()
+    with full_precision(styles.device):
+        energy = as_full(weight).square().sum((2, 3))
+        return (as_full(styles).square() @ energy.t() + 1e-8).rsqrt()
 
 
 def half_range(weight: Tensor, styles: Tensor) -> tuple[Tensor, Tensor]:
@@ -283,7 +284,7 @@ def minibatch_stddev(x: Tensor, group: int | None, channels: int) -> Tensor:
             f"minibatch stddev: a ghost of {n} samples is no multiple of mbstd_group {g}; "
             "choose a group that divides ghost_batch"
         )
-    y = full_precision(x).reshape(g, n // g, channels, c // channels, h, w)
+    y = as_full(x).reshape(g, n // g, channels, c // channels, h, w)
     deviation = y - y.mean(0)
     std = (deviation.square().mean(0) + 1e-8).sqrt().mean((2, 3, 4))
     return torch.cat([x, std.to(x.dtype).repeat(g, 1)[:, :, None, None].expand(-1, -1, h, w)], 1)

@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from sdtrain.errors import ConfigError
 
 TILE = 8
+HOST = torch.device("cpu")
 MASKED = -1
 
 
@@ -87,8 +88,10 @@ def _cut_axis(length: int, kernel: int, dilation: int, tile: int) -> list[_Tile]
 
 
 @lru_cache(maxsize=256)
-def axis_plan(length: int, kernel: int, dilation: int, tile: int = TILE) -> AxisPlan:
-    """Cut an axis of `length` positions; raises ConfigError when the window does not fit."""
+def axis_plan(
+    length: int, kernel: int, dilation: int, tile: int = TILE, device: torch.device = HOST
+) -> AxisPlan:
+    """Cut an axis of `length` positions, with tensors on `device`; raises ConfigError when the window does not fit."""
     check_window(length, kernel, dilation)
     tiles = _cut_axis(length, kernel, dilation, tile)
     patterns = list(dict.fromkeys(t.pattern for t in tiles))
@@ -98,15 +101,13 @@ def axis_plan(length: int, kernel: int, dilation: int, tile: int = TILE) -> Axis
     queries = torch.tensor([t.queries for t in tiles])
     place = torch.empty(length, dtype=torch.int64)
     place[queries.flatten()] = torch.arange(queries.numel())
-    return AxisPlan(
-        queries, torch.tensor([t.keys for t in tiles]), tuple(torch.tensor(p) for p in patterns), spans, place
-    )
+    keys, tables = torch.tensor([t.keys for t in tiles]), tuple(torch.tensor(p).to(device) for p in patterns)
+    return AxisPlan(queries.to(device), keys.to(device), tables, spans, place.to(device))
 
 
 def _take(x: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
     """x [N, H, W, C] at tiles of rows [ty, A] and columns [tx, B] -> [N, ty, A, tx, B, C]."""
     n, _, width, channels = x.shape
-    rows, cols = rows.to(x.device), cols.to(x.device)
     picked = x.reshape(n, -1, width * channels).index_select(1, rows.flatten())
     picked = picked.view(n * rows.numel(), width, channels).index_select(1, cols.flatten())
     return picked.view(n, *rows.shape, *cols.shape, channels)
@@ -130,7 +131,6 @@ def pair_bias(rpb: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
 
     rpb [heads, 2k - 1, 2k - 1]; rows [A, P], cols [B, Q] bias rows of the two axes or MASKED -> [heads, A * B, P * Q].
     """
-    rows, cols = rows.to(rpb.device), cols.to(rpb.device)
     index = rows.clamp(min=0)[:, None, :, None] * rpb.shape[-1] + cols.clamp(min=0)[None, :, None, :]
     outside = (rows < 0)[:, None, :, None] | (cols < 0)[None, :, None, :]
     pairs = rpb.flatten(1).index_select(1, index.flatten()).masked_fill(outside.flatten(), float("-inf"))
@@ -169,7 +169,7 @@ class _Recomputed(torch.autograd.Function):
 def _tiled_attention(q: Tensor, k: Tensor, v: Tensor, rpb: Tensor, dilation: int, tile: int) -> Tensor:
     n, height, width, _ = q.shape
     heads, kernel = len(rpb), (rpb.shape[-1] + 1) // 2
-    ys, xs = axis_plan(height, kernel, dilation, tile), axis_plan(width, kernel, dilation, tile)
+    ys, xs = (axis_plan(side, kernel, dilation, tile, q.device) for side in (height, width))
     tiles_q, tiles_k, tiles_v = _take(q, ys.queries, xs.queries), _take(k, ys.keys, xs.keys), _take(v, ys.keys, xs.keys)
     bands = []
     for row_pattern, (y0, y1) in zip(ys.patterns, ys.spans):
@@ -181,11 +181,11 @@ def _tiled_attention(q: Tensor, k: Tensor, v: Tensor, rpb: Tensor, dilation: int
             band.append(_from_batch(out, n, y1 - y0, x1 - x0, len(row_pattern), len(col_pattern)))
         bands.append(torch.cat(band, 3))
     merged = torch.cat(bands, 1).reshape(n, ys.queries.numel(), xs.queries.numel(), -1)
-    return merged.index_select(1, ys.place.to(q.device)).index_select(2, xs.place.to(q.device))
+    return merged.index_select(1, ys.place).index_select(2, xs.place)
 
 
 @lru_cache(maxsize=16)
-def _axis_pairs(length: int, kernel: int, dilation: int) -> Tensor:
+def _axis_pairs(length: int, kernel: int, dilation: int, device: torch.device) -> Tensor:
     """[L, L]: bias row of every pair of an axis, or MASKED."""
     check_window(length, kernel, dilation)
     pairs = torch.full((length, length), MASKED)
@@ -194,7 +194,7 @@ def _axis_pairs(length: int, kernel: int, dilation: int) -> Tensor:
         s = window_start(j, kernel, -(-(length - g) // dilation))
         for t in range(kernel):
             pairs[i, (s + t) * dilation + g] = s + t - j + kernel - 1
-    return pairs
+    return pairs.to(device)
 
 
 def full_mask_attention(q: Tensor, k: Tensor, v: Tensor, rpb: Tensor, dilation: int) -> Tensor:
@@ -205,7 +205,8 @@ def full_mask_attention(q: Tensor, k: Tensor, v: Tensor, rpb: Tensor, dilation: 
     """
     n, height, width, channels = q.shape
     heads, kernel = len(rpb), (rpb.shape[-1] + 1) // 2
-    bias = pair_bias(rpb, _axis_pairs(height, kernel, dilation), _axis_pairs(width, kernel, dilation)).to(q.dtype)
+    ys, xs = (_axis_pairs(side, kernel, dilation, rpb.device) for side in (height, width))
+    bias = pair_bias(rpb, ys, xs).to(q.dtype)
     q, k, v = (t.reshape(n, height * width, heads, -1).transpose(1, 2) for t in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
     return out.transpose(1, 2).reshape(n, height, width, channels)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sdtrain.constants import constant
 from sdtrain.errors import ConfigError
 from sdtrain.models.ghost import SpectralConv2d, SpectralLinear
 from sdtrain.models.stylenat.attention import BACKENDS, check_window
@@ -28,13 +29,13 @@ LEGACY_NAMES = ("rpb0", "rpb1")
 
 def to_official(x: Tensor) -> Tensor:
     """Images [N, 3, H, W] in [-1, 1] to the ImageNet-normalised space of the official code."""
-    mean, std = x.new_tensor(IMAGENET_MEAN).view(3, 1, 1), x.new_tensor(IMAGENET_STD).view(3, 1, 1)
+    mean, std = (constant(v, x.device, x.dtype).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
     return ((x + 1) / 2 - mean) / std
 
 
 def from_official(y: Tensor) -> Tensor:
     """ImageNet-normalised images [N, 3, H, W] to [-1, 1]; not clamped."""
-    mean, std = y.new_tensor(IMAGENET_MEAN).view(3, 1, 1), y.new_tensor(IMAGENET_STD).view(3, 1, 1)
+    mean, std = (constant(v, y.device, y.dtype).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
     return (y * std + mean) * 2 - 1
 
 
