@@ -120,7 +120,9 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     if options.kind == "sgd":
         return torch.optim.SGD(params, lr=lr)
-    return torch.optim.Adam(params, lr=lr, betas=betas, eps=options.eps)
+    on_cpu = all(p.device.type == "cpu" for p in params)
+    # one pass over memory instead of ten on a CPU; an element's bits do not depend on where it lies
+    return torch.optim.Adam(params, lr=lr, betas=betas, eps=options.eps, fused=True if on_cpu else None)
 
 
 @contextmanager
