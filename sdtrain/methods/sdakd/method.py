@@ -25,7 +25,7 @@ from sdtrain.config.schedule import value_at
 from sdtrain.contracts import Chunk, Loss, Net, Phase, Restoration, Stage, State, Tensors, Terms
 from sdtrain.losses.adversarial import ADVERSARIAL, d_loss, gradient_penalty
 from sdtrain.losses.feature import mlp_loss, probability_loss
-from sdtrain.losses.self_distillation import self_distillation
+from sdtrain.losses.self_distillation import lazy_weight, num_compared, self_distillation
 from sdtrain.methods.sdakd.inputs import Faces, Photos
 from sdtrain.methods.sdakd.options import Options
 from sdtrain.rng import Draws
@@ -104,9 +104,9 @@ class SDAKD(Restoration):
         fake, terms = self.terms_of_eq_3(x)
         assert self.lambda_2 is not None  # `balance` came first
         loss = self.eq_1(terms) + self.lambda_2 * terms["G/adv"]
-        if self.o.sd.alpha:
+        if alpha := lazy_weight(self.o.sd.alpha, self.o.sd.every, x.step):
             terms["G/sd"] = self.L_SD(x, fake)
-            loss = loss + self.o.sd.alpha * terms["G/sd"]
+            loss = loss + alpha * terms["G/sd"]
         return loss, terms
 
     def loss_D_stage3(self, x: Chunk) -> Loss:
@@ -172,6 +172,9 @@ class SDAKD(Restoration):
 
         `fake` [N, 3, H, W] in the inputs' range -> scalar.
         """
+        num = num_compared(self.o.sd.share, x.draws.ghost_batch)
+        if num < x.draws.ghost_batch:
+            fake, x = x.first_of(fake, num), x.first(num)
         fake_ema = self.no_grad(self.nets["G_ema"], x, "G")
         assert self.distance is not None
         both = self.inputs.signed(fake), self.inputs.signed(fake_ema)
