@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 import torch
@@ -41,6 +41,18 @@ class Chunk:
     """The random numbers of these ghosts at this step."""
     inputs: Tensors = field(default_factory=dict)
     """What `Method.prepare` made of the images (lq, ...)."""
+
+    def first(self, num: int) -> Chunk:
+        """The first `num` samples of each ghost, with their numbers."""
+        labels = None if self.labels is None else self.first_of(self.labels, num)
+        inputs = {name: self.first_of(t, num) for name, t in self.inputs.items()}
+        real, draws = self.first_of(self.real, num), self.draws.first(num)
+        return replace(self, real=real, labels=labels, inputs=inputs, draws=draws)
+
+    def first_of(self, tensor: Tensor, num: int) -> Tensor:
+        """The rows of the first `num` samples of each ghost: [num_samples, ...] -> [ghosts * num, ...]."""
+        found: Tensor = tensor.unflatten(0, (len(self.draws.ghosts), -1))[:, :num].flatten(0, 1)
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -44,10 +44,16 @@ class Draws:
     ghost_batch: int
     device: torch.device | str = "cpu"
     path: str = ""
+    drawn: int | None = None
+    """Samples of a ghost that numbers are drawn for, of which `ghost_batch` are the first; None = as many."""
 
     @property
     def num_samples(self) -> int:
         return len(self.ghosts) * self.ghost_batch
+
+    @property
+    def _rows(self) -> int:
+        return self.drawn or self.ghost_batch
 
     def sub(self, purpose: str) -> Draws:
         """An independent family of numbers for the same ghosts."""
@@ -56,17 +62,21 @@ class Draws:
     def select(self, ghosts: Sequence[int]) -> Draws:
         return replace(self, ghosts=tuple(ghosts))
 
+    def first(self, num: int) -> Draws:
+        """The numbers that the first `num` samples of each ghost have among all of them."""
+        return replace(self, ghost_batch=num, drawn=self.drawn or self.ghost_batch)
+
     def normal(self, purpose: str, *shape: int) -> Tensor:
         """Standard normal numbers [num_samples, *shape], float32."""
-        return self._each(purpose, (self.ghost_batch, *shape), torch.randn)
+        return self._each(purpose, (self._rows, *shape), torch.randn)
 
     def uniform(self, purpose: str, *shape: int) -> Tensor:
         """Uniform numbers in [0, 1) [num_samples, *shape], float32."""
-        return self._each(purpose, (self.ghost_batch, *shape), torch.rand)
+        return self._each(purpose, (self._rows, *shape), torch.rand)
 
     def integers(self, purpose: str, low: int, high: int, *shape: int) -> Tensor:
         """Integers in [low, high) [num_samples, *shape], int64."""
-        return self._each(purpose, (self.ghost_batch, *shape), lambda *a, **k: torch.randint(low, high, *a, **k))
+        return self._each(purpose, (self._rows, *shape), lambda *a, **k: torch.randint(low, high, *a, **k))
 
     def uniform_per_ghost(self, purpose: str, *shape: int) -> Tensor:
         """Uniform numbers in [0, 1) [len(ghosts), *shape]: decisions that a whole ghost shares."""
@@ -77,8 +87,8 @@ class Draws:
 
     def _each(self, purpose: str, shape: tuple[int, ...], draw: Callable[..., Tensor]) -> Tensor:
         if torch.device(self.device).type == "meta":  # a plan asks for shapes only
-            return torch.empty((len(self.ghosts) * shape[0], *shape[1:]), device="meta")
+            return torch.empty((len(self.ghosts) * min(shape[0], self.ghost_batch), *shape[1:]), device="meta")
         on_host = torch.Size(shape).numel() <= HOST_NUMBERS_MAX
         device = torch.device("cpu" if on_host else self.device)
         rows = [draw(shape, generator=self.generator(purpose, g, device), device=device) for g in self.ghosts]
-        return torch.cat(rows).to(self.device, non_blocking=True)
+        return torch.cat([row[: self.ghost_batch] for row in rows]).to(self.device, non_blocking=True)

@@ -13,6 +13,10 @@ from sdtrain.config.schedule import Schedule, value_at
 from sdtrain.contracts import Chunk, Phase, Stage
 from sdtrain.engine.ddp import Ddp, DdpNet
 from sdtrain.engine.ema import ema_beta, freeze, update_ema
+from sdtrain.engine.heap import keep_freed_memory
+from sdtrain.engine.net import LocalNet
+from sdtrain.engine.player import make_optimizer
+from sdtrain.engine.sums import SumPlayer, owned
 from sdtrain.models.ghost import GhostBatchNorm2d, SpectralConv2d, set_ghost_batch
 from sdtrain.rng import Draws
 
@@ -168,3 +172,50 @@ def test_a_clipped_gradient_has_the_norm_asked_for_and_an_unclipped_one_its_own(
         engine.run(phase(nets), chunks(1))
     assert norms[0] > 1e-2
     torch.testing.assert_close(norms[1], torch.tensor(1e-3), rtol=1e-3, atol=0.0)
+
+
+def test_gradients_that_autograd_hands_out_as_one_tensor_are_changed_one_by_one():
+    a, b = torch.ones(3, requires_grad=True), torch.ones(3, requires_grad=True)
+    found = torch.autograd.grad((a + b).square().sum(), [a, b])
+    first, second = owned(found)
+    first.mul_(2.0)
+    assert torch.equal(second, torch.full((3,), 4.0)) and found[0].data_ptr() == found[1].data_ptr()
+
+
+def test_the_gradient_of_a_single_ghost_is_itself_and_that_of_several_a_float64_mean():
+    means = []
+    for num in (1, 3):
+        net = nn.Linear(4, 1)
+        net.weight.data.fill_(0.1)
+        player = SumPlayer([LocalNet(net)], Optimizer(lr=0.1, betas=(0.0, 0.9)), (0, 10), None)
+        player.clear()
+        xs = [torch.rand(5, 4, generator=torch.Generator().manual_seed(i)) for i in range(num)]
+        grads = []
+        for x in xs:
+            loss = (net(x) ** 3).mean()
+            grads.append(torch.autograd.grad(loss, net.weight, retain_graph=True)[0])
+            player.backward(loss, 1 / num)
+        assert player.sums[0].dtype == (torch.float32 if num == 1 else torch.float64)
+        player.finish(Phase(name="G", player="G", loss=lambda x: None), num)
+        means.append((net.weight.grad, (sum(g.double() for g in grads) / num).float()))
+    assert all(torch.equal(*pair) for pair in means)
+
+
+def test_an_allocator_that_somebody_has_set_up_is_left_as_it_is():
+    assert not keep_freed_memory({"MALLOC_ARENA_MAX": "2"})
+    assert not keep_freed_memory({"LD_PRELOAD": "libjemalloc.so"})
+
+
+def test_adam_moves_an_element_by_the_same_bits_wherever_it_lies():
+    # engines that share parameters out cut them anywhere
+    values = [torch.randn(1003, generator=torch.Generator().manual_seed(i)) for i in range(4)]
+    moved = []
+    for cuts in ([1003], [3, 50, 950]):
+        params = [nn.Parameter(part.clone()) for part in values[0].split(cuts)]
+        optimizer = make_optimizer(params, 1e-3, (0.0, 0.99), Optimizer(lr=1e-3, betas=(0.0, 0.99)))
+        for gradient in values[1:]:
+            for p, part in zip(params, gradient.split(cuts)):
+                p.grad = part.clone()
+            optimizer.step()
+        moved.append(torch.cat([p.detach() for p in params]))
+    assert torch.equal(*moved)

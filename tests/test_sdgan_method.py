@@ -117,3 +117,37 @@ def test_the_r1_pass_reports_the_mean_sign_of_its_logits(tmp_path: Path) -> None
     assert not terms["D/r1_sign"].requires_grad
     assert terms["D/r1_sign"].item() == pytest.approx(seen[0].sign().mean().item())
     assert method.steering == ("D/real_sign", "D/r1_sign")
+
+
+def apart(method: Any) -> None:
+    """A student begins as its own average: part them."""
+    method.G_ema.module.mapping.fc0.weight.data.mul_(1.5)
+
+
+def test_lazy_distillation_has_the_weight_of_its_interval_once_in_it_and_none_otherwise(tmp_path: Path) -> None:
+    method = built(tmp_path, sd__alpha=0.5, sd__every=4)
+    apart(method)
+    weights = []
+    for step in range(5):
+        seen = watched(method)
+        loss, terms = method.loss_G(chunk(step))
+        assert ("G/sd" in terms) == bool(seen["G_ema"]) == (step % 4 == 0)
+        weights.append(((loss - terms["G/adv"]) / terms["G/sd"]).item() if "G/sd" in terms else 0.0)
+        assert step % 4 == 0 or torch.equal(loss, terms["G/adv"])
+    assert weights == pytest.approx([2.0, 0, 0, 0, 2.0], rel=1e-3)  # alpha on average
+
+
+def test_a_share_of_a_ghost_is_distilled_as_it_is_among_all(tmp_path: Path) -> None:
+    distances = {}
+    for share in (1.0, 0.5, 0.01):
+        method = built(tmp_path, sd__alpha=1.0, sd__share=share, sd__augment=True, style_mixing=0.9)
+        apart(method)
+        distance, found = method.distance, []
+        method.distance = lambda x, y, d=distance, f=found: f.append(d(x, y)) or f[-1]
+        terms = method.loss_G(chunk())[1]
+        distances[share] = found[0].detach().unflatten(0, (8, -1))
+        assert torch.equal(terms["G/sd"], found[0].mean())
+    assert distances[1.0].shape == (8, 4) and distances[1.0].std() > 0
+    # latents, noise, styles and T are those that the samples have anyway, so the mean over many draws is the same
+    torch.testing.assert_close(distances[0.5], distances[1.0][:, :2])
+    torch.testing.assert_close(distances[0.01], distances[1.0][:, :1])

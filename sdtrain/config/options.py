@@ -74,6 +74,7 @@ CountOrZero = Annotated[int, Field(ge=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Share = Annotated[float, Field(gt=0, le=1)]
 AdversarialLoss = Literal["hinge", "logistic", "least-squares", "wasserstein", "relativistic"]
 DistanceLoss = Literal["lpips-vgg", "l1", "l2", "ms-ssim"]
 
@@ -176,6 +177,10 @@ class SelfDistillation:
     """Log L_SD although alpha is 0 (costs the forward passes)."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the LPIPS trunk."""
+    every: Count = 1
+    """[steps] Steps between two with L_SD, which then weighs alpha times as much: the same gradient on average."""
+    share: Share = 1.0
+    """The part of every ghost, its first samples, that L_SD is taken over; the same on average. At least one sample."""
 
 
 @dataclass(frozen=True, kw_only=True)

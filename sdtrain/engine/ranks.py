@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sdtrain.engine.heap import keep_freed_memory
 from sdtrain.engine.launcher import wants_cpu
 from sdtrain.engine.pulse import PULSE
 from sdtrain.errors import ConfigError, MachineError, UserError
@@ -41,6 +42,8 @@ def pick_device(name: str = "auto", tf32: bool = False, deterministic: bool = Fa
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"--device {name} cannot be used on this machine; leave it out, or say cpu")
     set_precision(tf32, deterministic)
+    if device.type == "cpu":
+        keep_freed_memory()
     return device
 
 

@@ -6,6 +6,8 @@ Autograd is asked for the gradients instead of leaving them in `p.grad`, so that
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -28,27 +30,28 @@ class SumPlayer(BasePlayer):
     def backward(self, loss: Tensor, share: float) -> None:
         """`loss`: a scalar. Its gradient moves into the sums; fast, weighted by `share`."""
         found = torch.autograd.grad(loss if self.exact else loss * share, self.leaves, allow_unused=True)
-        held = self.sums or [None] * len(found)
-        self.sums = [self._plus(total, gradient) for total, gradient in zip(held, found, strict=True)]
+        self.sums = [self._plus(*pair) for pair in zip(self.sums, found, strict=True)] if self.sums else owned(found)
 
     def _plus(self, total: Tensor | None, gradient: Tensor | None) -> Tensor | None:
         if gradient is None:
             return total
-        if total is not None:
-            return total.add_(gradient)
-        dtype = torch.float64 if self.exact else gradient.dtype
-        return gradient.to(dtype, copy=True, memory_format=torch.contiguous_format)
+        return owned([gradient])[0] if total is None else self._wide(total).add_(gradient)
+
+    def _wide(self, total: Tensor) -> Tensor:
+        """What is added up to. The first gradient stays as it is until there is a second: a sum of one is exact."""
+        return total.double() if self.exact else total
 
     def finish(self, phase: Phase, num_chunks: int) -> None:
         """The mean over all ghosts of all ranks, rounded to the parameters' precision once."""
-        dtype = torch.float64 if self.exact else None
         # a parameter that no loss has reached takes part: all ranks must add up the same list
         pairs = zip(self.sums or [None] * len(self.leaves), self.leaves, strict=True)
-        sums = [torch.zeros_like(p, dtype=dtype) if total is None else total for total, p in pairs]
+        sums = [torch.zeros_like(p) if total is None else total for total, p in pairs]
         self.sums = []
-        means = self.over_ranks(sums)
-        torch._foreach_div_(means, (num_chunks if self.exact else 1) * world())
-        for p, mean in zip(self.params, means, strict=True):
+        shares = (num_chunks if self.exact else 1) * world()
+        if shares > 1:
+            sums = self.over_ranks([self._wide(total) for total in sums])
+            torch._foreach_div_(sums, shares)
+        for p, mean in zip(self.params, sums, strict=True):
             p.grad = mean.to(p.dtype)
 
     def over_ranks(self, sums: list[Tensor]) -> list[Tensor]:
@@ -68,3 +71,17 @@ class SumPlayer(BasePlayer):
         if self.options.clip_norm:
             factor = (self.options.clip_norm / (self.norm() + 1e-6)).clamp(max=1.0).float()
             torch._foreach_mul_(self.gradients(), factor)
+
+
+def owned(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Gradients [...] of autograd, each contiguous and alone on its memory: they will be changed in place."""
+    taken: set[int] = set()
+    own: list[Tensor | None] = []
+    for gradient in gradients:
+        if gradient is not None:
+            gradient = gradient.contiguous()
+            place = gradient.untyped_storage()._cdata  # tensors without data have one as well
+            gradient = gradient.clone() if place in taken else gradient
+            taken.add(place)
+        own.append(gradient)
+    return own

@@ -103,7 +103,7 @@ class LPIPS(Frozen):
         trunk = random_trunk(self, seed) if state is None else lpips_names(state, net)
         advice = "torchvision's file of that network or a full LPIPS state dict"
         load_fitting(self, {**package_heads(net), **trunk}, f"LPIPS ({net})", advice)
-        self.net.to(trunk_dtype)
+        self.net.to(trunk_dtype).to(memory_format=torch.channels_last)  # a tenth to a sixth (bf16) faster on a CPU
         self.freeze()
 
     def forward(self, x: Tensor, target: Tensor) -> Tensor:
@@ -132,6 +132,7 @@ class LPIPS(Frozen):
         """The five ReLU outputs in fp32, one after the other so that a caller may let go of each."""
         with full_precision(images.device):
             h = ((images.float() - self.shift) / self.scale).to(next(self.net.parameters()).dtype)
+            h = h.contiguous(memory_format=torch.channels_last)
         for part in self.net.values():
             with full_precision(images.device):
                 h = part(h)

@@ -18,3 +18,13 @@ def self_distillation(
     if T is not None:
         fake, fake_ema = T(fake, fake_ema.detach(), draws.sub("T"))
     return distance(fake, fake_ema.detach()).mean()
+
+
+def lazy_weight(alpha: float, every: int, step: int) -> float:
+    """The weight of L_SD in a step: alpha on average, all of it in every `every`-th step."""
+    return 0.0 if step % every else alpha * every
+
+
+def num_compared(share: float, ghost_batch: int) -> int:
+    """How many samples of a ghost L_SD is taken over. They are like any others, so its mean stays what it is."""
+    return max(round(share * ghost_batch), 1)

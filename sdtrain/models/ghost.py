@@ -15,6 +15,7 @@ Outside a phase (`open_phase` not called) a train-mode forward advances at once,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,7 @@ class Advancing(nn.Module):
     _ledger: list[list[Tensor]] | None = None
     _pass: int = 0
     _again: bool = False  # a block computes again what it has not kept: nothing new is seen
+    _settled: Tensor | None = None  # what is worked out once a phase
 
     def _enter(self) -> list[Tensor] | None:
         """The ledger entry of the pass this forward belongs to (empty for its first chunk), None outside a phase."""
@@ -74,7 +76,7 @@ def advancing_layers(*nets: Nets) -> Iterator[Advancing]:
 
 def open_phase(*nets: Nets) -> None:
     for layer in advancing_layers(*nets):
-        layer._ledger, layer._pass = [], 0
+        layer._ledger, layer._pass, layer._settled = [], 0, None
 
 
 def next_chunk(*nets: Nets) -> None:
@@ -88,7 +90,7 @@ def close_phase(*nets: Nets, sum_over_ranks: SumOverRanks | None = None, apply: 
     if apply and sum_over_ranks is not None:
         sum_over_ranks([tensor for layer in layers for tensor in layer._sums()])
     for layer in layers:
-        entries, layer._ledger, layer._pass = layer._ledger or [], None, 0
+        entries, layer._ledger, layer._pass, layer._settled = layer._ledger or [], None, 0, None
         for entry in entries if apply else []:
             layer._advance(entry)
 
@@ -147,11 +149,28 @@ def set_ghost_batch(net: nn.Module, ghost_batch: int) -> None:
             layer.ghost_batch = ghost_batch  # type: ignore[assignment]
 
 
+class Sigma(torch.autograd.Function):
+    """u^T W v where W v is known already. Its gradient by W is u v^T, whatever W is."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, u: Tensor, v: Tensor, Wv: Tensor) -> Tensor:
+        """`weight` [...], u and v of shapes that broadcast to its own, W v [rows] like u -> scalar."""
+        ctx.save_for_backward(u, v)
+        return torch.dot(u.flatten(), Wv)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        u, v = ctx.saved_tensors
+        return (gradient * u) * v, None, None, None
+
+
 class SpectralNorm(Advancing):
     """Spectral normalisation under the names of the old torch utility: weight_orig, weight_u, weight_v.
 
     One power iteration per training pass, none in eval; u and v are constants of the graph. The iteration depends on
     the weight alone, so later chunks of a pass reuse the vectors of the first and nothing needs summing over ranks.
+    W itself is read by the two products of the iteration and by the convolution, and by nothing else where dividing
+    the result by sigma is less work than dividing the weights.
     """
 
     out_dim = 0  # ConvTranspose counts its outputs along dimension 1
@@ -161,30 +180,52 @@ class SpectralNorm(Advancing):
 
     def _init_spectral(self, weight: Tensor) -> None:
         self.weight_orig = nn.Parameter(weight)
-        rows, cols = self._matrix(weight).shape
+        rows = weight.shape[self.out_dim]
         self.register_buffer("weight_u", F.normalize(torch.randn(rows), dim=0, eps=1e-12))
-        self.register_buffer("weight_v", F.normalize(torch.randn(cols), dim=0, eps=1e-12))
+        self.register_buffer("weight_v", F.normalize(torch.randn(weight.numel() // rows), dim=0, eps=1e-12))
 
-    def _matrix(self, weight: Tensor) -> Tensor:
-        return weight.transpose(0, self.out_dim).flatten(1)
+    def _times_u(self, u: Tensor) -> Tensor:
+        """W^T u [columns]; the matrix of a transposed convolution is not copied into place for it."""
+        weight = self.weight_orig.detach()
+        if self.out_dim == 0:
+            return weight.flatten(1).t() @ u
+        return torch.matmul(u, weight.flatten(2)).flatten()
 
-    def _vectors(self) -> tuple[Tensor, Tensor]:
+    def _times_v(self, v: Tensor) -> Tensor:
+        """W v [rows]."""
+        weight = self.weight_orig.detach()
+        if self.out_dim == 0:
+            return weight.flatten(1) @ v
+        return torch.bmm(weight.flatten(2), v.view(len(weight), -1, 1)).sum(0).flatten()
+
+    def _vectors(self) -> list[Tensor]:
+        """u, v and W v of this pass."""
         if not self.training:
-            return self.weight_u, self.weight_v
+            return [self.weight_u, self.weight_v, self._still()]
         entry = self._enter()
         if entry is None:
-            self._advance(list(self._iterate(self.weight_u)))
-            return self.weight_u.clone(), self.weight_v.clone()
+            found = self._iterate(self.weight_u)
+            self._advance(found)
+            return found
         if not entry:
             done = self._ledger[self._pass - 2][0] if self._ledger and self._pass > 1 else self.weight_u
             entry.extend(self._iterate(done))
-        return entry[0], entry[1]
+        return entry
 
     @torch.no_grad()
-    def _iterate(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        matrix = self._matrix(self.weight_orig.detach())
-        v = F.normalize(matrix.t() @ u, dim=0, eps=1e-12)
-        return F.normalize(matrix @ v, dim=0, eps=1e-12), v
+    def _still(self) -> Tensor:
+        """W v, once a phase: nothing moves the weights of a network inside one."""
+        if self._ledger is None:
+            return self._times_v(self.weight_v)
+        if self._settled is None:
+            self._settled = self._times_v(self.weight_v)
+        return self._settled
+
+    @torch.no_grad()
+    def _iterate(self, u: Tensor) -> list[Tensor]:
+        v = F.normalize(self._times_u(u), dim=0, eps=1e-12)
+        Wv = self._times_v(v)
+        return [F.normalize(Wv, dim=0, eps=1e-12), v, Wv]
 
     def _sums(self) -> list[Tensor]:
         return []
@@ -194,12 +235,35 @@ class SpectralNorm(Advancing):
         self.weight_u.copy_(entry[0])
         self.weight_v.copy_(entry[1])
 
+    def scale(self) -> Tensor:
+        """1 / (u^T W v), a scalar; asking in train mode is one pass. Float32 under autocast: sigma is a long sum."""
+        with full_precision(self.weight_orig.device):
+            u, v, Wv = self._vectors()
+            if not (torch.is_grad_enabled() and self.weight_orig.requires_grad):
+                return torch.dot(u, Wv).reciprocal()
+            shape = list(self.weight_orig.shape)
+            rows, columns = [1] * len(shape), shape
+            rows[self.out_dim], columns[self.out_dim] = shape[self.out_dim], 1
+            sigma: Tensor = Sigma.apply(self.weight_orig, u.view(rows), v.view(columns), Wv)
+            return sigma.reciprocal()
+
     @property
     def weight(self) -> Tensor:
-        """W / (u^T W v); reading it in train mode is one pass. Stays float32 under autocast: sigma is a long sum."""
-        with full_precision(self.weight_orig.device):
-            u, v = self._vectors()
-            return self.weight_orig / torch.dot(u, self._matrix(self.weight_orig) @ v)
+        """W / (u^T W v); reading it in train mode is one pass."""
+        return self.weight_orig * self.scale()
+
+    def _scales_result(self, x: Tensor, places: int) -> bool:
+        """Whether a result of so many `places` an image is scaled instead of W: float32, and fewer numbers."""
+        low = torch.is_autocast_enabled(x.device.type) if x.device.type != "meta" else False
+        return not low and x.dtype == self.weight_orig.dtype and TYPICAL_GHOST * places <= self.weight_orig[0].numel()
+
+
+TYPICAL_GHOST = 4  # images; not those at hand, so that an image's numbers do not depend on its company
+
+
+def scaled(y: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """y [N, C, ...] times a scalar plus bias [C] or nothing."""
+    return y * scale if bias is None else torch.addcmul(bias.view(-1, *[1] * (y.ndim - 2)), y, scale)
 
 
 def settle_spectral_norms(net: nn.Module, iterations: int = 15) -> None:
@@ -211,7 +275,7 @@ def settle_spectral_norms(net: nn.Module, iterations: int = 15) -> None:
     for layer in net.modules():
         if isinstance(layer, SpectralNorm):
             for _ in range(iterations):
-                layer._advance(list(layer._iterate(layer.weight_u)))
+                layer._advance(layer._iterate(layer.weight_u))
 
 
 class SpectralConv2d(SpectralNorm):
@@ -228,7 +292,10 @@ class SpectralConv2d(SpectralNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, c_in, H, W] -> [N, c_out, H', W'], sides as nn.Conv2d gives them."""
-        return F.conv2d(x, self.weight, self.bias, self.stride, self.padding, groups=self.groups)
+        if not self._scales_result(x, x[0, 0].numel() // self.stride**2):
+            return F.conv2d(x, self.weight, self.bias, self.stride, self.padding, groups=self.groups)
+        y = F.conv2d(x, self.weight_orig, None, self.stride, self.padding, groups=self.groups)
+        return scaled(y, self.scale(), self.bias)
 
 
 class SpectralConvTranspose2d(SpectralNorm):
@@ -245,7 +312,11 @@ class SpectralConvTranspose2d(SpectralNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, c_in, H, W] -> [N, c_out, H', W'], sides as nn.ConvTranspose2d gives them."""
-        return F.conv_transpose2d(x, self.weight, self.bias, self.stride, self.padding)
+        if x.shape[2:] != (1, 1) or self.padding or not self._scales_result(x, 1):
+            return F.conv_transpose2d(x, self.weight, self.bias, self.stride, self.padding)
+        # of a single place it is a matrix product, and several times faster as one
+        y = (x.flatten(1) @ self.weight_orig.flatten(1)).unflatten(1, self.weight_orig.shape[1:])
+        return scaled(y, self.scale(), self.bias)
 
 
 class SpectralLinear(SpectralNorm):

@@ -23,7 +23,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_shards(folder / "dying")
     for shards in ("shards", "dying"):
         clock = {"batch_size": BATCH, "ghost_batch": GHOST, "log_img": BATCH, "save_img": 100 * BATCH}
-        write_config(folder / f"{shards}.yaml", tiny_config(folder / shards, **clock, data__prefetch=1))
+        lazy = {"sd__every": 2, "sd__share": 0.5}  # L_SD in every other step, on half of each ghost
+        write_config(folder / f"{shards}.yaml", tiny_config(folder / shards, **clock, **lazy, data__prefetch=1))
     return folder
 
 

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from sdtrain.contracts import Chunk, Loss, Net, Phase, Stage, State, Terms
 from sdtrain.losses.feature import mlp_loss, probability_loss
-from sdtrain.losses.self_distillation import self_distillation
+from sdtrain.losses.self_distillation import lazy_weight, num_compared, self_distillation
 from sdtrain.methods.sdakd.options import Options
 from sdtrain.restoration.inputs import Faces, Photos
 from sdtrain.restoration.recipe import OriginalRecipe
@@ -80,9 +80,9 @@ class SDAKD(OriginalRecipe):
         fake, terms = self.terms_of_eq_3(x)
         assert self.lambda_2 is not None  # `balance` came first
         loss = self.eq_1(terms) + self.lambda_2 * terms["G/adv"]
-        if self.o.sd.alpha:
+        if alpha := lazy_weight(self.o.sd.alpha, self.o.sd.every, x.step):
             terms["G/sd"] = self.L_SD(x, fake)
-            loss = loss + self.o.sd.alpha * terms["G/sd"]
+            loss = loss + alpha * terms["G/sd"]
         return loss, terms
 
     def loss_D_stage3(self, x: Chunk) -> Loss:
@@ -127,6 +127,9 @@ class SDAKD(OriginalRecipe):
 
         `fake` [N, 3, H, W] in the inputs' range -> scalar.
         """
+        num = num_compared(self.o.sd.share, x.draws.ghost_batch)
+        if num < x.draws.ghost_batch:
+            fake, x = x.first_of(fake, num), x.first(num)
         fake_ema = self.no_grad("G_ema", x, "G")
         assert self.distance is not None
         both = self.inputs.signed(fake), self.inputs.signed(fake_ema)

@@ -21,7 +21,7 @@ from sdtrain.contracts import Chunk, Loss, Method, Net, Phase, Stage, State, Ter
 from sdtrain.losses.adversarial import ADVERSARIAL, d_loss, gradient_penalty
 from sdtrain.losses.consistency import balanced_consistency
 from sdtrain.losses.regularizers import path_length_penalty, path_lengths
-from sdtrain.losses.self_distillation import self_distillation
+from sdtrain.losses.self_distillation import lazy_weight, num_compared, self_distillation
 from sdtrain.methods.sdgan.options import Options
 from sdtrain.rng import Draws
 from sdtrain.sampling import labels_for
@@ -109,10 +109,11 @@ class SDGAN(Method):
         draws = x.draws.sub("G")
         fake = self.generate(self.G, x, draws)
         L_adv = self.loss_G_adv(fake, x, draws)
-        if self.o.sd.alpha:
+        alpha = lazy_weight(self.o.sd.alpha, self.o.sd.every, x.step)
+        if alpha:
             L_SD = self.L_SD(fake, x, draws)
-            return L_adv + self.o.sd.alpha * L_SD, {"G/adv": L_adv, "G/sd": L_SD}
-        if self.o.sd.log:
+            return L_adv + alpha * L_SD, {"G/adv": L_adv, "G/sd": L_SD}
+        if self.o.sd.log and not self.o.sd.alpha:
             with torch.no_grad():
                 return L_adv, {"G/adv": L_adv, "G/sd": self.L_SD(fake, x, draws)}
         return L_adv, {"G/adv": L_adv}
@@ -131,6 +132,9 @@ class SDGAN(Method):
         `fake`: the student's images [N, C, H, W] in [-1, 1] -> scalar.
         """
         assert self.distance is not None
+        num = num_compared(self.o.sd.share, x.draws.ghost_batch)
+        if num < x.draws.ghost_batch:
+            fake, x, draws = x.first_of(fake, num), x.first(num), draws.first(num)
         with torch.no_grad():
             fake_ema = self.generate(self.G_ema, x, draws, teacher=True)
         return self_distillation(fake, fake_ema, self.distance, self.T, draws)
