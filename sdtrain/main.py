@@ -69,7 +69,7 @@ def obey(args: argparse.Namespace, stop: StopRequest) -> int:
         return show_plan(config, out)
     stop.checkpoints = out / "checkpoints"
     stop.limit(config.max_time)
-    return train(config, out, args.allow, stop, restart=args.restart and not started_again())
+    return train(config, out, args.allow, stop, barely_begun(config, out) if started_again() else args.restart)
 
 
 def show_plan(config: Config, out: Path) -> int:
@@ -91,6 +91,15 @@ def started_again() -> bool:
     return any(os.environ.get(f"{who}_RESTART_COUNT", "0") != "0" for who in ("SLURM", "TORCHELASTIC"))
 
 
+def barely_begun(config: Config, out: Path) -> bool:
+    """Whether the run in `out` has ended before its first checkpoint was due: a repeated command begins it again."""
+    from sdtrain.engine.restart import last_row
+
+    made, last = ("checkpoints/img_*", "snapshots/img_*", "best/*.safetensors"), last_row(out)
+    early = 0 <= last < (config.save_img or last + 1) + config.batch_size
+    return early and not any(any(out.glob(kind)) for kind in made)
+
+
 def train(config: Config, out: Path, allow: list[str], stop: StopRequest, restart: bool) -> int:
     """Check everything that can be checked cheaply, join the other ranks, take the folder, train."""
     from sdtrain.plan import check_data, check_initial, check_weights_needed
@@ -107,7 +116,7 @@ def train(config: Config, out: Path, allow: list[str], stop: StopRequest, restar
 
     with FolderLock(out):
         if restart and (aside := set_aside(out)):
-            log.info("--restart: the run that was here was moved into %s", aside)
+            log.info("beginning again: the run that was here was moved into %s", aside)
         return go_on(Run(config, out, device, dataset), allow, initial, used, stop)
 
 
