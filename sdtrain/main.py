@@ -80,7 +80,7 @@ def obey(args: argparse.Namespace, stop: StopRequest) -> int:
         return show_plan(config, out, asked)
     stop.checkpoints = out / "checkpoints"
     stop.limit(config.max_time)
-    return train(config, out, args.allow, stop, restart=args.restart and not started_again())
+    return train(config, out, args.allow, stop, barely_begun(config, out) if started_again() else args.restart)
 
 
 def asked_scale(args: argparse.Namespace) -> Asked | None:
@@ -120,6 +120,15 @@ def started_again() -> bool:
     return any(os.environ.get(f"{who}_RESTART_COUNT", "0") != "0" for who in ("SLURM", "TORCHELASTIC"))
 
 
+def barely_begun(config: Config, out: Path) -> bool:
+    """Whether the run in `out` has ended before its first checkpoint was due: a repeated command begins it again."""
+    from sdtrain.engine.restart import last_row
+
+    made, last = ("checkpoints/img_*", "snapshots/img_*", "best/*.safetensors"), last_row(out)
+    early = 0 <= last < (config.save_img or last + 1) + config.batch_size
+    return early and not any(any(out.glob(kind)) for kind in made)
+
+
 def train(config: Config, out: Path, allow: list[str], stop: StopRequest, restart: bool) -> int:
     """Check everything that can be checked cheaply, with the other ranks if there are any, take the folder, train."""
 
@@ -143,7 +152,7 @@ def train(config: Config, out: Path, allow: list[str], stop: StopRequest, restar
 
     with Watch(config.timeout, stop, slow_sections(dataset)), FolderLock(out):
         if restart and (aside := set_aside(out)):
-            log.info("--restart: the run that was here was moved into %s", aside)
+            log.info("beginning again: the run that was here was moved into %s", aside)
         return go_on(Run(config, out, device, dataset), allow, initial, used, stop)
 
 

@@ -195,6 +195,25 @@ def test_a_requeued_job_whose_command_says_restart_goes_on(place: Path, started:
     assert len(list((place / "again").glob("before-*"))) == 1
 
 
+def test_a_repeated_job_begins_again_where_nothing_but_the_rows_before_the_first_save_was_there(place: Path) -> None:
+    """And only there: what is repeated by itself must not begin over a run that has lost its checkpoints."""
+    start, again = args(place, "early"), {"SLURM_RESTART_COUNT": "1"}
+    killed, refused, begun = run_jobs(
+        place,
+        [
+            {"args": start, "env": {"SDTRAIN_FAULT": "before-marker"}},
+            {"args": start},
+            {"args": start, "env": again},
+        ],
+    )
+    assert killed["code"] == -signal.SIGKILL and refused["code"] == 2
+    assert begun["code"] == 0 and "beginning again: the run that was here was moved into" in begun["said"]
+    assert [row["seen_img"] for row in rows(place / "early")] == [8, 16]
+    lose(place / "early")
+    [late] = run_jobs(place, [{"args": start, "env": again}])
+    assert late["code"] == 2 and "there is no checkpoint" in late["said"]
+
+
 @pytest.mark.parametrize(
     "marker",
     [

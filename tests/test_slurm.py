@@ -14,6 +14,10 @@ from pathlib import Path
 import pytest
 from conftest import REPO
 
+from sdtrain.data.read.remote import default_cache
+from sdtrain.engine.preempt import StopRequest
+from sdtrain.engine.watch import Watch
+
 SCRIPTS = sorted(path.name for path in (REPO / "slurm").glob("*.sh") if path.name != "common.sh")
 TRAINING = ["fine_tune.sh", "sdakd.sh", "sdgan.sh"]
 
@@ -93,6 +97,13 @@ def test_ranks_get_the_cores_they_asked_for_and_keep_shards_on_a_disk_of_their_n
     [kept] = (tmp_path / "scratch").iterdir()
     assert kept.name.startswith("sdtrain-") and kept.stat().st_mode & 0o777 == 0o700
     assert f"shards are kept in {kept}/shards; srun takes 8 CPUs" in calls
+
+
+def test_data_without_a_cache_of_its_own_uses_the_disk_of_the_node(monkeypatch, tmp_path):
+    monkeypatch.setenv("SDTRAIN_CACHE", str(tmp_path / "shared"))
+    assert default_cache() == tmp_path / "shared" / "shards"
+    monkeypatch.setenv("SDTRAIN_SHARDS", str(tmp_path / "scratch"))
+    assert default_cache() == tmp_path / "scratch"
 
 
 def test_a_scratch_folder_of_somebody_else_is_not_used(slurm, tmp_path):
@@ -195,6 +206,18 @@ def test_a_signal_to_the_job_script_reaches_python_and_the_end_it_asked_for_does
     running.send_signal(signal.SIGUSR1)
     assert running.wait(timeout=20) == 0
     assert "python got USR1" in calls.read_text() and "scontrol requeue 4711" in calls.read_text()
+
+
+def test_a_rank_says_what_it_saw_when_the_store_has_gone_with_the_first_rank(monkeypatch):
+    """Slurm starts no launcher that would keep it."""
+
+    class Gone:
+        def compare_set(self, *_: str) -> bytes:
+            raise RuntimeError("Connection was likely closed")
+
+    watch = Watch(1.0, StopRequest())
+    monkeypatch.setattr(watch, "_store", Gone())
+    assert watch._raise_alarm("rank 1 lost the others", 75, stacks=False)["sentence"] == "rank 1 lost the others"
 
 
 def test_fine_tuning_asks_for_a_configuration(slurm):

@@ -12,6 +12,7 @@ import contextlib
 import os
 from pathlib import Path
 
+from sdtrain import main
 from sdtrain.errors import EXIT_OK, ConfigError
 from sdtrain.exits import tell
 from sdtrain.files import read_json, write_json
@@ -21,12 +22,10 @@ NOT_AGAIN = 1
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from sdtrain.main import add_arguments as add_those_of_training
-
     add = parser.add_argument
     add("--most", type=int, default=3, metavar="N", help="give up after N ends in a row at one image (default: 3)")
     add("--asked", action="store_true", help="the job was told to stop, so this end does not count")
-    add_those_of_training(parser)
+    main.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -38,11 +38,16 @@ def refuse_to_start_over(folder: Path, refused: list[str]) -> None:
 def held_in(folder: Path) -> str:
     """What a fresh start in `folder` would cut or overwrite, in words; "" when there is nothing."""
     rows = [line for line in lines_of(folder / "metrics.jsonl") if line.strip()]
-    last = max((at for line in rows if (at := position(line)) < math.inf), default=0)
+    last = max(last_row(folder), 0)
     snapshots = sum(verify(path) is None for path in positions(folder / "snapshots"))
     best = len(list((folder / "best").glob("*.safetensors")))
     found = {f"rows of metrics.jsonl up to image {last:.0f}": len(rows), "snapshots": snapshots, "best weights": best}
     return ", ".join(f"{number} {what}" for what, number in found.items() if number)
+
+
+def last_row(folder: Path) -> float:
+    """The image of the last row of metrics.jsonl; -1 where there is none."""
+    return max((at for line in lines_of(folder / "metrics.jsonl") if (at := position(line)) < math.inf), default=-1)
 
 
 def lines_of(metrics: Path) -> list[str]:

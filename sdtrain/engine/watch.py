@@ -223,7 +223,10 @@ class Watch:
         mine = {"sentence": sentence, "code": code, "stacks": stacks, "by": rank()}
         if self._store is None:
             return mine
-        held: dict[str, Any] = json.loads(self._store.compare_set("alarm", "", json.dumps(mine)))
+        try:
+            held: dict[str, Any] = json.loads(self._store.compare_set("alarm", "", json.dumps(mine)))
+        except RuntimeError:  # it went with the rank that kept it
+            return mine
         return held
 
     def _obey(self, alarm: dict[str, Any]) -> None:

@@ -92,15 +92,16 @@ def whole(trial: Trial) -> None:
     job = trial.submit("whole")
     assert trial.cluster.ended(job, LIMIT_SEC) == "COMPLETED", trial.log("whole")
     said = trial.log("whole")
-    trial.see("whole: COMPLETED; " + "; ".join(re.findall(r"ok   ranks +(.*)|(.* on 2 rank\(s\), cpu)", said)[0]))
+    trial.see("whole: COMPLETED; " + "; ".join(re.findall(r"(?:ok   ranks +(?=2)|(?=finished))(.*)", said)))
     assert "2 on 2 host(s) met" in said and "n1, n2" in said and "finished at 320 on 2 rank(s)" in said, said
 
 
 def requeue(trial: Trial) -> None:
     """A stop signal ends an attempt with 75; the job comes back, and what depends on it waits for its end."""
     job = trial.submit("requeue")
-    evaluate = ("--metrics", "rfid", "--num", "16", "--seeds", "1", "--real", str(trial.folder / "shards"))
-    args = (str(trial.folder / "requeue"), *evaluate, "--cache", str(trial.folder / "cache"), "--workers", "0")
+    small = ("--metrics", "rfid", "--num", "8", "--seeds", "1", "--tap", "64", "--workers", "0")
+    data = ("--real", str(trial.folder / "shards"), "--cache", str(trial.folder / "cache"))
+    args = (str(trial.folder / "requeue"), *small, *data)
     after = trial.submit("after", f"--dependency=afterok:{job}", script="evaluate", args=args)
     trial.until_saved("requeue")
     must("scancel", "--signal=USR1", job)
@@ -110,14 +111,14 @@ def requeue(trial: Trial) -> None:
     trial.must_finish("requeue", job)
     state = trial.cluster.ended(after, LIMIT_SEC)
     assert state == "COMPLETED", trial.log("after")
-    trial.see("after: evaluate.sh COMPLETED: " + " ".join(re.findall(r"rfid\S*\s+\S+", trial.log("after"))[:1]))
+    trial.see("after: evaluate.sh COMPLETED: " + " ".join(re.findall(r"rfid +[\d.]+", trial.log("after"))))
 
 
 def preempt(trial: Trial) -> None:
     """A job of a better partition takes the nodes; the run comes back."""
     job = trial.submit("preempt")
     trial.until_saved("preempt")
-    first = trial.cluster.submit("--partition=high", "--nodes=2", "--output=/dev/null", "--wrap=sleep 3")
+    first = trial.cluster.submit("--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 3")
     wait(lambda: trial.cluster.state(first) == "RUNNING", 120, "preempt: the other job has the nodes")
     trial.see(f"preempt: job {first} of partition `high` has the nodes; {trial.saved('preempt')} images are saved")
     trial.must_finish("preempt", job)
@@ -189,21 +190,26 @@ LAUNCHERS = {
 def link(trial: Trial) -> None:
     """Without Slurm: one launcher a host. A cable that is pulled ends both, in time; started again, they go on."""
     for name in LAUNCHERS:
-        first = launched(trial, name)
-        trial.until_saved(name)
-        trial.cluster.hosts["n2"].cut()
-        began = time.monotonic()
-        for host, launcher in first.items():
-            code = launcher.wait(120)
-            [said] = re.findall(r"^sdtrain.*: (.*)", trial.log(f"{name}-{host}"), re.MULTILINE)[:1] or [""]
-            trial.see(f"{name}: cut off; {time.monotonic() - began:.0f} s later {host} has ended ({code}): {said}")
-            assert code != 0 and re.search(r"exitcode *: 75", trial.log(f"{name}-{host}")), trial.log(f"{name}-{host}")
-        assert "on n2) does not answer" in trial.log(f"{name}-n1"), trial.log(f"{name}-n1")
-        assert "the process at 10.77.0.1:" in trial.log(f"{name}-n2"), trial.log(f"{name}-n2")
+        cut_off(trial, name)
         trial.cluster.hosts["n2"].mend()
         for host, launcher in launched(trial, name).items():
             assert launcher.wait(LIMIT_SEC) == 0, trial.log(f"{name}-{host}")
         trial.must_equal(name)
+
+
+def cut_off(trial: Trial, name: str) -> None:
+    launchers = launched(trial, name)
+    wait(lambda: trial.saved(name) or launchers["n1"].poll() is not None, LIMIT_SEC)
+    assert launchers["n1"].poll() is None, trial.log(f"{name}-n1")
+    trial.cluster.hosts["n2"].cut()
+    began = time.monotonic()
+    for host, launcher in launchers.items():
+        code, said = launcher.wait(120), trial.log(f"{name}-{host}")
+        [told] = re.findall(r"^sdtrain[^:]*: (.*)", said, re.MULTILINE)[:1] or [""]
+        trial.see(f"{name}: cut off; {time.monotonic() - began:.0f} s later {host} has ended: {told}")
+        assert code != 0 and re.search(r"exitcode *: 75", said), said
+    assert "on n2) does not answer" in trial.log(f"{name}-n1"), trial.log(f"{name}-n1")
+    assert "the process at 10.77.0.1:" in trial.log(f"{name}-n2"), trial.log(f"{name}-n2")
 
 
 def launched(trial: Trial, name: str) -> dict[str, subprocess.Popen[str]]:
@@ -214,7 +220,7 @@ def launched(trial: Trial, name: str) -> dict[str, subprocess.Popen[str]]:
         words = LAUNCHERS[name].format(rank=rank, first=trial.cluster.hosts["n1"].address).split()
         with open(trial.folder / f"{name}-{host.name}.log", "w") as log:
             streams = {"stdout": log, "stderr": subprocess.STDOUT}
-            started[host.name] = host.start([sys.executable, "-m", *words, *train], cwd=REPO, **streams)
+            started[host.name] = host.start(REPO, [sys.executable, "-m", *words, *train], **streams)
     return started
 
 

@@ -67,8 +67,9 @@ class Host:
     def must(self, *command: str) -> str:
         return must(*self.enter(*command))
 
-    def start(self, command: Sequence[str], **more: Any) -> subprocess.Popen[str]:
-        return subprocess.Popen(self.enter(*command), text=True, **more)
+    def start(self, folder: Path, command: Sequence[str], **more: Any) -> subprocess.Popen[str]:
+        """A process in a working directory, which entering a host's file system forgets."""
+        return subprocess.Popen(self.enter("env", f"--chdir={folder}", *command), text=True, **more)
 
     def cut(self) -> None:
         """Nothing reaches it, nothing leaves it, and nobody is told."""
