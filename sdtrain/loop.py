@@ -167,7 +167,7 @@ def kept(run: Run, failure: RankFailed) -> str:
         return run.stop.kept()
     try:
         path = run.folder.checkpoints / f"img_{run.seen_img:09d}" if run.saved_step == run.step else run.save()
-    except RunError:
+    except (RunError, RankFailed):  # that it cannot be written has been told, or follows from it
         return run.stop.kept()
     return f"{path} was kept; the same command goes on from there"
 
