@@ -183,7 +183,7 @@ def kept(run: Run, failure: RankFailed) -> str:
         if not run.is_saved:
             run.save()
         run.wait_for_save()
-    except RankFailed:
+    except RankFailed:  # that it cannot be written has been told, or follows from it
         return run.stop.kept()
     return f"{run.checkpoint_path} was kept; the same command goes on from there"
 

@@ -50,6 +50,7 @@ class Run(Trainer):
         self.dataset, self.resolution = dataset, resolution
         self.folder = RunFolder(out, config.tensorboard)
         self.skipped = self.skipped_in_a_row = self.last_tick_img = 0
+        self.first_step = -1  # of this process; -1 = not known yet
         self.eval_seconds = 0.0  # of the last evaluation; 0 = none yet
         self.bad_samples: Sequence[object] = ()
         self.best: dict[str, State] = {}  # by stage: what chose its best weights
@@ -95,6 +96,7 @@ class Run(Trainer):
         Between two of them, and after the last, all ranks agree to go on. Raises as `agree`.
         """
         c = self.config
+        self.first_step = self.step if self.first_step < 0 else self.first_step
         stream = Stream(
             self.dataset,
             seed=c.seed,
@@ -134,6 +136,8 @@ class Run(Trainer):
         `Interrupted` when a rank was told to stop.
         """
         failure, reason = failure or self.folder.writing.failure, self.stop.reason
+        if reason == OUT_OF_TIME and self.step == self.first_step:
+            reason = 0  # starts that never get a step further would follow each other for ever
         told = [int(reason == known) for known in REASONS]
         failed, total, *stops = sum_up([int(failure is not None), news, *told], self.device)
         if failed:

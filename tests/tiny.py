@@ -15,6 +15,7 @@ import importlib
 import io
 import json
 import os
+import re
 import resource
 import signal
 import socket
@@ -268,6 +269,12 @@ def struck() -> None:
         Path(file).write_text(str(time.time()))
 
 
+def struck_at(log: Path) -> Path:
+    """The note of all ranks of a job, whose logs are ....log3_0 and so on."""
+    job = re.sub("(log[0-9]+)_[0-9]+$", r"\1", log.name)
+    return log.with_name(f"{job}.struck")
+
+
 def failing(job: dict[str, Any], rank: int) -> Any:
     """At a point, for the n-th time, on one rank: raise."""
     import torch
@@ -439,7 +446,7 @@ def started(job: dict[str, Any], log: Path, rank: int = 0) -> int:
     fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(fd, 1)
     os.dup2(fd, 2)
-    os.environ.update({"TINY_STRUCK": str(log.parent / f"{log.name.partition('_')[0]}.struck"), **job.get("env", {})})
+    os.environ.update({"TINY_STRUCK": str(struck_at(log)), **job.get("env", {})})
     code = 1
     try:
         told = do(job, rank)
@@ -459,7 +466,7 @@ def outcome(log: Path, status: int) -> dict[str, Any]:
     told_file = log.with_suffix(".told")
     told = json.loads(told_file.read_text()) if told_file.exists() else {}
     raised = told["code"] if isinstance(told.get("code"), str) else ""
-    at = log.parent / f"{log.name.partition('_')[0]}.struck"
+    at = struck_at(log)
     lasted = {"lasted_sec": time.time() - float(at.read_text())} if at.exists() else {}
     return {**told, **lasted, "code": os.waitstatus_to_exitcode(status), "said": log.read_text() + raised}
 

@@ -23,10 +23,11 @@ def me() -> str:
 
 def explained(error: BaseException) -> str:
     """A sentence on what has failed here; alone, there is no rank to name."""
-    lines = str(error).splitlines() if not isinstance(error, UserError) else [str(error)]
-    said = lines[0] if lines else "no reason given"
-    kind = "" if code_of(error) != EXIT_FAULT or isinstance(error, UserError) else f"{type(error).__name__}: "
-    return f"{me()}: {kind}{printable(said)}" if world() > 1 else f"{kind}{said}"
+    said = str(error)
+    if not isinstance(error, UserError):  # whose sentences may have several lines
+        said = printable((said.splitlines() or ["no reason given"])[0])
+    kind = f"{type(error).__name__}: " if code_of(error) == EXIT_FAULT else ""
+    return f"{me()}: {kind}{said}" if world() > 1 else f"{kind}{said}"
 
 
 def raise_together(failure: BaseException | None, intact: bool = True) -> None:

@@ -155,12 +155,13 @@ class Watch:
             self._store_is_gone(str(gone).splitlines()[0])
 
     def _gone(self) -> list[str]:
-        """A sentence for each rank whose thread has stopped writing; the others still do."""
-        before = self._records()
-        time.sleep(GONE_SEC)
+        """A sentence for each rank whose thread has stopped writing; the others still do. The first ranks look."""
+        looks = rank() < WATCHERS
+        before = self._records() if looks else {}
+        time.sleep(GONE_SEC if looks else 2 * GONE_SEC)
         if self._store.check(["alarm"]):
             self._obey(json.loads(self._store.get("alarm")))
-        now = self._records()
+        now = self._records() if looks else {}
         return [
             f"rank {number} ({record.who}) is gone, last seen in step {record.mark.step}, section {record.mark.section}"
             for number, record in now.items()
