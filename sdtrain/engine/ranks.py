@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import functools
 import os
+import resource
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar
 
@@ -18,6 +19,8 @@ from sdtrain.engine.pulse import PULSE
 from sdtrain.errors import ConfigError, MachineError, UserError
 
 RANK_TIMEOUT = datetime.timedelta(minutes=30)  # a collective waits this long for the slowest rank
+FILES_A_RANK = 4  # connections that one process may have to each other: two to the store it may keep, two of the group
+USUAL_FILES = 1024
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -48,10 +51,19 @@ def start_ranks(name: str = "auto", tf32: bool = False) -> torch.device:
         return device
     from accelerate import PartialState
 
+    allow_files(FILES_A_RANK * int(os.environ["WORLD_SIZE"]))
     on_gpu = device.type == "cuda"
     state = PartialState(cpu=not on_gpu, timeout=RANK_TIMEOUT, backend="nccl" if on_gpu else "gloo")
     own: torch.device = state.device
     return own
+
+
+def allow_files(wanted: int) -> None:
+    """Let this process open `wanted` files beside the usual number, as far as the system lets it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limit = wanted + USUAL_FILES if hard == resource.RLIM_INFINITY else min(wanted + USUAL_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < limit:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
 
 
 def _grouped() -> bool:
