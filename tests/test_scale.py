@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,7 +27,7 @@ from sdtrain.data.read import stream
 from sdtrain.data.read.dataset import Dataset
 from sdtrain.data.read.index import _index_of
 from sdtrain.data.read.pool import shared_out
-from sdtrain.engine import watch
+from sdtrain.engine import ranks, watch
 from sdtrain.engine.meter import Meter
 from sdtrain.engine.preempt import StopRequest
 from sdtrain.engine.pulse import Mark
@@ -98,6 +99,19 @@ def test_what_the_main_rank_reads_or_cannot_read_all_ranks_have_and_one_says_it(
     done = run_ranks(2, str(Path(__file__).with_name("ranks_scale.py")), str(tmp_path / "job.json"))
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr.count("holds 47 samples") == 1, done.stderr
+
+
+def test_a_process_may_open_a_connection_to_every_rank_where_the_system_lets_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(resource, "setrlimit", lambda _, limits: asked.append(limits))
+    for hard in (1 << 20, resource.RLIM_INFINITY, 4096):
+        monkeypatch.setattr(resource, "getrlimit", lambda _, hard=hard: (1024, hard))
+        ranks.allow_files(4 * 4096)
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (1 << 18, 1 << 20))
+    ranks.allow_files(4 * 4096)  # has room already
+    assert asked == [(17408, 1 << 20), (17408, resource.RLIM_INFINITY), (4096, 4096)]
 
 
 class Store:

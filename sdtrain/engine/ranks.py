@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import functools
 import os
+import resource
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar
 
@@ -21,6 +22,8 @@ from sdtrain.precision import set_precision
 RANK_TIMEOUT_SEC = 1800.0  # a collective waits this long for the slowest rank, unless a run says otherwise
 # with GPUs too, what lies in the memory of the host goes over gloo: objects, counters, a checkpoint's tensors
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
+FILES_A_RANK = 4  # connections that one process may have to each other: two to the store it may keep, two of the group
+USUAL_FILES = 1024
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -59,6 +62,7 @@ def start_ranks(
         return device
     from accelerate import PartialState
 
+    allow_files(FILES_A_RANK * int(os.environ["WORLD_SIZE"]))
     wait = datetime.timedelta(seconds=timeout_sec)
     state = PartialState(cpu=device.type == "cpu", timeout=wait, backend=BACKENDS[device.type])
     own: torch.device = state.device
@@ -68,6 +72,14 @@ def start_ranks(
 def backends() -> str:
     """What tensors travel by: 'gloo', 'cpu:gloo,cuda:nccl', or 'none' in a world of one."""
     return str(dist.get_backend()) if _grouped() else "none"
+
+
+def allow_files(wanted: int) -> None:
+    """Let this process open `wanted` files beside the usual number, as far as the system lets it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limit = wanted + USUAL_FILES if hard == resource.RLIM_INFINITY else min(wanted + USUAL_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < limit:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
 
 
 def _grouped() -> bool:
