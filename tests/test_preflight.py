@@ -107,6 +107,18 @@ def test_a_rank_that_is_left_waiting_ends_by_itself(tmp_path: Path, monkeypatch:
     assert codes == [75] and said == told
 
 
+def test_hosts_whose_network_does_not_join_them_are_told_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(preflight, "add_up_with_gloo", lambda meeting: time.sleep(600) if meeting.rank == 0 else {})
+    ranks = Ranks(tmp_path, 2)
+    for rank in range(2):
+        ranks.start(rank, "--within", "8")
+    codes, said = ranks.ended()
+    assert codes == [75, 75]
+    here = os.uname().nodename
+    told = f"cannot add up a number together: rank 0 on {here} still waits for the others, rank 1 on {here} still waits"
+    assert said.count(told) == 1 and "GLOO_SOCKET_IFNAME" in said
+
+
 def test_a_rank_that_loses_the_first_one_on_the_way_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def lost(*_: object) -> None:
         raise RuntimeError("Connection was likely closed\nframe #0")

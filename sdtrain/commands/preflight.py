@@ -30,6 +30,7 @@ from sdtrain.files import why_unwritable
 
 WORDS = {"code": "code", "python": "Python", "torch": "torch", "device": "device", "config": "configuration"}
 MARGIN_SEC = 10.0
+TIME_TO_MEET = 0.6  # of what is left for all, so that the outcome can be told
 Report = dict[str, Any]
 
 
@@ -228,6 +229,15 @@ def listed(names: Sequence[str], most: int = 8) -> str:
 
 
 def add_up(meeting: Meeting) -> Report:
+    """What comes of a sum through gloo, in time to be told: it may wait for others far longer than its timeout."""
+    found: Report = {}
+    thread = threading.Thread(target=lambda: found.update(add_up_with_gloo(meeting)), daemon=True)
+    thread.start()
+    thread.join(meeting.left().total_seconds() * TIME_TO_MEET)
+    return dict(found) or {"problem": f"{me(meeting.rank)} still waits for the others"}
+
+
+def add_up_with_gloo(meeting: Meeting) -> Report:
     """Meet through gloo, which finds addresses its own way, and add up the ranks."""
     if meeting.world == 1:
         return {"problem": ""}
