@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from tiny import free_port, make_shards, rank_environment, tiny_config, write_config
 
 from sdtrain import cli
+from sdtrain.commands import preflight
 from sdtrain.commands.preflight import unlike
 from sdtrain.exits import part
 
@@ -93,6 +95,40 @@ def test_a_rank_that_cannot_reach_the_first_one_names_itself_and_the_address(tmp
     codes, said = ranks.ended()
     assert codes == [75]
     assert f"sdtrain: rank 1 on {os.uname().nodename} cannot reach 127.0.0.1:{ranks.port}, where rank 0 listens" in said
+
+
+def test_a_rank_that_is_left_waiting_ends_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(preflight, "meet", lambda *_: time.sleep(600))
+    monkeypatch.setattr(preflight, "MARGIN_SEC", 0.0)
+    ranks = Ranks(tmp_path, 1)
+    ranks.start(0, "--within", "1")
+    codes, said = ranks.ended()
+    told = f"sdtrain: rank 0 on {os.uname().nodename} still waits for the others: it is ended\n"
+    assert codes == [75] and said == told
+
+
+def test_hosts_whose_network_does_not_join_them_are_told_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(preflight, "add_up_with_gloo", lambda meeting: time.sleep(600) if meeting.rank == 0 else {})
+    ranks = Ranks(tmp_path, 2)
+    for rank in range(2):
+        ranks.start(rank, "--within", "8")
+    codes, said = ranks.ended()
+    assert codes == [75, 75]
+    here = os.uname().nodename
+    told = f"cannot add up a number together: rank 0 on {here} still waits for the others, rank 1 on {here} still waits"
+    assert said.count(told) == 1 and "GLOO_SOCKET_IFNAME" in said
+
+
+def test_a_rank_that_loses_the_first_one_on_the_way_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def lost(*_: object) -> None:
+        raise RuntimeError("Connection was likely closed\nframe #0")
+
+    monkeypatch.setattr(preflight, "Meeting", lost)
+    ranks = Ranks(tmp_path, 2)
+    ranks.start(1)
+    codes, said = ranks.ended()
+    told = f"sdtrain: rank 1 on {os.uname().nodename} has lost the others: Connection was likely closed\n"
+    assert codes == [75] and said == told
 
 
 def test_who_differs_is_told_from_who_is_usual():

@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -24,10 +25,12 @@ import torch.distributed as dist
 
 from sdtrain import __version__
 from sdtrain.engine.launcher import wants_cpu
-from sdtrain.errors import EXIT_OK, ConfigError, MachineError, UserError
+from sdtrain.errors import EXIT_OK, EXIT_REQUEUE, ConfigError, MachineError, UserError
 from sdtrain.files import why_unwritable
 
 WORDS = {"code": "code", "python": "Python", "torch": "torch", "device": "device", "config": "configuration"}
+MARGIN_SEC = 10.0
+TIME_TO_MEET = 0.6  # of what is left for all, so that the outcome can be told
 Report = dict[str, Any]
 
 
@@ -40,14 +43,31 @@ def run(args: argparse.Namespace) -> int:
 
     Raises UserError for what is wrong on every rank, and MachineError for what is wrong on some hosts.
     """
-    meeting = Meeting(args.within)
+    guard = threading.Timer(args.within + MARGIN_SEC, give_up)  # a library may wait for longer than it is told to
+    guard.daemon = True
+    guard.start()
+    try:
+        meet(Meeting(args.within), args)
+    except MachineError:
+        raise
+    except RuntimeError as error:
+        raise alone(f"has lost the others: {str(error).splitlines()[0]}") from error
+    guard.cancel()
+    return EXIT_OK
+
+
+def meet(meeting: Meeting, args: argparse.Namespace) -> None:
     reports = meeting.exchange("report", report(args))
     meeting.agree(lambda: judge(meeting, reports))
     sums = meeting.exchange("sum", add_up(meeting))
     meeting.agree(lambda: judge_sums(meeting, sums))
     if meeting.rank == 0:
         print("\n".join(summary(reports, time.monotonic() - meeting.began)), flush=True)
-    return EXIT_OK
+
+
+def give_up() -> None:
+    os.write(2, f"sdtrain: {me(rank_here())} still waits for the others: it is ended\n".encode())
+    os._exit(EXIT_REQUEUE)
 
 
 class Meeting:
@@ -56,7 +76,7 @@ class Meeting:
     def __init__(self, limit_sec: float) -> None:
         env = os.environ
         self.began, self.limit_sec = time.monotonic(), limit_sec
-        self.rank, self.world = int(env.get("RANK", "0")), int(env.get("WORLD_SIZE", "1"))
+        self.rank, self.world = rank_here(), int(env.get("WORLD_SIZE", "1"))
         self.hosts = env.get("SDTRAIN_HOSTS", "").split()
         self.ranks_a_host = int(env.get("LOCAL_WORLD_SIZE", "1"))
         self.place = f"{env.get('MASTER_ADDR', 'localhost')}:{env.get('MASTER_PORT', '0')}"
@@ -69,10 +89,8 @@ class Meeting:
         try:
             store = dist.TCPStore(address, int(port), None, mine, self.left(), wait_for_workers=False)
         except RuntimeError as error:
-            told = f"{me(self.rank)} cannot reach {self.place}, where rank 0 listens: {str(error).splitlines()[0]}"
-            if self.rank:  # who has not met the others keeps quiet otherwise
-                print(f"sdtrain: {told}", file=sys.stderr, flush=True)
-            raise BadNode(f"{told}; look at the network of that host") from None
+            told = f"cannot reach {self.place}, where rank 0 listens: {str(error).splitlines()[0]}"
+            raise alone(f"{told}; look at the network of that host") from None
         return dist.PrefixStore("sdtrain doctor", store)
 
     def left(self) -> datetime.timedelta:
@@ -114,6 +132,18 @@ class Meeting:
         return f"rank {rank} on {self.hosts[index]}" if index < len(self.hosts) else f"rank {rank}"
 
 
+def rank_here() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def alone(problem: str) -> BadNode:
+    """What this rank has to say by itself: until ranks have met, only the first one's errors are printed."""
+    told = f"{me(rank_here())} {problem}"
+    if rank_here() and not dist.is_initialized():
+        print(f"sdtrain: {told}", file=sys.stderr, flush=True)
+    return BadNode(told)
+
+
 def me(rank: int) -> str:
     return f"rank {rank} on {os.uname().nodename}"
 
@@ -129,9 +159,8 @@ def report(args: argparse.Namespace) -> Report:
         problems.append(str(error))
     problems.append(why_unwritable(out or Path("runs")))
     facts["device"], lacking = device()
-    rank = int(os.environ.get("RANK", "0"))
     found = [problem for problem in (*problems, lacking) if problem]
-    return {"who": me(rank), "host": os.uname().nodename, "facts": facts, "problems": found, "out": str(out)}
+    return {"who": me(rank_here()), "host": os.uname().nodename, "facts": facts, "problems": found, "out": str(out)}
 
 
 def asked(args: argparse.Namespace) -> tuple[Path, str]:
@@ -200,6 +229,15 @@ def listed(names: Sequence[str], most: int = 8) -> str:
 
 
 def add_up(meeting: Meeting) -> Report:
+    """What comes of a sum through gloo, in time to be told: it may wait for others far longer than its timeout."""
+    found: Report = {}
+    thread = threading.Thread(target=lambda: found.update(add_up_with_gloo(meeting)), daemon=True)
+    thread.start()
+    thread.join(meeting.left().total_seconds() * TIME_TO_MEET)
+    return dict(found) or {"problem": f"{me(meeting.rank)} still waits for the others"}
+
+
+def add_up_with_gloo(meeting: Meeting) -> Report:
     """Meet through gloo, which finds addresses its own way, and add up the ranks."""
     if meeting.world == 1:
         return {"problem": ""}

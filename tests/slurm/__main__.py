@@ -80,11 +80,11 @@ class Trial:
         assert tiny.rows(self.folder / "whole") == tiny.rows(self.folder / name)
         self.see(f"{name}: weights, optimizers and rows are those of the undisturbed run, bit for bit")
 
-    def must_fail(self, name: str, job: str, restarts: int) -> None:
-        state = self.cluster.ended(job, LIMIT_SEC)
-        found = self.cluster.restarts(job)
-        self.see(f"{name}: {state}, exit code {self.cluster.facts(job)['ExitCode']}, after {found} restart(s)")
-        assert state == "FAILED" and found == restarts, self.log(name)
+    def must_fail(self, name: str, job: str, restarts: int, code: int) -> None:
+        state, facts = self.cluster.ended(job, LIMIT_SEC), self.cluster.facts(job)
+        self.see(f"{name}: {state}, exit code {facts['ExitCode']}, after {facts['Restarts']} restart(s)")
+        found = (state, facts["Restarts"], facts["ExitCode"].partition(":")[0])
+        assert found == ("FAILED", str(restarts), str(code)), self.log(name)
 
 
 def whole(trial: Trial) -> None:
@@ -138,14 +138,14 @@ def cancel(trial: Trial) -> None:
 def mistake(trial: Trial) -> None:
     """A user's mistake is said once and not repeated."""
     job = trial.submit("mistake", args=("--cfg", "no_such_configuration"))
-    trial.must_fail("mistake", job, restarts=0)
+    trial.must_fail("mistake", job, restarts=0, code=2)
     assert "configuration 'no_such_configuration' does not exist" in trial.log("mistake")
 
 
 def crash(trial: Trial) -> None:
     """What crashes at the same image again and again is given up; what it has saved stays."""
     job = trial.submit("crash", SDTRAIN_FAULT="before-marker")
-    trial.must_fail("crash", job, restarts=2)
+    trial.must_fail("crash", job, restarts=2, code=137)
     assert "has ended at 0 images 3 times in a row: not requeued" in trial.log("crash"), trial.log("crash")
     trial.see("crash: a rank was killed in its first save three times; the job has stopped itself")
 
@@ -170,12 +170,12 @@ def bad(trial: Trial) -> None:
     host = trial.cluster.hosts["n2"]
     host.must("mount", "-t", "tmpfs", "-o", "ro", "none", str(run))
     job = trial.submit("bad", SDTRAIN_MAX_REQUEUES="0")
-    trial.must_fail("bad", job, restarts=0)
+    trial.must_fail("bad", job, restarts=0, code=75)
     host.must("umount", str(run))
     [told] = set(re.findall(r"sdtrain: (rank 1 on n2: .*)", trial.log("bad")))
     trial.see(f"bad: {told}")
     job = trial.submit("lost", SDTRAIN_MAX_REQUEUES="0", GLOO_SOCKET_IFNAME="lo")
-    trial.must_fail("lost", job, restarts=0)
+    trial.must_fail("lost", job, restarts=0, code=75)
     [told] = set(re.findall(r"sdtrain.*: (ranks report, but .*)", trial.log("lost")))
     trial.see(f"lost: a network that joins no hosts: {told}")
 
