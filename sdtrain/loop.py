@@ -182,6 +182,8 @@ def stopped(run: Run) -> int:
 def finish(run: Run) -> int:
     """The last save and the test list, once; a finished run that is started again has nothing left to save."""
     if run.config.save_img and not run.is_saved:
+        if not run.engine.players:  # it was taken up behind its last step, and optimizers are still in their files
+            run.begin(run.stage)
         run.save()
     run.wait_for_save()
     with PULSE.section("evaluate"):

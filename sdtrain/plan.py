@@ -282,7 +282,8 @@ def render(plan: dict[str, Any]) -> str:
         f"  memory      {size(memory['weights'])} weights + {size(memory['gradients'])} gradients "
         f"+ {size(memory['optimizer'])} optimizer{_activations(plan)} a rank",
         f"  engine      {advice(plan['engine'], max(plan['activations_gb'].values(), default=0.0))}",
-        f"  disk        {size(plan['checkpoint_gb'])} a checkpoint, {size(plan['disk_gb'])} at most",
+        f"  disk        {size(plan['checkpoint_gb'])} a checkpoint, {size(plan['disk_gb'])} at most; "
+        f"written from a copy in host memory, dealt over ranks",
     ]
     lines += [f"  weights     {name}: {' '.join(where.values())}" for name, where in plan["weights"].items()]
     for role, start in plan["init"].items():

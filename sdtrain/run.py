@@ -267,6 +267,7 @@ class Run(Trainer):
         """
         reason = agree_max(FAILED if self.folder.writing.problem else self.stop.reason, self.device)
         if reason == FAILED:
+            self.saver.wait()
             self.folder.writing.raise_together()
         return reason
 

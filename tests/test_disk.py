@@ -27,7 +27,7 @@ WRITES: dict[str, tuple[dict[str, Any], str, str]] = {
     "checkpoint": ({"where": "file", "word": "img_000000016/D"}, "checkpoints/img_000000016", "img_000000008 are safe"),
     "snapshot": ({"where": "file", "word": "/snapshots/"}, "snapshots/img_000000016", "up to img_000000008 are safe"),
 }
-ON_TWO_RANKS = ("rows", "cache")
+ON_TWO_RANKS = ("rows", "cache", "checkpoint")
 SELDOM = ("config", "environment", "board", "snapshot")  # in slow tests
 OFTEN = [*(name for name in WRITES if name not in SELDOM), *(f"{name}2" for name in ON_TWO_RANKS)]
 

@@ -276,3 +276,4 @@ def test_a_kill_while_the_last_checkpoint_is_replaced_by_one_that_owes_nothing_k
     assert killed["code"] == KILLED and again["code"] == 0, again["said"]
     assert "going on at 32 from" in again["said"]
     assert rows(place / "whole") == rows(place / "last killed") and saved(place / "last killed")[-1] == END
+    assert unequal(tensors(place / "whole", END), tensors(place / "last killed", END)) == []
