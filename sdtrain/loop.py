@@ -33,6 +33,7 @@ def train(run: Run) -> int:
                     run.save_snapshot()
                 run.undone = due(run)
                 if run.due(run.config.save_img):
+                    run.give_way()  # a checkpoint behind rows that could not be written would lose them
                     run.save()
                 attend(run)
                 if run.stop_agreed():

@@ -19,16 +19,17 @@ WRITES: dict[str, tuple[dict[str, Any], str, str]] = {
     "config": ({"where": "file", "word": "config.yaml"}, "config.yaml", "no checkpoint was written yet"),
     "plan": ({"where": "file", "word": "plan.json"}, "plan.json", "no checkpoint was written yet"),
     "environment": ({"where": "file", "word": "environment.json"}, "environment.json", "no checkpoint was written yet"),
-    "rows": ({"where": "rows", "word": "", "time": 5}, "metrics.jsonl", "checkpoints up to img_000000008 are safe"),
+    "rows": ({"where": "rows", "word": "", "time": 3}, "metrics.jsonl", "checkpoints up to img_000000008 are safe"),
+    "eval": ({"where": "rows", "word": "", "time": 5}, "metrics.jsonl", "checkpoints up to img_000000016 are safe"),
     "board": ({"where": "board", "word": "", "time": 40}, "tensorboard", "are safe"),
-    "samples": ({"where": "file", "word": "/samples/", "time": 3}, "samples/", "up to img_000000008 are safe"),
+    "samples": ({"where": "file", "word": "/samples/", "time": 3}, "samples/", "up to img_000000016 are safe"),
     "best": ({"where": "file", "word": "/best/"}, "best/G_ema.safetensors", "make room"),
     "cache": ({"where": "file", "word": "/cache/real"}, "cache/real-", "make room"),
     "checkpoint": ({"where": "file", "word": "img_000000016/D"}, "checkpoints/img_000000016", "img_000000008 are safe"),
     "snapshot": ({"where": "file", "word": "/snapshots/"}, "snapshots/img_000000016", "up to img_000000008 are safe"),
 }
 ON_TWO_RANKS = ("rows", "cache", "checkpoint")
-SELDOM = ("config", "environment", "board", "snapshot")  # in slow tests
+SELDOM = ("eval", "config", "environment", "board", "snapshot")  # in slow tests
 OFTEN = [*(name for name in WRITES if name not in SELDOM), *(f"{name}2" for name in ON_TWO_RANKS)]
 
 

@@ -215,8 +215,8 @@ def job(place: Path, out: str, *more: str, **wishes: Any) -> dict[str, Any]:
     return {"args": [*args, *(word for key in more for word in ("--set", key))], "plain": True, **wishes}
 
 
-SLOW = {"point": "in the writer", "how": "sleep", "sec": 3}
-TERM = {"point": "in the writer", "name": "SIGTERM", "time": 3}
+SLOW = {"point": "inside a save", "how": "sleep", "sec": 3}
+TERM = {"point": "inside a save", "name": "SIGTERM", "time": 3}
 
 
 @pytest.fixture(scope="module")
