@@ -35,6 +35,7 @@ def train(run: Run) -> int:
                     tick(run)
                 run.undone = due(run)
                 if run.due(run.config.save_img):
+                    run.give_way()  # a checkpoint behind rows that could not be written would lose them
                     run.save()
                 attend(run)
         return finish(run)
@@ -206,6 +207,8 @@ def stopped(run: Run, reason: int) -> int:
 def finish(run: Run) -> int:
     """The last save and the test list, once; a finished run that is started again has nothing left to save."""
     if run.config.save_img and not run.is_saved:
+        if not run.engine.players:  # it was taken up behind its last step, and optimizers are still in their files
+            run.begin(run.stage)
         run.save()
     run.wait_for_save()
     with PULSE.section("evaluate"):

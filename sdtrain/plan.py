@@ -345,7 +345,8 @@ def render(plan: dict[str, Any]) -> str:
         f"+ {size(memory['optimizer'])} optimizer{_activations(plan)} a rank",
         *_checkpointing(plan["checkpointing"]),
         f"  engine      {advice(plan['engine'], max(plan['activations_gb'].values(), default=0.0))}",
-        f"  disk        {size(plan['checkpoint_gb'])} a checkpoint, {size(plan['disk_gb'])} at most",
+        f"  disk        {size(plan['checkpoint_gb'])} a checkpoint, {size(plan['disk_gb'])} at most; "
+        f"written from a copy in host memory, dealt over ranks",
     ]
     lines += [f"  scale       {line}" for line in (render_scale(plan["scale"], plan["name"]) if plan["scale"] else ())]
     lines += [f"  weights     {name}: {' '.join(where.values())}" for name, where in plan["weights"].items()]

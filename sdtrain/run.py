@@ -141,6 +141,7 @@ class Run(Trainer):
         told = [int(reason == known) for known in REASONS]
         failed, total, *stops = sum_up([int(failure is not None), news, *told], self.device)
         if failed:
+            self.saver.wait()  # what is being written may be what is kept
             raise_together(failure)
         if any(stops):
             raise Interrupted(max(known for known, count in zip(REASONS, stops) if count))

@@ -215,8 +215,8 @@ def job(place: Path, out: str, *more: str, **wishes: Any) -> dict[str, Any]:
     return {"args": [*args, *(word for key in more for word in ("--set", key))], "plain": True, **wishes}
 
 
-SLOW = {"point": "in the writer", "how": "sleep", "sec": 3}
-TERM = {"point": "in the writer", "name": "SIGTERM", "time": 3}
+SLOW = {"point": "inside a save", "how": "sleep", "sec": 3}
+TERM = {"point": "inside a save", "name": "SIGTERM", "time": 3}
 
 
 @pytest.fixture(scope="module")
@@ -276,3 +276,4 @@ def test_a_kill_while_the_last_checkpoint_is_replaced_by_one_that_owes_nothing_k
     assert killed["code"] == KILLED and again["code"] == 0, again["said"]
     assert "going on at 32 from" in again["said"]
     assert rows(place / "whole") == rows(place / "last killed") and saved(place / "last killed")[-1] == END
+    assert unequal(tensors(place / "whole", END), tensors(place / "last killed", END)) == []

@@ -44,8 +44,7 @@ LONG_POINTS = {
     "in pictures": ("sdtrain.tasks.generation", "GenerationTask.pictures"),
     "in an evaluation": ("sdtrain.metrics.evaluate", "Evaluator._round"),
     "in a collective": ("torch.distributed", "all_reduce"),
-    "inside a save": ("sdtrain.engine.saving", "Saver.save"),
-    "in the writer": ("sdtrain.engine.saving", "Saver._write"),
+    "inside a save": ("sdtrain.engine.saving", "Saver._write"),
     "with a worker": ("sdtrain.data.read.pool", "Pool.wait"),
 }
 WRITERS = {

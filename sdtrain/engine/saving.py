@@ -32,7 +32,7 @@ from sdtrain.engine.preempt import StopRequest
 from sdtrain.engine.pulse import PULSE
 from sdtrain.engine.ranks import is_main, rank, world
 from sdtrain.engine.staging import Staged, Staging
-from sdtrain.engine.writing import Writing, cannot_write
+from sdtrain.engine.writing import Writing, failed
 from sdtrain.files import fault_point, write_json, write_pieces
 
 LOOK_SEC = 0.5
@@ -152,7 +152,7 @@ class Saver:
         try:
             action()
         except OSError as error:
-            return cannot_write(order.final, error, self.writing.run_folder, needed)
+            return failed(order.final, error, needed)
         except Exception as error:  # a rank that says nothing would keep all others waiting
             return f"cannot write {order.final}: {error!r}"
         return ""

@@ -32,13 +32,13 @@ class Writing:
         try:
             yield
         except OSError as error:
-            vanished = None if self.run_folder.exists() else self.run_folder
-            self.problem = self.problem or cannot_write(path, error, vanished)
+            self.problem = self.problem or failed(path, error)
 
     @property
     def failure(self) -> RunError | None:
-        """What is to be told to the other ranks."""
-        return RunError(self.problem) if self.problem else None
+        """What is to be told to the other ranks; what was kept is said when all have met."""
+        vanished = None if self.run_folder.exists() else self.run_folder
+        return RunError(f"{self.problem}; {advice(vanished)}") if self.problem else None
 
     def raise_together(self) -> None:
         """Collective. Raises the same `RankFailed` on all ranks when a write has failed on any."""
@@ -71,20 +71,29 @@ def together(action: Callable[[], Any], folder: Path, run_folder: Path) -> Any:
     return from_main(mine)
 
 
-def cannot_write(path: Path, error: OSError, run_folder: Path | None = None, needed: int = 0) -> str:
-    """What failed, how much it needs (where that is known) and how much is free [bytes], what is safe, what to do."""
+def cannot_write(path: Path, error: OSError, run_folder: Path | None = None) -> str:
+    """A failure as a sentence: what failed, what is safe, what to do."""
+    return f"{failed(path, error)}; {advice(run_folder)}"
+
+
+def failed(path: Path, error: OSError, needed: int = 0) -> str:
+    """What failed, how much it needs (where that is known) and how much is free [bytes]."""
     there = next((folder for folder in path.parents if folder.exists()), Path("/"))
     free = shutil.disk_usage(there).free
     room = f"{f'it needs {needed} bytes, ' if needed else ''}{free} bytes are free in {there}"
-    said = f"cannot write {path}: {error.strerror or error} ({room})"
+    return f"cannot write {path}: {error.strerror or error} ({room})"
+
+
+def advice(run_folder: Path | None) -> str:
+    """What is safe, and what to do."""
     if run_folder is None:
-        return f"{said}; make room, or give the folder back, and start the same command again"
+        return "make room, or give the folder back, and start the same command again"
     if not run_folder.exists():
-        return f"{said}; the run folder {run_folder} has vanished: bring it back and start the same command again"
+        return f"the run folder {run_folder} has vanished: bring it back and start the same command again"
     kept = [path for path in positions(run_folder / "checkpoints") if (path / "complete.json").exists()]
     safe = f"checkpoints up to {kept[-1].name} are safe" if kept else "no checkpoint was written yet"
     then = "goes on from there" if kept else "begins again"
-    return f"{said}; {safe}; make room, or make it writable, and start the same command again: it {then}"
+    return f"{safe}; make room, or make it writable, and start the same command again: it {then}"
 
 
 def hush_board() -> None:

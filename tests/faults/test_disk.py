@@ -25,12 +25,13 @@ WRITES: dict[str, tuple[dict[str, Any], str, str]] = {
     "samples": ({"where": "file", "word": "/samples/", "time": 3}, "samples/", KEPT),
     "best": ({"where": "file", "word": "/best/"}, "best/G_ema.safetensors", KEPT),
     "cache": ({"where": "file", "word": "/cache/real"}, "cache/real-", KEPT),
-    "checkpoint": ({"where": "file", "word": "img_000000016/D"}, "checkpoints/img_000000016", "img_000000008 are safe"),
+    "eval": ({"where": "rows", "word": "", "time": 5}, "metrics.jsonl", KEPT),
+    "checkpoint": ({"where": "file", "word": "img_000000016/D"}, "checkpoints/img_000000016", "img_000000008 was kept"),
     "snapshot": ({"where": "file", "word": "/snapshots/"}, "snapshots/img_000000016", KEPT),
 }
-ON_TWO_RANKS = ("rows", "cache")
+ON_TWO_RANKS = ("rows", "cache", "checkpoint")
 GOING_ON = ("rows", "best", "samples")
-SELDOM = ("config", "environment", "board", "snapshot")  # in slow tests
+SELDOM = ("eval", "config", "environment", "board", "snapshot")  # in slow tests
 OFTEN = [*(name for name in WRITES if name not in SELDOM), *(f"{name}2" for name in ON_TWO_RANKS)]
 
 

@@ -79,6 +79,16 @@ def test_a_run_goes_on_from_a_checkpoint_of_the_gpu_as_if_never_stopped(place: P
         assert resumed[-1][name] == pytest.approx(uninterrupted[-1][name], rel=0.05, abs=0.05), name
 
 
+def test_a_save_is_a_copy_in_pinned_memory_that_later_steps_leave_alone():
+    from sdtrain.engine.staging import Staging
+
+    staging, weights = Staging(torch.device("cuda")), torch.rand(1000, 1000, device="cuda")
+    before = weights.cpu()
+    staged = staging.take({"G": {"weight": weights, "step": torch.tensor(3.0)}})["G"]
+    weights.zero_()
+    assert staged.data.is_pinned() and torch.equal(staged.data[4:].view(torch.float32), before.view(-1))
+
+
 def test_batches_lie_in_pinned_memory(place: Path):
     from sdtrain.data.read.dataset import open_dataset
     from sdtrain.data.read.stream import Stream
