@@ -236,3 +236,11 @@ def test_fifty_kills_and_signals_at_random_moments_change_no_bit() -> None:
     done = run_python("tests/kills.py", timeout=7200)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "kills: 30 of 30 bit-equal" in done.stdout and "signals: 20 of 20 obeyed within 30 s" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["rank", "launcher"])
+def test_one_run_that_is_killed_thirty_times_in_a_row_ends_as_one_that_was_left_alone(victim: str) -> None:
+    done = run_python("tests/kills.py", "--in-a-row", "--victim", victim, timeout=7200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "30 kills in a row: bit-equal" in done.stdout
