@@ -21,7 +21,7 @@ WRITES: dict[str, tuple[dict[str, Any], str, str]] = {
     "config": ({"where": "file", "word": "config.yaml"}, "config.yaml", "start the same command again"),
     "plan": ({"where": "file", "word": "plan.json"}, "plan.json", "start the same command again"),
     "environment": ({"where": "file", "word": "environment.json"}, "environment.json", "start the same command again"),
-    "rows": ({"where": "rows", "word": "", "time": 5}, "metrics.jsonl", KEPT),
+    "rows": ({"where": "rows", "word": "", "time": 3}, "metrics.jsonl", KEPT),
     "board": ({"where": "board", "word": "", "time": 40}, "tensorboard", "was kept; the same command goes on"),
     "samples": ({"where": "file", "word": "/samples/", "time": 3}, "samples/", KEPT),
     "best": ({"where": "file", "word": "/best/"}, "best/G_ema.safetensors", KEPT),
