@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,13 @@ def shared_dir(*parts: str) -> Path:
     if not path.exists():
         pytest.skip(f"optional data is absent: {path.name} (set SDTRAIN_SHARED to the folder that holds it)")
     return path
+
+
+def asked(request: pytest.FixtureRequest, names: Iterable[str]) -> list[str]:
+    """Those `names` that tests of this module were collected with, so that one test alone costs one job."""
+    found = [item for item in request.session.items if getattr(item, "module", None) is request.module]
+    wanted = {item.callspec.params.get("name") for item in found if hasattr(item, "callspec")}
+    return [name for name in names if name in wanted]
 
 
 Done = subprocess.CompletedProcess[str]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import asked
 from tiny import make_shards, rows, run_jobs, tensors, tiny_config, unequal, write_config
 
 USER_ERROR, END = 2, 24
@@ -20,7 +21,7 @@ WRITES: dict[str, tuple[dict[str, Any], str, str]] = {
     "config": ({"where": "file", "word": "config.yaml"}, "config.yaml", "start the same command again"),
     "plan": ({"where": "file", "word": "plan.json"}, "plan.json", "start the same command again"),
     "environment": ({"where": "file", "word": "environment.json"}, "environment.json", "start the same command again"),
-    "rows": ({"where": "rows", "word": "", "time": 5}, "metrics.jsonl", KEPT),
+    "rows": ({"where": "rows", "word": "", "time": 3}, "metrics.jsonl", KEPT),
     "board": ({"where": "board", "word": "", "time": 40}, "tensorboard", "was kept; the same command goes on"),
     "samples": ({"where": "file", "word": "/samples/", "time": 3}, "samples/", KEPT),
     "best": ({"where": "file", "word": "/best/"}, "best/G_ema.safetensors", KEPT),
@@ -55,12 +56,13 @@ def filled(place: Path, name: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def full(place: Path) -> dict[str, list[dict[str, Any]]]:
+def full(place: Path, request: pytest.FixtureRequest) -> dict[str, list[dict[str, Any]]]:
     """What the ranks of each run said and how they ended; of the next start of two of them, too."""
-    jobs = [filled(place, name) for name in OFTEN]
-    jobs += [job(place, place / name) for name in ("whole", *(f"run_{name}" for name in GOING_ON))]
+    names, again = asked(request, OFTEN), asked(request, GOING_ON)
+    jobs = [filled(place, name) for name in names]
+    jobs += [job(place, place / name) for name in ("whole", *(f"run_{name}" for name in again))]
     done = [one.get("ranks", [one]) for one in run_jobs(place, jobs)]
-    return dict(zip([*OFTEN, "whole", *(f"{name} again" for name in GOING_ON)], done, strict=True))
+    return dict(zip([*names, "whole", *(f"{name} again" for name in again)], done, strict=True))
 
 
 @pytest.mark.parametrize("name", OFTEN)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import asked
 from tiny import make_shards, rows, run_jobs, tensors, tiny_config, unequal, write_config
 
 END, FAULT, MEND, AGAIN = 32, 1, 2, 75
@@ -78,13 +79,14 @@ def job(place: Path, out: str, *more: str, **wishes: Any) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def done(place: Path) -> dict[str, dict[str, Any]]:
+def done(place: Path, request: pytest.FixtureRequest) -> dict[str, dict[str, Any]]:
     """Each fault on two ranks; what was saved, taken up by one; a run that nothing has befallen."""
-    jobs = {}
-    for name, (wish, *_) in FAULTS.items():
+    jobs, names = {}, asked(request, FAULTS)
+    for name in names:
+        wish = FAULTS[name][0]
         more = wish.get("more", [])
         jobs[name] = job(place, name, *more, ranks=2, **{key: value for key, value in wish.items() if key != "more"})
-    jobs |= {f"after {name}": job(place, name) for name in GOING_ON}
+    jobs |= {f"after {name}": job(place, name) for name in GOING_ON if name in names}
     return dict(zip([*jobs, "whole"], run_jobs(place, [*jobs.values(), job(place, "whole")]), strict=True))
 
 

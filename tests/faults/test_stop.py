@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import run_python
+from conftest import asked, run_python
 from tiny import make_shards, rows, run_jobs, tensors, tiny_config, unequal, write_config
 
 from sdtrain.engine.preempt import OUT_OF_TIME, StopRequest, end_of_time
@@ -70,8 +70,8 @@ def stopped_and_resumed(place: Path, names: list[str]) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def stopped(place: Path) -> dict[str, Any]:
-    return stopped_and_resumed(place, [name for name in STOPS if name not in SELDOM_STOPS])
+def stopped(place: Path, request: pytest.FixtureRequest) -> dict[str, Any]:
+    return stopped_and_resumed(place, asked(request, STOPS))
 
 
 @pytest.mark.parametrize("name", [name for name in STOPS if name not in SELDOM_STOPS])
@@ -127,8 +127,8 @@ def hung(place: Path, names: list[str]) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def hanging(place: Path) -> dict[str, Any]:
-    return hung(place, [name for name in HANGS if name not in SELDOM_HANGS])
+def hanging(place: Path, request: pytest.FixtureRequest) -> dict[str, Any]:
+    return hung(place, asked(request, HANGS))
 
 
 @pytest.mark.parametrize("name", [name for name in HANGS if name not in SELDOM_HANGS])
@@ -236,3 +236,11 @@ def test_fifty_kills_and_signals_at_random_moments_change_no_bit() -> None:
     done = run_python("tests/kills.py", timeout=7200)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "kills: 30 of 30 bit-equal" in done.stdout and "signals: 20 of 20 obeyed within 30 s" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["rank", "launcher"])
+def test_one_run_that_is_killed_thirty_times_in_a_row_ends_as_one_that_was_left_alone(victim: str) -> None:
+    done = run_python("tests/kills.py", "--in-a-row", "--victim", victim, timeout=7200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "30 kills in a row: bit-equal" in done.stdout
