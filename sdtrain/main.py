@@ -85,7 +85,6 @@ def obey(args: argparse.Namespace, stop: StopRequest) -> int:
 
 def asked_scale(args: argparse.Namespace) -> Asked | None:
     """What to plan for with --world-size. Raises `ConfigError` for options that mean nothing without it."""
-    from sdtrain.engine.scale import Asked
     from sdtrain.errors import ConfigError
 
     stated = {name: getattr(args, name, None) for name in ("bandwidth", "disk", "speed")}
@@ -98,7 +97,11 @@ def asked_scale(args: argparse.Namespace) -> Asked | None:
     for name, value in {"world-size": ranks, **stated}.items():
         if value is not None and not 0 < value < MOST:
             raise ConfigError(f"--{name} {value} cannot be: give a number above 0")
-    return None if ranks is None else Asked(ranks=ranks, **stated)
+    if ranks is None:
+        return None
+    from sdtrain.engine.scale import Asked
+
+    return Asked(ranks=ranks, **stated)
 
 
 def show_plan(config: Config, out: Path, asked: Asked | None = None) -> int:

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from sdtrain.engine.cost import SHARED, Table, memory_gb, sent_gb
+from sdtrain.engine.starts import last_start
+from sdtrain.outlook import forecast
 
 NODE = 8  # ranks of one machine, which hsdp shares a copy among unless told
 Phases = Mapping[str, tuple[tuple[str, ...], float]]  # player -> its networks, its phases a step
@@ -112,9 +114,6 @@ def scaled(
 
 def known_speed(asked: Asked, out: Path | None) -> dict[str, Any]:
     """Seconds per 1000 images of one rank, stated or of a run folder's newest ticks; {} where there is neither."""
-    from sdtrain.engine.starts import last_start
-    from sdtrain.outlook import forecast
-
     if asked.speed:
         return {"sec_per_kimg": asked.speed, "from": "--speed"}
     ticks = forecast(out, 0)
