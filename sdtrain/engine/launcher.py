@@ -31,7 +31,7 @@ NOT_FOLLOWED = {
     "FSDP_TRANSFORMER_CLS_TO_WRAP": "sdtrain cuts networks into blocks itself",
     "FSDP_MIN_NUM_PARAMS": "sdtrain cuts networks into blocks itself",
 }
-FSDP_REFUSED = ("OFFLOAD_PARAMS", "ACTIVATION_CHECKPOINTING", "ACTIVATION_CHECKPOINTING_OFFLOAD", "IGNORED_MODULES")
+FSDP_REFUSED = ("OFFLOAD_PARAMS", "ACTIVATION_CHECKPOINTING_OFFLOAD", "IGNORED_MODULES")
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class Asked:
     words: str
     """How it says so."""
     offload: bool = False
+    recompute: bool = False
 
 
 def follow_launcher(config: Config, env: Environment = os.environ) -> Config:
@@ -49,6 +50,8 @@ def follow_launcher(config: Config, env: Environment = os.environ) -> Config:
 
     Raises `ConfigError` for the first setting of the launcher that this run would not follow.
     """
+    from sdtrain.config.blocks import block_problems
+
     try:
         asked = asked_engine(env)
         _same_engine(config, asked)
@@ -59,7 +62,16 @@ def follow_launcher(config: Config, env: Environment = os.environ) -> Config:
         raise ConfigError(f"accelerate launch asks for {refused}") from None
     engine = config.engine or (asked.engine if asked else "ddp")
     offload = config.offload_optimizer or bool(asked and asked.offload)
-    return replace(config, engine=engine, offload_optimizer=offload)  # type: ignore[arg-type]
+    recompute = config.checkpoint_activations or bool(asked and asked.recompute)
+    used = replace(
+        config,
+        engine=engine,
+        offload_optimizer=offload,
+        checkpoint_activations=recompute,  # type: ignore[arg-type]
+    )
+    for _, sentence in block_problems(used) if recompute else ():
+        raise ConfigError(f"accelerate launch asks for fsdp_activation_checkpointing, which is {sentence}")
+    return used
 
 
 class Refused(Exception):
@@ -139,7 +151,7 @@ def _fsdp(env: Environment) -> Asked:
     engine = {"FULL_SHARD": "fsdp2", "1": "fsdp2", "HYBRID_SHARD": "hsdp", "4": "hsdp"}.get(strategy)
     if engine is None:
         raise Refused(f"fsdp_sharding_strategy: {strategy}; it can be FULL_SHARD (fsdp2) or HYBRID_SHARD (hsdp)")
-    return Asked(engine, words)
+    return Asked(engine, words, recompute=_asked(env, f"{FSDP}ACTIVATION_CHECKPOINTING"))
 
 
 def _same_engine(config: Config, asked: Asked | None) -> None:
