@@ -63,12 +63,8 @@ def follow_launcher(config: Config, env: Environment = os.environ) -> Config:
     engine = config.engine or (asked.engine if asked else "ddp")
     offload = config.offload_optimizer or bool(asked and asked.offload)
     recompute = config.checkpoint_activations or bool(asked and asked.recompute)
-    used = replace(
-        config,
-        engine=engine,
-        offload_optimizer=offload,
-        checkpoint_activations=recompute,  # type: ignore[arg-type]
-    )
+    used: Config = replace(config, offload_optimizer=offload, checkpoint_activations=recompute)
+    used = replace(used, engine=engine)  # type: ignore[arg-type]
     for _, sentence in block_problems(used) if recompute else ():
         raise ConfigError(f"accelerate launch asks for fsdp_activation_checkpointing, which is {sentence}")
     return used
