@@ -60,37 +60,36 @@ def costs(trainer: Trainer) -> dict[str, dict[str, Cost]]:
 
 
 def _counted(trainer: Trainer, x: Chunk) -> dict[str, dict[str, Cost]]:
-    with keeping(trainer.engine.modules(trainer.nets)) as blocks:
-        plain = {phase: (seen, inside) for phase, seen, inside in _watched(trainer, x, blocks)}
-    found = {"plain": {phase: Cost(seen.peak, seen.flops) for phase, (seen, _) in plain.items()}}
-    if not blocks:
-        return found
-    found["again"] = {
-        phase: Cost(
-            # where second derivatives have everything in memory there is nothing to come
-            min(max(seen.peak, seen.now + plain[phase][1].largest), plain[phase][0].peak),
-            seen.flops + plain[phase][1].flops,
-        )
-        for phase, seen, _ in _watched(trainer, x, [])
-    }
-    return found
-
-
-def _watched(trainer: Trainer, x: Chunk, blocks: Sequence[nn.Module]) -> Iterator[tuple[str, Watch, Inside]]:
-    """STAGE/PHASE, what its forward needs, and what `blocks` need of it."""
-    engine = trainer.engine
-    modules = engine.modules(trainer.nets)
+    plain, again = dict[str, Cost](), dict[str, Cost]()
     for stage in trainer.method.stages:
         trainer.enter(stage)
         for phase in trainer.method.phases(stage, 0):
-            with engine.fence(phase):
-                open_phase(*modules)
-                _prepass(phase, x)
-                next_chunk(*modules)
-                with Watch() as seen, Inside(seen, blocks) as inside:
-                    loss = engine.loss(phase, x)
-                yield f"{stage.name}/{phase.name}", seen, inside
-                del loss
+            name = f"{stage.name}/{phase.name}"
+            with keeping(trainer.engine.modules(trainer.nets)) as blocks:
+                seen, inside = _watched(trainer, phase, x, blocks)
+            plain[name] = Cost(seen.peak, seen.flops)
+            if blocks:
+                seen, _ = _watched(trainer, phase, x, [])
+                most = max(seen.peak, seen.now + inside.largest)
+                # where second derivatives have everything in memory there is nothing to come
+                again[name] = Cost(min(most, plain[name].bytes), seen.flops + inside.flops)
+    return {"plain": plain, **({"again": again} if again else {})}
+
+
+def _watched(trainer: Trainer, phase: Phase, x: Chunk, blocks: Sequence[nn.Module]) -> tuple[Watch, Inside]:
+    """What the forward of a phase needs, and what `blocks` need of it."""
+    engine = trainer.engine
+    modules = engine.modules(trainer.nets)
+    with engine.fence(phase):
+        open_phase(*modules)
+        _prepass(phase, x)
+        next_chunk(*modules)
+        with Watch() as seen, Inside(seen, blocks) as inside:
+            loss = engine.loss(phase, x)
+            held = seen.now
+        del loss
+    seen.now = held
+    return seen, inside
 
 
 class Watch(TorchDispatchMode):

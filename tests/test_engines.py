@@ -111,7 +111,7 @@ def markdown() -> str:
     gone on with by ddp alone (ddp itself differs as much on another number of ranks); relative of logged numbers."""
     lines = ["| method | engine | " + " | ".join(COLUMNS) + " |", "|---|---|" + "---|" * len(COLUMNS)]
     for (method, engine), found in table.items():
-        cells = " | ".join(f"{found[c]:.1e}" if found[c] else "0" for c in COLUMNS)
+        cells = " | ".join("-" if c not in found else f"{found[c]:.1e}" if found[c] else "0" for c in COLUMNS)
         lines.append(f"| {ABOUT[method]} | {engine} | {cells} |")
     return "\n".join(lines) + "\n"
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,12 +17,16 @@ from tiny import make_shards, tiny_config, write_config
 from sdtrain.engine.launcher import follow_launcher, not_followed, wants_cpu
 from sdtrain.errors import ConfigError
 
+MODEL = {"generator": SimpleNamespace(kind="fastgan"), "discriminator": SimpleNamespace(kind="projected")}
+
 
 @dataclass(frozen=True)
 class Keys:
     precision: str = "fp32"
     engine: str | None = None
     offload_optimizer: bool = False
+    checkpoint_activations: bool = False
+    model: Any = field(default_factory=lambda: SimpleNamespace(**MODEL))
 
 
 def followed(keys: Any = Keys(), **env: str) -> Any:  # noqa: B008
@@ -56,7 +61,10 @@ REFUSED = {
 }
 REFUSED_OF_AN_ENGINE = [
     ({**FSDP2, "FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params: true (FSDP_OFFLOAD_PARAMS)"),
-    ({**FSDP2, "FSDP_ACTIVATION_CHECKPOINTING": "true"}, "fsdp_activation_checkpointing: true"),
+    (
+        {**FSDP2, "FSDP_ACTIVATION_CHECKPOINTING": "true"},
+        "fsdp_activation_checkpointing, which is checkpoint_activations: generator fastgan and discriminator projected",
+    ),
     ({**FSDP2, "FSDP_SHARDING_STRATEGY": "NO_SHARD"}, "it can be FULL_SHARD (fsdp2) or HYBRID_SHARD (hsdp)"),
     ({**ZERO2, "ACCELERATE_GRADIENT_CLIPPING": "1.0"}, "here optimizer.PLAYER.clip_norm says it"),
 ]
@@ -83,6 +91,9 @@ def test_a_run_without_an_engine_takes_the_one_that_the_launcher_asks_for() -> N
     assert followed(**FSDP2, FSDP_SHARDING_STRATEGY="HYBRID_SHARD").engine == "hsdp"
     for stage, engine in (("0", "ddp"), ("1", "zero1"), ("2", "zero2")):
         assert followed(**{**ZERO2, "ACCELERATE_DEEPSPEED_ZERO_STAGE": stage}).engine == engine
+    able = Keys(model=SimpleNamespace(generator=SimpleNamespace(kind="stylegan2")))
+    again = followed(able, **FSDP2, FSDP_ACTIVATION_CHECKPOINTING="true")
+    assert again.checkpoint_activations and not followed(able, **FSDP2).checkpoint_activations
     host = followed(**ZERO2, ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE="cpu")
     assert host.offload_optimizer and not followed(**ZERO2).offload_optimizer
 

@@ -37,7 +37,7 @@ PROC = Path("/proc")
 PROGRAMS = {"torchrun", "accelerate", "accelerate-launch"}
 MODULES = ("torch.distributed.run", "torch.distributed.launch", "accelerate.commands.launch", "accelerate")
 FILES = tuple(f"{module.replace('.', '/')}.py" for module in (*MODULES[:3], "accelerate.commands.accelerate_cli"))
-FSDP_REFUSED = ("OFFLOAD_PARAMS", "ACTIVATION_CHECKPOINTING", "ACTIVATION_CHECKPOINTING_OFFLOAD", "IGNORED_MODULES")
+FSDP_REFUSED = ("OFFLOAD_PARAMS", "ACTIVATION_CHECKPOINTING_OFFLOAD", "IGNORED_MODULES")
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ class Asked:
     words: str
     """How it says so."""
     offload: bool = False
+    recompute: bool = False
 
 
 def follow_launcher(config: Config, env: Environment = os.environ) -> Config:
@@ -55,6 +56,8 @@ def follow_launcher(config: Config, env: Environment = os.environ) -> Config:
 
     Raises `ConfigError` for the first setting of the launcher that this run would not follow.
     """
+    from sdtrain.config.blocks import block_problems
+
     try:
         asked = asked_engine(env)
         _same_engine(config, asked)
@@ -65,7 +68,12 @@ def follow_launcher(config: Config, env: Environment = os.environ) -> Config:
         raise ConfigError(f"accelerate launch asks for {refused}") from None
     engine = config.engine or (asked.engine if asked else "ddp")
     offload = config.offload_optimizer or bool(asked and asked.offload)
-    return replace(config, engine=engine, offload_optimizer=offload)  # type: ignore[arg-type]
+    recompute = config.checkpoint_activations or bool(asked and asked.recompute)
+    used: Config = replace(config, offload_optimizer=offload, checkpoint_activations=recompute)
+    used = replace(used, engine=engine)  # type: ignore[arg-type]
+    for _, sentence in block_problems(used) if recompute else ():
+        raise ConfigError(f"accelerate launch asks for fsdp_activation_checkpointing, which is {sentence}")
+    return used
 
 
 class Refused(Exception):
@@ -161,7 +169,7 @@ def _fsdp(env: Environment) -> Asked:
     engine = {"FULL_SHARD": "fsdp2", "1": "fsdp2", "HYBRID_SHARD": "hsdp", "4": "hsdp"}.get(strategy)
     if engine is None:
         raise Refused(f"fsdp_sharding_strategy: {strategy}; it can be FULL_SHARD (fsdp2) or HYBRID_SHARD (hsdp)")
-    return Asked(engine, words)
+    return Asked(engine, words, recompute=_asked(env, f"{FSDP}ACTIVATION_CHECKPOINTING"))
 
 
 def _same_engine(config: Config, asked: Asked | None) -> None:
