@@ -51,8 +51,8 @@ class Chunk:
 
     def first_of(self, tensor: Tensor, num: int) -> Tensor:
         """The rows of the first `num` samples of each ghost: [num_samples, ...] -> [ghosts * num, ...]."""
-        found: Tensor = tensor.unflatten(0, (len(self.draws.ghosts), -1))[:, :num].flatten(0, 1)
-        return found
+        by_ghost: Tensor = tensor.unflatten(0, (len(self.draws.ghosts), -1))
+        return by_ghost[:, :num].flatten(0, 1)
 
 
 @dataclass(frozen=True, kw_only=True)

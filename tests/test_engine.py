@@ -217,5 +217,6 @@ def test_adam_moves_an_element_by_the_same_bits_wherever_it_lies():
             for p, part in zip(params, gradient.split(cuts)):
                 p.grad = part.clone()
             optimizer.step()
-        moved.append(torch.cat([p.detach() for p in params]))
-    assert torch.equal(*moved)
+        slots = [optimizer.state[p] for p in params]
+        moved.append([*params, *(slot["exp_avg_sq"] for slot in slots), *(slot["exp_avg"] for slot in slots)])
+    assert torch.equal(*(torch.cat([t.detach() for t in tensors]) for tensors in moved))
