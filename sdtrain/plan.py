@@ -55,9 +55,9 @@ def weights_needed(config: Config) -> dict[str, str]:
     asked = schema.method(config.method).weights_needed(config)
     needs |= {name: getattr(config.weights, key) for name, key in asked.items()}
     for section in vars(config.model).values():
-        name = schema.model(section.kind).feature_weights
-        if name:
-            needs[name] = config.weights.features
+        name_of = schema.model(section.kind).feature_weights
+        if name_of:
+            needs[name_of(section)] = config.weights.features
     if config.eval_img:
         needs |= _needed_by_metrics(config)
     return {name: source or "download" for name, source in needs.items()}

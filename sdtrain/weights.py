@@ -35,13 +35,20 @@ class WeightsFile:
 
     what: str
     url: str
-    sha256: str  # leading hex digits, all that the publisher states
+    sha256: str  # leading hex digits, all that the publisher states; "" = nothing, so it is put in place by hand
     marks: tuple[str, ...]  # one of these tensors must be in the file
     keys: str  # where a source for it is said: key of a configuration, option of a command
+    name: str = ""  # of the file; "" = as in the address
 
     @property
     def file(self) -> str:
-        return self.url.rsplit("/", 1)[1]
+        return self.name or self.url.rsplit("/", 1)[1]
+
+    def advice(self, name: str) -> str:
+        """How the file gets to its place."""
+        if self.sha256:
+            return f"with `sdtrain fetch-weights {name}` (needs a network)"
+        return f"yourself (from {self.url}; no digest of it is published that a download could be checked against)"
 
     @property
     def place(self) -> Path:
@@ -96,13 +103,26 @@ WEIGHTS: dict[str, WeightsFile] = {
 }
 
 
+TIMM = "timm/"
+
+
 def cache_folder() -> Path:
     """Where fetched files lie: `$SDTRAIN_WEIGHTS`, else ~/.cache/sdtrain."""
     return Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "sdtrain")
 
 
 def known(name: str) -> WeightsFile:
-    """The entry of `name`; raises WeightsError that lists the names."""
+    """The entry of `name`, which may be timm/NETWORK; raises WeightsError that lists the names."""
+    if name.startswith(TIMM):
+        network = name.removeprefix(TIMM)
+        return WeightsFile(
+            what=f"timm's {network}, feature network of the projected discriminator",
+            url=f"the model.safetensors of huggingface.co/timm/{network}, with the tag that timm names its training by",
+            sha256="",
+            marks=(),
+            keys="weights.features",
+            name=f"{network}.safetensors",
+        )
     if name not in WEIGHTS:
         raise WeightsError(f"No weights are called {name!r}; the names are {', '.join(WEIGHTS)}.")
     return WEIGHTS[name]
@@ -128,9 +148,10 @@ def load_weights(name: str, source: str) -> dict[str, Tensor] | None:
     if path is None:
         return None
     state = _read(name, path)
-    if not any(mark in state for mark in known(name).marks):
+    marks = known(name).marks
+    if marks and not any(mark in state for mark in marks):
         raise WeightsError(
-            f"{path} was given as {name} weights but holds another network (no tensor {known(name).marks[0]}); "
+            f"{path} was given as {name} weights but holds another network (no tensor {marks[0]}); "
             f"`sdtrain fetch-weights {name}` gets the right file."
         )
     return state
@@ -160,8 +181,8 @@ def _problem(name: str, source: str) -> str | None:
     if not path.is_file():
         origin = "are not in the cache" if source == "download" else f"are not at {path}"
         return (
-            f"The {name} weights ({entry.what}) {origin}; put {entry.file} at {entry.place} with "
-            f"`sdtrain fetch-weights {name}` (needs a network), or give {entry.keys} a path or `random`."
+            f"The {name} weights ({entry.what}) {origin}; put {entry.file} at {entry.place} {entry.advice(name)}, "
+            f"or give {entry.keys} a path or `random`."
         )
     with path.open("rb") as file:
         whole = _looks_whole(file, path)

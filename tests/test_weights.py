@@ -73,6 +73,17 @@ def test_a_missing_file_names_a_key_that_exists():
     assert "(of `sdtrain evaluate`: --inception)" in check_weights({"inception": "/absent.pth"})[0]
 
 
+def test_a_file_that_no_digest_is_published_of_is_put_in_place_by_hand(cache):
+    (message,) = check_weights({"timm/convnext_tiny": "download"})
+    assert f"put convnext_tiny.safetensors at {cache}/convnext_tiny.safetensors yourself (from the model" in message
+    assert message.endswith("or give weights.features a path or `random`.")
+    with pytest.raises(WeightsError, match="are not fetched: put .*convnext_tiny.safetensors there yourself .from the"):
+        fetch("timm/convnext_tiny")
+    cache.mkdir()
+    save_file(STATE, cache / "convnext_tiny.safetensors")
+    assert load_weights("timm/convnext_tiny", "download").keys() == STATE.keys()
+
+
 def test_a_folder_that_cannot_be_written_is_said_before_anything_is_fetched(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(WeightsError, match=r"file cannot be written \(Not a directory\); choose another"):

@@ -55,6 +55,8 @@ def fetch(name: str, folder: Path | None = None) -> Path:
     """Download `name` unless it is there; the path of the checked file. Raises WeightsError when offline or damaged."""
     entry = known(name)
     path = (folder or cache_folder()) / entry.file
+    if not entry.sha256 and not path.is_file():
+        raise WeightsError(f"The {name} weights ({entry.what}) are not fetched: put {path} there {entry.advice(name)}.")
     if path.is_file() and sha256_of(path).startswith(entry.sha256):
         return path
     if reason := why_unwritable(path.parent):

@@ -62,8 +62,8 @@ class ModelDeclaration:
 
     It takes the keywords it knows and leaves those of other models aside.
     """
-    feature_weights: str | None = None
-    """Name in `sdtrain.weights` of a frozen network inside the discriminator, handed to it as `feature_weights`."""
+    feature_weights: Callable[[Any], str] | None = None
+    """Options -> name in `sdtrain.weights` of a frozen network of the discriminator, its argument `feature_weights`."""
 
     def options(self, role: Role) -> type | None:
         return self.generator if role == "generator" else self.discriminator
