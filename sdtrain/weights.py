@@ -39,6 +39,8 @@ class WeightsFile:
     marks: tuple[str, ...]  # one of these tensors must be in the file
     keys: str  # where a source for it is said: key of a configuration, option of a command
     name: str = ""  # of the file; "" = as in the address
+    random: bool = True  # whether there is a seeded stand-in
+    script: bool = False  # published as a TorchScript archive, of which the tensors alone are read
 
     @property
     def file(self) -> str:
@@ -55,6 +57,7 @@ class WeightsFile:
         return cache_folder() / self.file
 
 
+CLIP_DIGEST = "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af"
 VGG16_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
 
 WEIGHTS: dict[str, WeightsFile] = {
@@ -92,6 +95,23 @@ WEIGHTS: dict[str, WeightsFile] = {
         sha256="397923af",
         marks=("features.26.weight",),
         keys="weights.perceptual (of `sdtrain evaluate`: --vgg16)",
+    ),
+    "dinov2": WeightsFile(
+        what="FD-DINOv2: Meta's DINOv2 ViT-L/14",
+        url="https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth",
+        sha256="",
+        marks=("cls_token",),
+        random=False,
+        keys="weights.dinov2 (of `sdtrain evaluate`: --dinov2)",
+    ),
+    "clip": WeightsFile(
+        what="FD-CLIP, KID-CLIP: OpenAI's CLIP ViT-B/32",
+        url=f"https://openaipublic.azureedge.net/clip/models/{CLIP_DIGEST}/ViT-B-32.pt",
+        sha256=CLIP_DIGEST,
+        marks=("visual.conv1.weight",),
+        random=False,
+        script=True,
+        keys="weights.clip (of `sdtrain evaluate`: --clip)",
     ),
     "vgg19": WeightsFile(
         what="perceptual loss of Real-ESRGAN",
@@ -176,13 +196,14 @@ def _sha256_at(path: Path, mtime_ns: int) -> str:
 def _problem(name: str, source: str) -> str | None:
     entry = known(name)
     path = weights_path(name, source)
+    given = f"give {entry.keys} a path{' or `random`' if entry.random else ''}"
     if path is None:
-        return None
+        return None if entry.random else f"The {name} weights ({entry.what}) have no random stand-in; {given}."
     if not path.is_file():
         origin = "are not in the cache" if source == "download" else f"are not at {path}"
         return (
             f"The {name} weights ({entry.what}) {origin}; put {entry.file} at {entry.place} {entry.advice(name)}, "
-            f"or give {entry.keys} a path or `random`."
+            f"or {given}."
         )
     with path.open("rb") as file:
         whole = _looks_whole(file, path)
@@ -211,13 +232,15 @@ def _looks_whole(file: BinaryIO, path: Path) -> bool:
 def _read(name: str, path: Path) -> dict[str, Tensor]:
     """The tensors of a file. Raises WeightsError."""
     from sdtrain.interop.loading import read_tensors
-    from sdtrain.interop.safe_pickle import named_tensors, read_checkpoint
+    from sdtrain.interop.safe_pickle import named_tensors, read_checkpoint, script_tensors
 
     try:
         with path.open("rb") as file:
             pickled = file.read(2) in (b"PK", b"\x80\x02")  # the content decides, not the ending
         if not pickled:
             return read_tensors(path)
+        if known(name).script and zipfile.is_zipfile(path) and _is_script(path):
+            return script_tensors(path)
         content = read_checkpoint(path).tree
         for _ in range(MAX_WRAPPERS):
             inner = next((k for k in WRAPPERS if isinstance(content, dict) and isinstance(content.get(k), dict)), None)
@@ -233,6 +256,11 @@ def _read(name: str, path: Path) -> dict[str, Tensor]:
     raise WeightsError(
         f"{path} holds a {type(content).__name__}, not a table of tensors; give a state dict for {name}."
     )
+
+
+def _is_script(path: Path) -> bool:
+    with zipfile.ZipFile(path) as archive:
+        return any(member.endswith("/constants.pkl") for member in archive.namelist())
 
 
 WRAPPERS = ("params_ema", "params", "state_dict")

@@ -24,7 +24,6 @@ from sdtrain.data.read.reader import read_image
 from sdtrain.engine.ranks import shares, sum_over_ranks
 from sdtrain.engine.writing import on_main
 from sdtrain.errors import DataError
-from sdtrain.metrics.features import Extractor, inception, random_inception
 from sdtrain.metrics.fid import fid_of_features
 from sdtrain.metrics.sr_metrics import psnr_y, ssim_y, to_uint8
 from sdtrain.rng import Draws
@@ -33,6 +32,7 @@ from sdtrain.weights import load_weights
 if TYPE_CHECKING:
     from sdtrain.contracts import Inputs
     from sdtrain.methods.sdakd.options import Loaded
+    from sdtrain.metrics.features import Extractor
 
 HIGHER_IS_BETTER = ("psnr_y", "ssim_y")
 
@@ -190,6 +190,8 @@ class ValidationList:
     def extractor(self) -> Extractor | None:
         if "fid" not in self.options.names:
             return None
+        from sdtrain.metrics.features import inception, random_inception
+
         m, source = self.config.metrics, self.config.weights.inception or "download"
         if m.extractor == "random-inception" or source == "random":
             return random_inception(0, int(m.tap), lambda: [self.hq(i)[None] for i in range(len(self))], self.device)
