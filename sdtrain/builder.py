@@ -59,9 +59,9 @@ class Builder:
     def module(self, role: Role, section: Any, name: str, **more: Any) -> nn.Module:
         """`models/KIND/networks.py: Generator` or `Discriminator` on the CPU; `name` decides its random numbers."""
         networks = importlib.import_module(f"sdtrain.models.{section.kind}.networks")
-        feature_network = schema.model(section.kind).feature_weights
-        if role == "discriminator" and feature_network:
-            more = {**more, "feature_weights": self.weights(feature_network, self.config.weights.features)}
+        name_of = schema.model(section.kind).feature_weights
+        if role == "discriminator" and name_of:
+            more = {**more, "feature_weights": self.weights(name_of(section), self.config.weights.features)}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_of(self.config.seed, "init", name))
             made = getattr(networks, role.capitalize())(

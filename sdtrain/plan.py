@@ -59,9 +59,9 @@ def weights_needed(config: Config) -> dict[str, str]:
     asked = schema.method(config.method).weights_needed(config)
     needs |= {name: getattr(config.weights, key) for name, key in asked.items()}
     for section in vars(config.model).values():
-        name = schema.model(section.kind).feature_weights
-        if name:
-            needs[name] = config.weights.features
+        name_of = schema.model(section.kind).feature_weights
+        if name_of:
+            needs[name_of(section)] = config.weights.features
     if config.eval_img:
         needs |= _needed_by_metrics(config)
     return {name: source or "download" for name, source in needs.items()}
@@ -69,12 +69,12 @@ def weights_needed(config: Config) -> dict[str, str]:
 
 def _needed_by_metrics(config: Config) -> dict[str, str | None]:
     """Feature networks of the evaluations of generated images, as the table of metrics says."""
-    from sdtrain.metrics.table import Settings
+    from sdtrain.metrics.table import FILES, Settings
 
     m = config.metrics
     settings = Settings(metrics=m.names, extractor=m.extractor, pr_features=m.pr_features)
     kinds = {kind for kind, _ in settings.nets().values()}
-    return {kind: getattr(config.weights, kind) for kind in ("inception", "vgg16") if kind in kinds}
+    return {kind: getattr(config.weights, kind) for kind in FILES if kind in kinds}
 
 
 def check_weights_needed(config: Config) -> dict[str, Any]:

@@ -35,19 +35,29 @@ class WeightsFile:
 
     what: str
     url: str
-    sha256: str  # leading hex digits, all that the publisher states
+    sha256: str  # leading hex digits, all that the publisher states; "" = nothing, so it is put in place by hand
     marks: tuple[str, ...]  # one of these tensors must be in the file
     keys: str  # where a source for it is said: key of a configuration, option of a command
+    name: str = ""  # of the file; "" = as in the address
+    random: bool = True  # whether there is a seeded stand-in
+    script: bool = False  # published as a TorchScript archive, of which the tensors alone are read
 
     @property
     def file(self) -> str:
-        return self.url.rsplit("/", 1)[1]
+        return self.name or self.url.rsplit("/", 1)[1]
+
+    def advice(self, name: str) -> str:
+        """How the file gets to its place."""
+        if self.sha256:
+            return f"with `sdtrain fetch-weights {name}` (needs a network)"
+        return f"yourself (from {self.url}; no digest of it is published that a download could be checked against)"
 
     @property
     def place(self) -> Path:
         return cache_folder() / self.file
 
 
+CLIP_DIGEST = "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af"
 VGG16_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
 
 WEIGHTS: dict[str, WeightsFile] = {
@@ -86,6 +96,23 @@ WEIGHTS: dict[str, WeightsFile] = {
         marks=("features.26.weight",),
         keys="weights.perceptual (of `sdtrain evaluate`: --vgg16)",
     ),
+    "dinov2": WeightsFile(
+        what="FD-DINOv2: Meta's DINOv2 ViT-L/14",
+        url="https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth",
+        sha256="",
+        marks=("cls_token",),
+        random=False,
+        keys="weights.dinov2 (of `sdtrain evaluate`: --dinov2)",
+    ),
+    "clip": WeightsFile(
+        what="FD-CLIP, KID-CLIP: OpenAI's CLIP ViT-B/32",
+        url=f"https://openaipublic.azureedge.net/clip/models/{CLIP_DIGEST}/ViT-B-32.pt",
+        sha256=CLIP_DIGEST,
+        marks=("visual.conv1.weight",),
+        random=False,
+        script=True,
+        keys="weights.clip (of `sdtrain evaluate`: --clip)",
+    ),
     "vgg19": WeightsFile(
         what="perceptual loss of Real-ESRGAN",
         url="https://download.pytorch.org/models/vgg19-dcbb9e9d.pth",
@@ -96,13 +123,26 @@ WEIGHTS: dict[str, WeightsFile] = {
 }
 
 
+TIMM = "timm/"
+
+
 def cache_folder() -> Path:
     """Where fetched files lie: `$SDTRAIN_WEIGHTS`, else ~/.cache/sdtrain."""
     return Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "sdtrain")
 
 
 def known(name: str) -> WeightsFile:
-    """The entry of `name`; raises WeightsError that lists the names."""
+    """The entry of `name`, which may be timm/NETWORK; raises WeightsError that lists the names."""
+    if name.startswith(TIMM):
+        network = name.removeprefix(TIMM)
+        return WeightsFile(
+            what=f"timm's {network}, feature network of the projected discriminator",
+            url=f"the model.safetensors of huggingface.co/timm/{network}, with the tag that timm names its training by",
+            sha256="",
+            marks=(),
+            keys="weights.features",
+            name=f"{network}.safetensors",
+        )
     if name not in WEIGHTS:
         raise WeightsError(f"No weights are called {name!r}; the names are {', '.join(WEIGHTS)}.")
     return WEIGHTS[name]
@@ -128,9 +168,10 @@ def load_weights(name: str, source: str) -> dict[str, Tensor] | None:
     if path is None:
         return None
     state = _read(name, path)
-    if not any(mark in state for mark in known(name).marks):
+    marks = known(name).marks
+    if marks and not any(mark in state for mark in marks):
         raise WeightsError(
-            f"{path} was given as {name} weights but holds another network (no tensor {known(name).marks[0]}); "
+            f"{path} was given as {name} weights but holds another network (no tensor {marks[0]}); "
             f"`sdtrain fetch-weights {name}` gets the right file."
         )
     return state
@@ -155,13 +196,14 @@ def _sha256_at(path: Path, mtime_ns: int) -> str:
 def _problem(name: str, source: str) -> str | None:
     entry = known(name)
     path = weights_path(name, source)
+    given = f"give {entry.keys} a path{' or `random`' if entry.random else ''}"
     if path is None:
-        return None
+        return None if entry.random else f"The {name} weights ({entry.what}) have no random stand-in; {given}."
     if not path.is_file():
         origin = "are not in the cache" if source == "download" else f"are not at {path}"
         return (
-            f"The {name} weights ({entry.what}) {origin}; put {entry.file} at {entry.place} with "
-            f"`sdtrain fetch-weights {name}` (needs a network), or give {entry.keys} a path or `random`."
+            f"The {name} weights ({entry.what}) {origin}; put {entry.file} at {entry.place} {entry.advice(name)}, "
+            f"or {given}."
         )
     with path.open("rb") as file:
         whole = _looks_whole(file, path)
@@ -190,13 +232,15 @@ def _looks_whole(file: BinaryIO, path: Path) -> bool:
 def _read(name: str, path: Path) -> dict[str, Tensor]:
     """The tensors of a file. Raises WeightsError."""
     from sdtrain.interop.loading import read_tensors
-    from sdtrain.interop.safe_pickle import named_tensors, read_checkpoint
+    from sdtrain.interop.safe_pickle import named_tensors, read_checkpoint, script_tensors
 
     try:
         with path.open("rb") as file:
             pickled = file.read(2) in (b"PK", b"\x80\x02")  # the content decides, not the ending
         if not pickled:
             return read_tensors(path)
+        if known(name).script and zipfile.is_zipfile(path) and _is_script(path):
+            return script_tensors(path)
         content = read_checkpoint(path).tree
         for _ in range(MAX_WRAPPERS):
             inner = next((k for k in WRAPPERS if isinstance(content, dict) and isinstance(content.get(k), dict)), None)
@@ -212,6 +256,11 @@ def _read(name: str, path: Path) -> dict[str, Tensor]:
     raise WeightsError(
         f"{path} holds a {type(content).__name__}, not a table of tensors; give a state dict for {name}."
     )
+
+
+def _is_script(path: Path) -> bool:
+    with zipfile.ZipFile(path) as archive:
+        return any(member.endswith("/constants.pkl") for member in archive.namelist())
 
 
 WRAPPERS = ("params_ema", "params", "state_dict")

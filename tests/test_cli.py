@@ -42,7 +42,7 @@ for name, (module, _) in cli.COMMANDS.items():
             cli.main([name, "--help"])
         except SystemExit as done:
             assert done.code == 0, name
-        heavy = {"torch", "torchvision", "timm", "lpips", "PIL.Image"} & set(sys.modules)
+        heavy = {"torch", "torchvision", "timm", "torch_fidelity", "lpips", "PIL.Image"} & set(sys.modules)
         assert not heavy, (name, heavy)
 assert cli.main(["train", "--cfg", "no_such_configuration"]) == 2
 assert "torch" not in sys.modules

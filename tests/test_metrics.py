@@ -10,19 +10,26 @@ import tarfile
 
 import numpy as np
 import pytest
+import timm
 import torch
+import torch_fidelity
 from conftest import GOLDEN, REPO, run_python, run_ranks
 from ranks_evaluate import evaluator, sample
 from safetensors.torch import load_file
+from torch_fidelity.feature_extractor_clip import CLIPVisual
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+from torch_fidelity.feature_extractor_vgg16 import FeatureExtractorVGG16
+from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
+from torch_fidelity.metric_prc import prc_features_to_metric
 
 from sdtrain.commands import evaluate as command
 from sdtrain.errors import ConfigError, DataError, WeightsError
+from sdtrain.losses.vgg import IMAGENET_MEAN, IMAGENET_STD
 from sdtrain.metrics import rfid
 from sdtrain.metrics.evaluate import Evaluator, subset
-from sdtrain.metrics.features import VGG16Features, inception, random_inception, vgg16
-from sdtrain.metrics.fid import fid_of_features, fid_of_sums
+from sdtrain.metrics.features import TAPS, Inception, clip, dinov2, inception, random_inception, resampled, vgg16
+from sdtrain.metrics.fid import both_fids, fid_of_features, fid_of_sums
 from sdtrain.metrics.images import batches, open_images
-from sdtrain.metrics.inception import TAPS, Inception, resize_tf1
 from sdtrain.metrics.kid import kid
 from sdtrain.metrics.prc import precision_recall
 from sdtrain.metrics.protocol import differences, fingerprint, require_same
@@ -121,57 +128,52 @@ def test_collapsed_fakes_have_full_precision_and_no_recall():
     assert precision_recall(real, real) == (1.0, 1.0)
 
 
-def test_precision_recall_and_kid_equal_torch_fidelity(golden):
-    prc, kids = (pytest.importorskip(f"torch_fidelity.metric_{name}") for name in ("prc", "kid"))
+def test_precision_and_recall_equal_torch_fidelitys(golden):
     real, fake = golden["pr.real"], golden["pr.gen"]
-    theirs = prc.prc_features_to_metric(
-        fake, real, prc_neighborhood=3, prc_batch_size=64, save_cpu_ram=False, verbose=False
-    )
+    theirs = prc_features_to_metric(fake, real, prc_batch_size=64, verbose=False)
     assert precision_recall(real, fake) == pytest.approx((theirs["precision"], theirs["recall"]), abs=1e-7)
-    more = {"kid_subsets": 5, "kid_subset_size": 100, "verbose": False, "rng_seed": 2020}
-    found = kids.kid_features_to_metric(fake.double(), real.double(), **more)
-    wanted = found["kernel_inception_distance_mean"], found["kernel_inception_distance_std"]
-    assert kid(real, fake, num_subsets=5, subset_size=100) == pytest.approx(wanted, rel=1e-9)
 
 
-def test_the_resize_is_tensorflows_and_not_pytorchs():
-    theirs = pytest.importorskip("torch_fidelity.interpolate_compat_tensorflow")
-    x = pictures(2, 20).float()
-    wanted = theirs.interpolate_bilinear_2d_like_tensorflow1x(x, size=(31, 31), align_corners=False)
-    torch.testing.assert_close(resize_tf1(x, 31), wanted, atol=1e-3, rtol=0)
-    modern = torch.nn.functional.interpolate(x, (31, 31), mode="bilinear")
-    assert (modern - wanted).abs().max() > 1
+def test_kernel_distance_is_the_mean_over_subsets_of_the_unbiased_estimate(golden):
+    real, fake = golden["pr.real"][:150].double(), golden["pr.gen"][:150].double()
+    size, width = min(len(real), len(fake)), real.shape[1]
+    # of sets of one size a subset is the whole set in another order
+
+    def mean_of_kernel(x: torch.Tensor, y: torch.Tensor, diagonal: bool) -> torch.Tensor:
+        values = (x @ y.T / width + 1) ** 3
+        return values.mean() if diagonal else (values.sum() - values.trace()) / (size * (size - 1))
+
+    wanted = (
+        mean_of_kernel(real, real, False) + mean_of_kernel(fake, fake, False) - 2 * mean_of_kernel(real, fake, True)
+    )
+    assert kid(real, fake, num_subsets=3) == pytest.approx((wanted.item(), 0), rel=1e-9, abs=1e-12)
 
 
-def torch_fidelity_features(weights_file, images: torch.Tensor, taps: list[str]) -> dict[str, torch.Tensor]:
-    module = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
-    theirs = module.FeatureExtractorInceptionV3("inception", taps, feature_extractor_weights_path=str(weights_file))
-    with torch.no_grad():
-        return theirs.convert_features_tuple_to_dict(theirs(images))
+def test_both_kinds_of_covariance_cost_one_root(golden):
+    real, fake = sums(golden["fid.real"][:150]), sums(golden["fid.gen"])
+    assert real.count != fake.count
+    wanted = fid_of_sums(real, fake, 1), fid_of_sums(real, fake, 0)
+    assert wanted[0] != wanted[1] and both_fids(real, fake) == pytest.approx(wanted, rel=1e-11)
 
 
-def torch_fidelity_fid(real: torch.Tensor, fake: torch.Tensor) -> float:
-    theirs = pytest.importorskip("torch_fidelity.metric_fid")
-    stats = [theirs.fid_features_to_statistics(rows.double()) for rows in (fake, real)]
-    return theirs.fid_statistics_to_metric(*stats, verbose=False)["frechet_inception_distance"]
-
-
-def test_features_of_every_tap_equal_torch_fidelity(weights_file):
+def test_features_of_every_tap_are_those_of_torch_fidelitys_own_constructor(weights_file):
     images = pictures(2, 40, seed=3)
-    theirs = torch_fidelity_features(weights_file, images, [str(tap) for tap in TAPS])
-    for tap in TAPS:
-        ours = inception(str(weights_file), tap)(images)
-        gap = (ours - theirs[str(tap)]).abs().max() / theirs[str(tap)].abs().max()
-        assert gap < 1e-4, f"tap {tap}: {gap}"
+    taps = [str(tap) for tap in TAPS]
+    theirs = FeatureExtractorInceptionV3("inception", taps, feature_extractor_weights_path=str(weights_file))
+    for tap, wanted in zip(TAPS, theirs(images), strict=True):
+        net = inception(str(weights_file), tap)
+        assert torch.equal(net(images), wanted), tap
+        assert net.width == tap and len(net.net.state_dict()) <= len(theirs.state_dict())
 
 
 @pytest.mark.parametrize(
     ("tap", "n"), [(64, 12), pytest.param(2048, 24, marks=pytest.mark.slow)], ids=["64 features", "2048 features"]
 )
-def test_fid_of_an_evaluation_equals_torch_fidelity_on_the_same_images(tmp_path, weights_file, tap, n):
+def test_an_evaluation_equals_torch_fidelitys_own_from_files_to_numbers(tmp_path, weights_file, tap, n):
     real, fake = pictures(n, 32, seed=4), pictures(n + 3, 32, seed=5)
     judge = Evaluator(
         open_images(save(tmp_path / "real", real)),
+        metrics=("fid", "kid", "pr"),
         num_fake=len(fake),
         tap=tap,
         batch_size=8,
@@ -179,19 +181,117 @@ def test_fid_of_an_evaluation_equals_torch_fidelity_on_the_same_images(tmp_path,
         workers=0,
     )
     values = judge.measure(lambda indices: fake[indices])[0]
-    features = [torch_fidelity_features(weights_file, images, [str(tap)])[str(tap)] for images in (real, fake)]
-    assert values["fid"] == pytest.approx(torch_fidelity_fid(*features), rel=1e-6 if tap == 64 else 1e-4)
+    asked = {"feature_extractor_weights_path": str(weights_file), "kid_subset_size": n, "batch_size": 8}
+    asked["feature_extractor"] = "inception-v3-compat"
+    asked |= {f"feature_layer_{name}": str(tap) for name in ("fid", "kid", "prc")} | {"cuda": False, "cache": False}
+    folders = [str(save(tmp_path / "fake", fake)), str(tmp_path / "real")]
+    theirs = torch_fidelity.calculate_metrics(
+        input1=folders[0], input2=folders[1], fid=True, kid=True, prc=True, verbose=False, **asked
+    )
+    assert values["fid"] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-6)
+    assert values["kid"] == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-6)
+    assert (values["precision"], values["recall"]) == pytest.approx((theirs["precision"], theirs["recall"]), abs=1e-6)
     assert values["fid_biased"] < values["fid"]
 
 
-def test_vgg16_features_equal_torch_fidelitys_network():
-    models = pytest.importorskip("torchvision.models")
-    with torch.device("meta"):
-        theirs = models.vgg16(weights=None).state_dict()
-        ours = VGG16Features().state_dict()
-    assert {key: ours[key].shape for key in ours} == {
-        key: value.shape for key, value in theirs.items() if not key.startswith("classifier.6")
-    }
+def test_vgg16_features_are_those_of_torch_fidelitys_own_constructor(tmp_path):
+    made = vgg16("random").net.model.state_dict()
+    rest = {"classifier.6.weight": torch.zeros(1000, 4096), "classifier.6.bias": torch.zeros(1000)}
+    torch.save({**made, **rest}, tmp_path / "vgg16.pth")
+    theirs = FeatureExtractorVGG16("vgg16", ["fc2_relu"], feature_extractor_weights_path=str(tmp_path / "vgg16.pth"))
+    images = pictures(2, 40, seed=3)
+    assert torch.equal(vgg16(str(tmp_path / "vgg16.pth"))(images), theirs(images)[0])
+
+
+@pytest.fixture(scope="module")
+def clip_state() -> dict[str, torch.Tensor]:
+    """A CLIP of our own size under OpenAI's names, with what its text side leaves in a file."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = CLIPVisual(12, 32, 2, 64, 16)
+    text = {"text_projection": torch.zeros(5, 12), "ln_final.weight": torch.zeros(5), "logit_scale": torch.zeros(())}
+    return {**net.state_dict(), **text}
+
+
+@pytest.fixture(scope="module")
+def dinov2_state() -> dict[str, torch.Tensor]:
+    """The smallest DINOv2 under Meta's names, for images of 224 pixels."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = timm.create_model("vit_small_patch14_dinov2", pretrained=False, num_classes=0, img_size=224)
+    return {**net.state_dict(), "mask_token": torch.zeros(1, 384)}
+
+
+def test_distances_in_clip_and_dinov2_features_need_files_and_no_network(
+    tmp_path, real_folder, clip_state, dinov2_state, monkeypatch
+):
+    monkeypatch.setattr("socket.socket", lambda *_, **__: pytest.fail("a connection was opened"))
+    files = {"clip": tmp_path / "clip.pth", "dinov2": tmp_path / "dinov2.pth"}
+    torch.save(clip_state, files["clip"])
+    torch.save(dinov2_state, files["dinov2"])
+    weights = {name: str(path) for name, path in files.items()}
+    judge = evaluator(str(real_folder), metrics=("fd_dinov2", "fd_clip", "kid_clip"), weights=weights)
+    values, protocol = judge.measure(sample)
+    assert values.keys() == {"fd_dinov2", "fd_clip", "kid_clip", "kid_clip_std"} and "features" not in protocol
+    assert (protocol["dinov2"]["tap"], protocol["dinov2"]["resize"]) == ("vit-small-14", "tf1 224")
+    assert (protocol["clip"]["tap"], protocol["clip"]["resize"]) == (12, "tf1 32")
+    fake = torch.cat([clip(weights["clip"])(sample(list(range(11))[at : at + 4])) for at in range(0, 11, 4)])
+    real = torch.cat([clip(weights["clip"])(images) for images in batches(open_images(real_folder), range(14), 4)])
+    assert values["fd_clip"] == pytest.approx(fid_of_sums(sums(real), sums(fake)))
+    assert values["kid_clip"] == kid(real, fake)[0]
+
+
+def test_clip_and_dinov2_features_are_those_of_the_plain_networks(tmp_path, clip_state, dinov2_state):
+    images = pictures(2, 40, seed=3)
+
+    def prepared(side: int, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
+        x = interpolate_bilinear_2d_like_tensorflow1x(images.float(), (side, side), align_corners=False)
+        return (x / 255 - torch.tensor(mean).view(1, 3, 1, 1)) / torch.tensor(std).view(1, 3, 1, 1)
+
+    torch.save(clip_state, tmp_path / "clip.pth")
+    plain = CLIPVisual(12, 32, 2, 64, 16)
+    plain.load_state_dict({key: value for key, value in clip_state.items() if key.startswith("visual.")})
+    own = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+    # the file's own constructor rounds the weights to half precision, in which OpenAI publishes them
+    found = clip(str(tmp_path / "clip.pth"))(images)
+    torch.testing.assert_close(found, plain.visual(prepared(32, *own)), rtol=0, atol=3e-2)
+    torch.save(dinov2_state, tmp_path / "dinov2.pth")
+    net = timm.create_model("vit_small_patch14_dinov2", pretrained=False, num_classes=0, img_size=224).eval()
+    net.load_state_dict({key: value for key, value in dinov2_state.items() if key != "mask_token"})
+    wanted = net(prepared(224, IMAGENET_MEAN, IMAGENET_STD))
+    torch.testing.assert_close(dinov2(str(tmp_path / "dinov2.pth"))(images), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_position_embeddings_are_read_at_the_places_where_dinov2_reads_them():
+    """Patch i of m lies at (i + 1/2) n / (m + 0.1) - 1/2, not at (i + 1/2) n / m - 1/2, which is up to 0.23 further.
+
+    A ramp comes out of torch's cubic interpolation as a ramp within 0.05, but for its ends.
+    """
+    n, m = 37, 16
+    ramp = torch.arange(n).float().expand(n, n)
+    places = torch.cat([torch.full((1, 1, 2), 7.0), torch.stack([ramp, ramp.T], -1).reshape(1, n * n, 2)], 1)
+    found = resampled(places, m)
+    assert found.shape == (1, 1 + m * m, 2) and found[0, 0].tolist() == [7, 7]
+    wanted = (torch.arange(m) + 0.5) * n / (m + 0.1) - 0.5
+    grid = found[0, 1:].reshape(m, m, 2)
+    for line in (grid[5, :, 0], grid[:, 5, 1]):
+        torch.testing.assert_close(line[1:-1], wanted[1:-1], atol=0.06, rtol=0)
+    assert torch.equal(resampled(found, m), found)
+
+
+def test_files_of_other_networks_in_the_place_of_clip_and_dinov2_are_refused(tmp_path, clip_state, dinov2_state):
+    torn = {key: value for key, value in clip_state.items() if "resblocks.1.ln_2" not in key}
+    torch.save(torn, tmp_path / "clip.pth")
+    with pytest.raises(WeightsError, match="given for clip do not fit together .*; give OpenAI's file"):
+        clip(str(tmp_path / "clip.pth"))
+    torch.save({"cls_token": torch.zeros(1, 1, 5)}, tmp_path / "dinov2.pth")
+    with pytest.raises(WeightsError, match="are of no DINOv2; give dinov2_vitl14_pretrain.pth"):
+        dinov2(str(tmp_path / "dinov2.pth"))
+    torch.save({**dinov2_state, "norm.weight": torch.zeros(3)}, tmp_path / "dinov2.pth")
+    with pytest.raises(WeightsError, match="dinov2 have no fitting tensor for norm.weight"):
+        dinov2(str(tmp_path / "dinov2.pth"))
+    with pytest.raises(WeightsError, match="clip weights .* have no random stand-in; give weights.clip"):
+        clip("random")
 
 
 def test_a_random_inception_is_alive_and_a_function_of_its_seed():
@@ -304,10 +404,10 @@ def test_missing_inception_weights_name_place_and_command(real_folder, tmp_path,
         judge.measure(sample)
 
 
-def test_weights_of_another_network_are_refused(calibrated):
-    state = {key: value for key, value in calibrated.items() if not key.startswith("Mixed_7c")}
-    with pytest.raises(WeightsError, match="no fitting tensor Mixed_7c"):
-        Inception(2048).load(state)
+def test_weights_of_another_network_are_refused(calibrated, tmp_path):
+    torch.save({**calibrated, "Mixed_7c.branch_pool.bn.bias": torch.zeros(3)}, tmp_path / "other.pth")
+    with pytest.raises(WeightsError, match="no fitting tensor for Mixed_7c.* give torch-fidelity's file weights-ince"):
+        inception(str(tmp_path / "other.pth"), 2048)
 
 
 def test_settings_that_cannot_work_are_refused(real_folder):

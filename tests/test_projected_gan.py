@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -17,9 +18,11 @@ from torch.nn import functional as F
 from sdtrain.augment import diffaug
 from sdtrain.errors import ConfigError, WeightsError
 from sdtrain.losses.adversarial import ADVERSARIAL, gradient_penalty
+from sdtrain.losses.vgg import IMAGENET_MEAN, IMAGENET_STD
 from sdtrain.models.fastgan.networks import Generator, GeneratorOptions
 from sdtrain.models.ghost import close_phase, next_chunk, open_phase, set_ghost_batch
-from sdtrain.models.projected.networks import Discriminator, DiscriminatorOptions, EfficientNetLite0, projection_sizes
+from sdtrain.models.projected.features import STRIDES, resized
+from sdtrain.models.projected.networks import Discriminator, DiscriminatorOptions, projection_sizes
 from sdtrain.rng import Draws, generator
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
@@ -221,14 +224,19 @@ def test_random_features_are_alive_at_every_stage() -> None:
     assert all(f.mean(dim=(0, 2, 3)).std() < 0.5 * f.std() for f in features)  # no constant one
 
 
-def test_features_equal_timm_with_weights_under_timm_names() -> None:
-    timm = pytest.importorskip("timm", reason="timm is the oracle of this test only")
+def network(name: str, **more: Any) -> nn.Module:
+    """timm's, with weights and statistics that are not those it begins with."""
     torch.manual_seed(3)
-    oracle = timm.create_model("tf_efficientnet_lite0", pretrained=False).eval()
-    for module in oracle.modules():
+    net = timm.create_model(name, pretrained=False, **more).eval()
+    for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.normal_(0, 0.1)
             module.running_var.uniform_(0.5, 1.5)
+    return net
+
+
+def test_features_equal_those_of_timms_whole_network_bit_for_bit() -> None:
+    oracle = network("tf_efficientnet_lite0")
     net = Discriminator(SMALL_D, resolution=65, feature_weights=oracle.state_dict())
     x = numbers(2, 3, 65, 65)
     ours, h, theirs = net.feature_network.pretrained(x), oracle.bn1(oracle.conv_stem(x)), []
@@ -236,16 +244,58 @@ def test_features_equal_timm_with_weights_under_timm_names() -> None:
         h = block(h)
         if i in (1, 2, 4, 6):
             theirs.append(h)
-    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "channels"),
+    [
+        ("tf_efficientnet_b0", [24, 40, 112, 320]),
+        ("convnext_atto", [40, 80, 160, 320]),
+        ("deit_tiny_distilled_patch16_224", [192] * 4),
+        ("resnet18", [64, 128, 256, 512]),
+    ],
+)
+def test_other_networks_of_timm_give_four_maps_of_images_scaled_as_they_expect(
+    name: str, channels: list[int], side: int = 64
+) -> None:
+    options, dynamic = replace(SMALL_D, feature_network=name), {"dynamic_img_size": True} if "deit" in name else {}
+    oracle = network(name, **dynamic)
+    net = Discriminator(options, resolution=side, feature_weights=oracle.state_dict())
+    seen: list[Tensor] = []
+    net.feature_network.pretrained.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    x = numbers(2, 3, side, side).clamp(-1, 1).requires_grad_()
+    logits = net(x)
+    logits.sum().backward()
+    assert x.grad is not None and x.grad.abs().sum() > 0
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    torch.testing.assert_close(seen[0], ((x + 1) / 2 - mean) / std)
+    maps = net.feature_network.pretrained(seen[0])
+    assert [tuple(h.shape[1:]) for h in maps] == [(c, side // s, side // s) for c, s in zip(channels, STRIDES)]
+    last = oracle.forward_intermediates(seen[0], indices=1, intermediates_only=True)[0]
+    assert torch.equal(maps[3], resized(last, maps[3].shape[-1]))
+
+
+def test_a_network_that_timm_does_not_have_or_that_has_no_four_maps_is_refused() -> None:
+    with pytest.raises(ConfigError, match="no network called 'convnext_atom' .did you mean 'convnext_atto'"):
+        Discriminator(replace(SMALL_D, feature_network="convnext_atom"), resolution=32)
+    with pytest.raises(ConfigError, match="no four maps of images of 70 pixels .Input height .70. should be divisible"):
+        Discriminator(replace(SMALL_D, feature_network="deit_tiny_patch16_224"), resolution=70)
+
+
+def test_the_feature_network_takes_no_random_numbers_from_the_heads() -> None:
+    heads = []
+    for name in ("tf_efficientnet_lite0", "tf_efficientnet_lite1"):
+        heads.append({n: v for n, v in seeded(1, feature_network=name).state_dict().items() if ".pretrained." not in n})
+    torch.testing.assert_close(heads[0], heads[1], rtol=0, atol=0)
 
 
 def test_weights_of_another_network_are_refused() -> None:
-    weights = EfficientNetLite0().state_dict()
-    Discriminator(
-        SMALL_D, resolution=32, feature_weights={f"feature_network.pretrained.{n}": v for n, v in weights.items()}
-    )
+    weights = Discriminator(SMALL_D, resolution=32).feature_network.pretrained.state_dict()
+    official = {f"feature_network.pretrained.{name}": value for name, value in weights.items()}
+    Discriminator(SMALL_D, resolution=32, feature_weights=official)
     del weights["layer2.0.0.conv_pw.weight"]
-    with pytest.raises(WeightsError, match="1 tensors do not fit, the first is layer2.0.0.conv_pw.weight; give tf_eff"):
+    with pytest.raises(WeightsError, match="1 tensors do not fit, the first is layer2.0.0.conv_pw.weight; give timm's"):
         Discriminator(SMALL_D, resolution=32, feature_weights=weights)
 
 

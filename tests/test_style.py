@@ -79,6 +79,23 @@ def dependency_modules() -> set[str]:
     return {name for name in names if not name.startswith("_")} - {"sdtrain"}
 
 
+# what is imported under another name than it is installed by; of lpips the files are read (`package_heads`)
+MODULES = {"pillow": "PIL", "pyyaml": "yaml", "tensorboard": "torch.utils.tensorboard", "lpips": None}
+
+
+def test_every_dependency_of_a_plain_install_is_imported_on_a_way_from_a_command():
+    listed = re.search(r"^dependencies = \[\n(.*?)^\]", (REPO / "pyproject.toml").read_text(), re.M | re.S)
+    assert listed
+    names = set(re.findall(r'^ *"([A-Za-z0-9-]+)', listed[1], re.M))
+    assert {"torch", "timm", "torch-fidelity", "lpips"} <= names
+    ways = all_edges()
+    starts = [name for name in ("sdtrain.main", *modules()) if name.startswith(("sdtrain.main", "sdtrain.commands."))]
+    used = set().union(*(reached(ways, start) for start in starts))
+    wanted = {name: MODULES.get(name, name.replace("-", "_")) for name in names}
+    assert {name for name, module in wanted.items() if module and not any(lies_in(u, [module]) for u in used)} == set()
+    assert 'find_spec("lpips")' in modules()["sdtrain.losses.perceptual"].read_text()
+
+
 def test_no_module_hides_one_of_the_standard_library_or_of_a_dependency():
     """The folder of a script is first on the import path of every launched process."""
     own = {path.stem if path.is_file() else path.name for path in PACKAGE.iterdir() if path.suffix in ("", ".py")}

@@ -6,7 +6,9 @@ import argparse
 import hashlib
 import http.server
 import pickle
+import re
 import threading
+import zipfile
 from dataclasses import replace
 from functools import partial
 
@@ -68,9 +70,25 @@ def test_a_missing_file_names_a_key_that_exists():
         message = check_weights({name: "download"})[0]
         key = message.partition("or give weights.")[2].split()[0]
         assert key in Weights.__dataclass_fields__, (name, key)
-        assert message.endswith(f"or give {entry.keys} a path or `random`.")
+        assert message.endswith(f"or give {entry.keys} a path{' or `random`' if entry.random else ''}.")
     assert "weights.features " in check_weights({"efficientnet_lite0": "download"})[0]
     assert "(of `sdtrain evaluate`: --inception)" in check_weights({"inception": "/absent.pth"})[0]
+
+
+def test_a_file_that_no_digest_is_published_of_is_put_in_place_by_hand(cache):
+    (message,) = check_weights({"timm/convnext_tiny": "download"})
+    assert f"put convnext_tiny.safetensors at {cache}/convnext_tiny.safetensors yourself (from the model" in message
+    assert message.endswith("or give weights.features a path or `random`.")
+    with pytest.raises(WeightsError, match="are not fetched: put .*convnext_tiny.safetensors there yourself .from the"):
+        fetch("timm/convnext_tiny")
+    cache.mkdir()
+    save_file(STATE, cache / "convnext_tiny.safetensors")
+    assert load_weights("timm/convnext_tiny", "download").keys() == STATE.keys()
+
+
+def test_networks_that_measure_have_no_random_stand_in():
+    (message,) = check_weights({"clip": "random"})
+    assert message.endswith("have no random stand-in; give weights.clip (of `sdtrain evaluate`: --clip) a path.")
 
 
 def test_a_folder_that_cannot_be_written_is_said_before_anything_is_fetched(tmp_path):
@@ -214,3 +232,49 @@ def test_without_names_the_command_lists_what_there_is(capsys):
     assert fetch() == 0
     out = capsys.readouterr().out
     assert all(name in out for name in WEIGHTS) and "absent" in out
+
+
+class Scripted(torch.nn.Module):
+    """A network that would leave a trace if it were run or its program were loaded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.visual = torch.nn.ModuleDict({"conv1": torch.nn.Conv2d(3, 2, 4), "bn": torch.nn.BatchNorm2d(2)})
+        self.register_buffer("input_resolution", torch.tensor(32))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.visual["bn"](self.visual["conv1"](x))
+
+
+@pytest.fixture
+def archive(tmp_path):
+    """As OpenAI publishes CLIP: a TorchScript archive."""
+    net = Scripted().eval()
+    torch.jit.trace(net, torch.zeros(1, 3, 8, 8), check_trace=False).save(str(tmp_path / "clip.pt"))
+    return tmp_path / "clip.pt", net
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_the_tensors_of_a_script_are_read_and_its_program_is_not(archive, monkeypatch):
+    path, net = archive
+    for name in ("jit.load", "load"):
+        monkeypatch.setattr(f"torch.{name}", lambda *_, **__: pytest.fail("torch has loaded the file"))
+    found = load_weights("clip", str(path))
+    assert found.keys() == net.state_dict().keys()
+    assert all(torch.equal(found[key], value) for key, value in net.state_dict().items())
+    with pytest.raises(WeightsError, match="is a TorchScript archive, a program and not a state dict"):
+        load_weights("vgg16", str(path))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_script_that_names_a_function_is_refused(archive, tmp_path):
+    path, _ = archive
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(tmp_path / "evil.pt", "w") as new:
+        for info in old.infolist():
+            data = old.read(info)
+            if info.filename.endswith("/data.pkl"):
+                data = re.sub(rb"c__torch__[^\n]*\nScripted\n", b"cposix\nsystem\n", data)
+                assert b"posix" in data
+            new.writestr(info, data)
+    with pytest.raises(WeightsError, match="wants the global 'posix.system', which no known checkpoint needs"):
+        load_weights("clip", str(tmp_path / "evil.pt"))

@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 from sdtrain.commands.eval_rows import DECIMALS, append, compare, last_row
 from sdtrain.data.read.budget import PictureLimits
 from sdtrain.errors import EXIT_OK, ConfigError, WeightsError
-from sdtrain.metrics.table import METRICS, Settings
+from sdtrain.metrics.table import FILES, METRICS, Settings
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 DEFAULTS = {"metrics": "fid", "extractor": "inception", "tap": 2048, "seeds": 5, "seed": 0, "batch_size": 32}
-DEFAULTS |= {"inception": "download", "vgg16": "download", "split": "test"}
+DEFAULTS |= {"split": "test", **dict.fromkeys(FILES, "download")}
 DEFAULTS |= {"pr_features": "inception", "pr_precision": "fp32"}
 
 
@@ -48,6 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--pr-precision", choices=("fp32", "fp16"), help=f"distances {pr} ({own} fp32)")
     add("--inception", metavar="SOURCE", help=f"Inception weights: a path or `download`, fetched ({own} download)")
     add("--vgg16", metavar="SOURCE", help=f"VGG16 weights: a path, `download` or `random` ({own} download)")
+    add("--dinov2", metavar="SOURCE", help=f"DINOv2 weights of fd_dinov2: a path or `download` ({own} download)")
+    add("--clip", metavar="SOURCE", help=f"CLIP weights of fd_clip, kid_clip: a path or `download` ({own} download)")
     add("--seeds", type=int, help=f"random networks averaged by rfid ({own} 5)")
     seed = "seed of the latents (default: that of the run; the next one for split test, as in the run; else 0)"
     add("--seed", type=int, help=seed)
@@ -132,7 +134,7 @@ def fill_in(args: argparse.Namespace, config: Any) -> None:
         defaults |= {"tap": m.tap, "seeds": m.seeds, "batch_size": m.batch_size}
         defaults |= {"seed": latents_seed(config.seed, split), "real": args.real or of_run(real, "--real")}
         defaults |= {"pr_features": m.pr_features, "pr_precision": m.pr_precision}
-        defaults |= {"inception": w.inception or "download", "vgg16": w.vgg16 or "download"}
+        defaults |= {name: getattr(w, name) or "download" for name in FILES}
         if w.inception == "random":  # as the run understands it
             defaults |= {"inception": "download", "extractor": "random-inception"}
     args.real_is_typed = args.real is not None
@@ -145,7 +147,7 @@ def weights_needed(args: argparse.Namespace) -> dict[str, str]:
     """Sources of the weights files that these metrics are computed with."""
     chosen = {name: getattr(args, name) for name in ("metrics", "extractor", "tap", "pr_features")}
     kinds = {kind for kind, _ in Settings(**chosen).nets().values()}
-    return {name: getattr(args, name) for name in ("inception", "vgg16") if name in kinds}
+    return {name: getattr(args, name) for name in FILES if name in kinds}
 
 
 def subject(args: argparse.Namespace, device: Any) -> tuple[Callable[[list[int]], Tensor], dict[str, Any]]:
@@ -196,7 +198,7 @@ def evaluator(args: argparse.Namespace, info: dict[str, Any], device: Any) -> An
         pr_precision=args.pr_precision,
         seeds=args.seeds,
         batch_size=args.batch_size,
-        weights={"inception": args.inception, "vgg16": args.vgg16},
+        weights={name: getattr(args, name) for name in FILES},
         device=device,
         cache=args.cache or cache_folder() / "statistics",
         split=args.split,

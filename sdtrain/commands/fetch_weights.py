@@ -28,12 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "names", nargs="*", metavar="NAME", help=f"which to fetch: {', '.join(WEIGHTS)}; none lists them"
     )
-    parser.add_argument("--all", action="store_true", help="fetch every one")
+    parser.add_argument("--all", action="store_true", help="fetch every one that has a published digest")
     parser.add_argument("--to", type=Path, help=f"folder to write into (default ${CACHE_VARIABLE} or ~/.cache/sdtrain)")
 
 
 def run(args: argparse.Namespace) -> int:
-    names = list(WEIGHTS) if args.all else args.names
+    names = [name for name, entry in WEIGHTS.items() if entry.sha256] if args.all else args.names
     folder = args.to or cache_folder()
     if not names:
         print("\n".join(_row(name, folder) for name in WEIGHTS))
@@ -55,6 +55,8 @@ def fetch(name: str, folder: Path | None = None) -> Path:
     """Download `name` unless it is there; the path of the checked file. Raises WeightsError when offline or damaged."""
     entry = known(name)
     path = (folder or cache_folder()) / entry.file
+    if not entry.sha256 and not path.is_file():
+        raise WeightsError(f"The {name} weights ({entry.what}) are not fetched: put {path} there {entry.advice(name)}.")
     if path.is_file() and sha256_of(path).startswith(entry.sha256):
         return path
     if reason := why_unwritable(path.parent):

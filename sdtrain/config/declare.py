@@ -64,8 +64,8 @@ class ModelDeclaration:
     """
     deepened: Callable[[Any], Any] | None = None
     """Options of a generator -> those of a deeper one of the same width; None = there is none."""
-    feature_weights: str | None = None
-    """Name in `sdtrain.weights` of a frozen network inside the discriminator, handed to it as `feature_weights`."""
+    feature_weights: Callable[[Any], str] | None = None
+    """Options -> name in `sdtrain.weights` of a frozen network of the discriminator, its argument `feature_weights`."""
     blocks: Mapping[Role, tuple[str, ...]] = field(default_factory=dict)
     """Parts of a network that `checkpoint_activations` computes again, by their names (`*`: any word between dots)."""
 

@@ -11,7 +11,7 @@ from sdtrain.config.options import Count, CountOrZero, Data, Duration, Ema, Imag
 from sdtrain.config.schedule import Schedule, out_of_order
 from sdtrain.config.sizes import size_problems
 from sdtrain.config.words import nearest
-from sdtrain.metrics.table import METRICS
+from sdtrain.metrics.table import FILES, METRICS
 from sdtrain.terminal import clip
 
 INTERVALS = ("log_img", "sample_img", "eval_img", "save_img")
@@ -21,7 +21,7 @@ MAX_NAME = 100  # characters; file systems take 255 bytes, and files of a run ad
 HARMLESS = (
     *("name", "total_img", *INTERVALS, "keep_checkpoints", "save_async", "ghosts_at_once", "on_nonfinite"),
     *("data.workers", "data.prefetch", "data.cache", "data.max_bad", "data.check", "data.val", "data.test"),
-    *("data.allow_pipe", "weights.inception", "weights.alex", "weights.vgg16", "sd.log", "snapshots"),
+    *("data.allow_pipe", "sd.log", "snapshots", *(f"weights.{name}" for name in ("alex", *FILES))),
     *("timeout", "max_time", "tensorboard", "metrics"),
     *("summation", "deterministic"),  # they change how sums round, of which a resumed run is told
     *("engine", "shard_teacher", "shard_ranks", "offload_optimizer", "checkpoint_activations"),

@@ -236,7 +236,8 @@ class Metrics:
     """What an evaluation measures, and on how much."""
 
     names: tuple[str, ...] = ("fid",)
-    """Some of fid (Frechet distance), rfid (in random features), kid (kernel distance), pr (precision and recall)."""
+    """Some of fid (Frechet distance), rfid (in random features), kid (kernel distance), pr (precision and recall),
+    fd_dinov2, fd_clip, kid_clip (distances in the features of those networks)."""
     num_fake: Count = 50_000
     """[images] Generated images."""
     num_real: Count | None = None
@@ -267,6 +268,10 @@ class Weights:
     """Inception of FID, KID, precision and recall."""
     vgg16: str | None = None
     """VGG16 of precision and recall."""
+    dinov2: str | None = None
+    """DINOv2 of fd_dinov2."""
+    clip: str | None = None
+    """CLIP of fd_clip and kid_clip."""
     features: str | None = None
     """Feature network of the projected discriminator."""
     perceptual: str | None = None

@@ -56,6 +56,7 @@ CLASSES = {
 DTYPES = ("torch.float32", "torch.bfloat16")  # values, never called
 PERSISTENT = "persistent."
 TENSORFLOW = "dnnlib.tflib."
+SCRIPT = "__torch__."  # classes of a TorchScript archive, which its own code would define
 
 
 @dataclass(frozen=True)
@@ -189,13 +190,44 @@ class Globals:
 
 def read_checkpoint(path: Path | str) -> Content:
     """The content of a .pkl, .pt or .pth file. Raises WeightsError when it is missing, damaged or hostile."""
+    return read_bytes(str(path), _bytes_of(path))
+
+
+def _bytes_of(path: Path | str) -> bytes:
     file, size = open_weights(Path(path))
     with file:
         try:
-            data = file.read(size)
+            return file.read(size)
         except OSError as error:
             raise WeightsError(f"{path}: cannot be read ({error.strerror}); copy it again") from error
-    return read_bytes(str(path), data)
+
+
+def script_tensors(path: Path | str) -> dict[str, Tensor]:
+    """The tensors of a TorchScript archive by dotted name; its program is neither read nor run.
+
+    Raises WeightsError when the file is missing, damaged or hostile.
+    """
+    data = _bytes_of(path)
+    budget = Budget(str(path), len(data))
+    table = Globals(budget)
+
+    def find(name: str) -> Token | None:
+        return Token(name, partial(_record, name)) if name.startswith(SCRIPT) else table(name)
+
+    root, _ = ZipReader(budget, data, find, script=True).load()
+    state: dict[str, Tensor] = {}
+    waiting = [("", root, 0)]
+    while waiting:
+        above, module, depth = waiting.pop()
+        if depth > MAX_DEPTH or not isinstance(module, Record):
+            raise refuse(budget.source, "nests modules too deeply, or holds none")
+        budget.items(1 + len(module.attributes))
+        for key, value in module.attributes.items():
+            if isinstance(value, Tensor):
+                state[below_name(budget, above, key)] = value
+            elif isinstance(value, Record):
+                waiting.append((below_name(budget, above, key), value, depth + 1))
+    return state
 
 
 def read_bytes(source: str, data: bytes) -> Content:

@@ -132,8 +132,17 @@ class LegacyReader:
         storage.data.copy_(from_bytes(raw, storage.data.dtype))
 
 
-def checked_members(source: str, archive: zipfile.ZipFile, total_bytes: int) -> dict[str, zipfile.ZipInfo]:
-    """Members by name below the archive's one folder. Raises WeightsError for compressed ones: torch makes none."""
+# what a TorchScript archive holds beside its tensors
+PROGRAM = ("code", "constants", "constants.pkl", "traced_inputs", "traced_inputs.pkl", "extra")
+
+
+def checked_members(
+    source: str, archive: zipfile.ZipFile, total_bytes: int, script: bool = False
+) -> dict[str, zipfile.ZipInfo]:
+    """Members by name below the archive's one folder. Raises WeightsError for compressed ones: torch makes none.
+
+    Of a TorchScript archive (`script`) the program is left out; without `script` there must be none.
+    """
     members: dict[str, zipfile.ZipInfo] = {}
     roots = set()
     for info in archive.infolist():
@@ -146,13 +155,15 @@ def checked_members(source: str, archive: zipfile.ZipFile, total_bytes: int) -> 
             or len(path.parts) < 2
         ):
             raise refuse(source, f"is a zip with the member {info.filename!r}, which points outside")
+        name = str(PurePosixPath(*path.parts[1:]))
+        if script and path.parts[1] in PROGRAM:
+            continue
+        if name == "constants.pkl" or path.parts[1] == "code":
+            raise refuse(source, f"is a TorchScript archive, a program and not a state dict (member {info.filename!r})")
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
             raise refuse(
                 source, f"is a zip whose member {info.filename!r} is compressed or encrypted; torch writes neither"
             )
-        name = str(PurePosixPath(*path.parts[1:]))
-        if name == "constants.pkl" or path.parts[1] == "code":
-            raise refuse(source, f"is a TorchScript archive, a program and not a state dict (member {info.filename!r})")
         if name in members:
             raise refuse(source, f"is a zip that has {info.filename!r} twice")
         roots.add(path.parts[0])
@@ -167,12 +178,12 @@ def checked_members(source: str, archive: zipfile.ZipFile, total_bytes: int) -> 
 class ZipReader:
     """A torch.save zip: data.pkl, and one uncompressed member data/KEY per storage."""
 
-    def __init__(self, budget: Budget, data: bytes, find: FindGlobal):
-        """Raises WeightsError for a zip that is damaged or that torch would not write."""
+    def __init__(self, budget: Budget, data: bytes, find: FindGlobal, script: bool = False):
+        """Raises WeightsError for a zip that is damaged, not torch's, or a program unless `script` is set."""
         self.budget, self.source, self.find = budget, budget.source, find
         try:
             self.archive = zipfile.ZipFile(io.BytesIO(data))
-            self.members = checked_members(self.source, self.archive, len(data))
+            self.members = checked_members(self.source, self.archive, len(data), script)
         except WeightsError:
             raise
         except DAMAGED_ZIP as error:

@@ -13,7 +13,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,13 +21,15 @@ from torch import Tensor
 from sdtrain.engine.agree import raise_together
 from sdtrain.engine.ranks import agree_max, is_main, rank, sum_over_ranks, tensors_from_main, world
 from sdtrain.engine.writing import on_main
-from sdtrain.metrics import features, rfid
+from sdtrain.metrics import rfid
 from sdtrain.metrics.collected import Progress, Statistics, warn_if_collapsed
-from sdtrain.metrics.features import Extractor
 from sdtrain.metrics.images import batches
 from sdtrain.metrics.protocol import fingerprint
 from sdtrain.metrics.table import Settings
 from sdtrain.rng import generator
+
+if TYPE_CHECKING:
+    from sdtrain.metrics.features import Extractor
 
 log = logging.getLogger("sdtrain")
 
@@ -134,19 +136,25 @@ class Evaluator:
         }
 
     def extractors(self) -> dict[str, Extractor]:
-        """The networks this evaluation needs, built once: `features` (fid, kid, pr), `pr_features`, `rfid<seed>`."""
+        """The networks this evaluation needs, built once, by their names in the protocol."""
         if self._extractors is None:
-            makers = {"inception": self._inception, "random-inception": self._random, "vgg16": self._vgg16}
-            self._extractors = {name: makers[kind](seed) for name, (kind, seed) in self.settings.nets().items()}
+            self._extractors = {name: self._extractor(*net) for name, net in self.settings.nets().items()}
         return self._extractors
 
-    def _inception(self, _: int) -> Extractor:
-        return features.inception(self.weights.get("inception", "download"), self.settings.tap, self.device)
+    def _extractor(self, kind: str, seed: int) -> Extractor:
+        from sdtrain.metrics import features
 
-    def _vgg16(self, _: int) -> Extractor:
-        return features.vgg16(self.weights.get("vgg16", "download"), self.device)
+        if kind == "random-inception":
+            return self._random(seed)
+        source = self.weights.get(kind, "download")
+        if kind == "inception":
+            return features.inception(source, self.settings.tap, self.device)
+        made = {"vgg16": features.vgg16, "dinov2": features.dinov2, "clip": features.clip}[kind]
+        return made(source, self.device)
 
     def _random(self, seed: int) -> Extractor:
+        from sdtrain.metrics import features
+
         made = features.random_inception(seed, self.settings.tap, self._calibration, self.device)
         if world() > 1:  # ranks on unlike processors must not end up with unlike networks
             tensors = list(made.net.state_dict().values())

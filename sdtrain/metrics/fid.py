@@ -1,4 +1,7 @@
-"""Frechet distance of two Gaussians: FID (Heusel et al. 2017) and, with random features, rFID."""
+"""Frechet distance of two Gaussians: FID (Heusel et al. 2017) and, with other features, rFID, FD-DINOv2, FD-CLIP.
+
+The arithmetic is torch-fidelity's; ours is that it takes sums, which ranks can add up, and both kinds of covariance.
+"""
 
 from __future__ import annotations
 
@@ -9,26 +12,28 @@ from sdtrain.metrics.sums import FeatureSums
 
 
 def frechet(mean_1: Tensor, cov_1: Tensor, mean_2: Tensor, cov_2: Tensor) -> float:
-    """|m1 - m2|^2 + tr(C1) + tr(C2) - 2 tr((C1 C2)^(1/2)) of means [d] and covariances [d, d], float64.
+    """|m1 - m2|^2 + tr(C1) + tr(C2) - 2 tr((C1 C2)^(1/2)) of means [d] and covariances [d, d], float64."""
+    from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
 
-    The cross term is the sum of the square roots of the eigenvalues of C1^(1/2) C2 C1^(1/2), which is symmetric: no
-    complex square root, no jitter on the diagonal, negative rounding errors count as zero.
-    """
-    gap = (mean_1 - mean_2).square().sum() + torch.trace(cov_1) + torch.trace(cov_2)
-    return (gap - 2 * cross_term(cov_1, cov_2)).item()
-
-
-def cross_term(cov_1: Tensor, cov_2: Tensor) -> Tensor:
-    """tr((C1 C2)^(1/2)) of two covariances [d, d], a scalar."""
-    values, vectors = torch.linalg.eigh(cov_1)
-    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    inner = root @ cov_2 @ root
-    return torch.linalg.eigvalsh((inner + inner.T) / 2).clamp(min=0).sqrt().sum()
+    pairs = ((mean_1, cov_1), (mean_2, cov_2))
+    stats = [{"mu": mean.double().cpu().numpy(), "sigma": cov.double().cpu().numpy()} for mean, cov in pairs]
+    return float(fid_statistics_to_metric(*stats, verbose=False)[KEY_METRIC_FID])
 
 
 def fid_of_sums(real: FeatureSums, fake: FeatureSums, ddof: int = 1) -> float:
     """FID of accumulated features; ddof 1 equals torch-fidelity, 0 the StyleGAN2-ADA code."""
     return frechet(*fake.moments(ddof), *real.moments(ddof))
+
+
+def both_fids(real: FeatureSums, fake: FeatureSums) -> tuple[float, float]:
+    """`fid_of_sums` with ddof 1 and 0, for the price of one: the root of a multiple is a multiple of the root."""
+    unbiased = fid_of_sums(real, fake, 1)
+    (mean_r, cov_r), (mean_f, cov_f) = real.moments(1), fake.moments(1)
+    gap, spread_r, spread_f = (mean_r - mean_f).square().sum(), torch.trace(cov_r), torch.trace(cov_f)
+    cross = (gap + spread_r + spread_f - unbiased) / 2
+    less_r, less_f = 1 - 1 / real.count, 1 - 1 / fake.count
+    biased = gap + less_r * spread_r + less_f * spread_f - 2 * (less_r * less_f) ** 0.5 * cross
+    return unbiased, biased.item()
 
 
 def fid_of_features(real: Tensor, fake: Tensor, ddof: int = 1) -> float:

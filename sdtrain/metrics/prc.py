@@ -8,20 +8,36 @@ from torch import Tensor
 from sdtrain.engine.ranks import rank, sum_over_ranks, world
 
 K = 3
+MOST_AT_ONCE = 1 << 28  # distances that torch-fidelity may hold at once, 2 GiB
 DISTANCES_AT_ONCE = 1 << 24
 
 
 def precision_recall(real: Tensor, fake: Tensor, *, k: int = K, half: bool = False) -> tuple[float, float]:
     """Precision (fakes within the real manifold) and recall (reals within the fake one) of feature rows [n, d].
 
-    Distances are exact (float64). `half=True` rounds features and distances to float16 as the StyleGAN2-ADA code
-    does; the two can differ by single samples. Rows are shared out over the ranks, which all get the same result.
+    Distances are exact (float64), by torch-fidelity in a single process; ours are what it lacks. Several ranks share
+    the rows out and all get the same result. `half=True` rounds features and distances to float16 as the StyleGAN2-ADA
+    code does; the two can differ by single samples.
     """
+    if not half and world() == 1 and k < min(len(real), len(fake)):
+        return _in_one_process(real.double(), fake.double(), k)
     if half:
         real, fake = real.half(), fake.half()
     real, fake = real.double(), fake.double()
     precision = covered(fake, real, radii(real, k, half), half)
     return precision, covered(real, fake, radii(fake, k, half), half)
+
+
+def _in_one_process(real: Tensor, fake: Tensor, k: int) -> tuple[float, float]:
+    from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
+
+    large = max(len(real), len(fake)) ** 2 > MOST_AT_ONCE
+    found = prc_features_to_metric(
+        fake, real, prc_neighborhood=k, prc_batch_size=4096, save_cpu_ram=large, verbose=False
+    )
+    # its means are float32: back to the fractions that they are of
+    hits = round(found[KEY_METRIC_PRECISION] * len(fake)), round(found[KEY_METRIC_RECALL] * len(real))
+    return hits[0] / len(fake), hits[1] / len(real)
 
 
 def distances(x: Tensor, y: Tensor, half: bool) -> Tensor:

@@ -90,6 +90,10 @@ def merged(parts: Iterable[dict[str, Any]]) -> dict[str, Any]:
     return {key: value for part in parts for key, value in part.items()}
 
 
+# networks with weights files of their own, under their names in `sdtrain.weights`
+FILES = ("inception", "vgg16", "dinov2", "clip")
+
+
 def words(identity: dict[str, Any]) -> str:
     return f"{identity['extractor']} {identity['tap']}"
 
@@ -106,11 +110,28 @@ def of_rfid(settings: Settings) -> Nets:
     return {f"rfid{seed}": ("random-inception", seed) for seed in settings.seeds}
 
 
-def fid_values(settings: Settings, real: Statistics, fake: Statistics) -> dict[str, Any]:
-    from sdtrain.metrics.fid import fid_of_sums
+def of(network: str) -> Callable[[Settings], Nets]:
+    return lambda settings: {network: (network, 0)}
 
-    pair = real.sums["features"], fake.sums["features"]
-    return {"fid": fid_of_sums(*pair, ddof=1), "fid_biased": fid_of_sums(*pair, ddof=0)}
+
+def fid_values(settings: Settings, real: Statistics, fake: Statistics) -> dict[str, Any]:
+    from sdtrain.metrics.fid import both_fids
+
+    unbiased, biased = both_fids(real.sums["features"], fake.sums["features"])
+    return {"fid": unbiased, "fid_biased": biased}
+
+
+def distance_in(network: str, label: str) -> Metric:
+    """A Frechet distance in the features of one network."""
+    name = f"fd_{network}"
+
+    def values(settings: Settings, real: Statistics, fake: Statistics) -> dict[str, Any]:
+        from sdtrain.metrics.fid import fid_of_sums
+
+        return {name: fid_of_sums(real.sums[network], fake.sums[network])}
+
+    more: dict[str, Any] = {"shown": {name: 4}, "labels": {name: label}, "nets": of(network), "values": values}
+    return Metric(**more, network=lambda protocol: words(protocol[network]))
 
 
 def rfid_values(settings: Settings, real: Statistics, fake: Statistics) -> dict[str, Any]:
@@ -128,6 +149,13 @@ def kid_values(settings: Settings, real: Statistics, fake: Statistics) -> dict[s
 
     mean, std = kid(real.features("features"), fake.features("features"))
     return {"kid": mean, "kid_std": std}
+
+
+def kid_clip_values(settings: Settings, real: Statistics, fake: Statistics) -> dict[str, Any]:
+    from sdtrain.metrics.kid import kid
+
+    mean, std = kid(real.features("clip"), fake.features("clip"))
+    return {"kid_clip": mean, "kid_clip_std": std}
 
 
 def kid_protocol(settings: Settings) -> dict[str, Any]:
@@ -183,5 +211,16 @@ METRICS: dict[str, Metric] = {
         keeps_rows=True,
         protocol=pr_protocol,
         network=pr_network,
+    ),
+    "fd_dinov2": distance_in("dinov2", "FD-DINOv2"),
+    "fd_clip": distance_in("clip", "FD-CLIP"),
+    "kid_clip": Metric(
+        shown={"kid_clip": 6, "kid_clip_std": 6},
+        labels={"kid_clip": "KID-CLIP"},
+        nets=of("clip"),
+        values=kid_clip_values,
+        keeps_rows=True,
+        protocol=kid_protocol,
+        network=lambda protocol: words(protocol["clip"]),
     ),
 }

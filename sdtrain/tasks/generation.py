@@ -17,6 +17,7 @@ from sdtrain.engine.writing import on_main
 from sdtrain.files import fault_point, save_tensors, write_bytes
 from sdtrain.metrics.evaluate import Evaluator
 from sdtrain.metrics.protocol import latents_seed
+from sdtrain.metrics.table import FILES
 from sdtrain.sampling import grid, sampler
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ class GenerationTask(Task):
                 seeds=m.seeds,
                 pr_features=m.pr_features,
                 pr_precision=m.pr_precision,
-                weights={"inception": c.weights.inception or "download", "vgg16": c.weights.vgg16 or "download"},
+                weights={name: getattr(c.weights, name) or "download" for name in FILES},
                 cache=self.run.folder.path / "cache",
                 split=split,
                 latents_seed=latents_seed(c.seed, split),

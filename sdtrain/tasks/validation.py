@@ -26,13 +26,13 @@ from sdtrain.engine.ranks import by_main, sum_over_ranks
 from sdtrain.engine.shared import shared_weights
 from sdtrain.engine.writing import on_main
 from sdtrain.errors import DataError
-from sdtrain.metrics.features import Extractor, inception, random_inception
 from sdtrain.metrics.fid import fid_of_features
 from sdtrain.metrics.sr_metrics import psnr_y, ssim_y, to_uint8
 from sdtrain.rng import Draws
 
 if TYPE_CHECKING:
     from sdtrain.contracts import Inputs
+    from sdtrain.metrics.features import Extractor
     from sdtrain.restoration.options import Loaded
 
 HIGHER_IS_BETTER = ("psnr_y", "ssim_y")
@@ -200,6 +200,8 @@ class ValidationList:
     def extractor(self) -> Extractor | None:
         if "fid" not in self.options.names:
             return None
+        from sdtrain.metrics.features import inception, random_inception
+
         m, source = self.config.metrics, self.config.weights.inception or "download"
         if m.extractor == "random-inception" or source == "random":
             return random_inception(0, int(m.tap), lambda: [self.hq(i)[None] for i in range(len(self))], self.device)

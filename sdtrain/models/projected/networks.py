@@ -1,8 +1,8 @@
 """Projected discriminator (Sauer et al. 2021): frozen features, frozen random projections, small trained heads.
 
-Features of EfficientNet-lite0 at strides 4, 8, 16 and 32 are mixed across channels (CCM) and across scales (CSM) by
-random 1x1 convolutions; one head a scale turns them into logits. Images in [-1, 1] go in as they are: that is this
-network's own mean 0.5, std 0.5 preprocessing. Parameter names are the official ones.
+Features of a backbone of timm (`features.py`; EfficientNet-lite0 unless told otherwise) at strides 4, 8, 16 and 32 are
+mixed across channels (CCM) and across scales (CSM) by random 1x1 convolutions; one head a scale turns them into logits.
+Parameter names are the official ones.
 
 The official heads are made for images of 256 pixels; smaller data is enlarged to 224. With `interpolate_to=None` and
 data below 128 pixels this file offers small siblings of our own: features of the small image itself, and heads with
@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sdtrain.errors import ConfigError, WeightsError
+from sdtrain.errors import ConfigError
 from sdtrain.models.ghost import GhostBatchNorm2d, SpectralConv2d
+from sdtrain.models.projected.features import STRIDES, backbone, load_features, randomise_features
 from sdtrain.models.projected.options import DiscriminatorOptions
 from sdtrain.rng import generator
 
@@ -29,22 +30,6 @@ NOMINAL_RESOLUTIONS = (128, 64, 32, 16)
 HEAD_END = 8
 PATCH_START = 16  # nominal resolution at which every official patch head starts: one down block each
 SMALLEST_OFFICIAL = 128
-STAGE_CHANNELS = (24, 40, 112, 320)
-# stacks of EfficientNet-lite0 (Tan & Le 2019; no squeeze-excitation): kernel, stride of the first block, expansion,
-# channels, blocks
-BLOCKS = (
-    (3, 1, 1, 16, 1),
-    (3, 2, 6, 24, 2),
-    (5, 2, 6, 40, 2),
-    (3, 2, 6, 80, 3),
-    (5, 1, 6, 112, 3),
-    (5, 2, 6, 192, 4),
-    (3, 1, 6, 320, 1),
-)
-# official slices: stem, norm, activation (index 2, no tensors) and blocks 0-1; block 2; blocks 3-4; blocks 5-6
-STAGES = {"layer0": (0, 1), "layer1": (2,), "layer2": (3, 4), "layer3": (5, 6)}
-STEM_MODULES = 3
-UNUSED_WEIGHTS = ("conv_head.", "bn2.", "classifier.")
 
 
 def frozen(net: nn.Module) -> nn.Module:
@@ -54,146 +39,6 @@ def frozen(net: nn.Module) -> nn.Module:
             delattr(module, name)
             module.register_buffer(name, parameter.detach())
     return net
-
-
-class SameConv2d(nn.Conv2d):
-    """Convolution without bias padded like TensorFlow's SAME: an odd pixel of padding goes to the right and bottom."""
-
-    def __init__(self, c_in: int, c_out: int, kernel: int, stride: int = 1, groups: int = 1) -> None:
-        super().__init__(c_in, c_out, kernel, stride, groups=groups, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[N, c_in, H, W] -> [N, c_out, ceil(H / stride), ceil(W / stride)]."""
-        (k, _), (s, _) = self.kernel_size, self.stride
-        rows, cols = (max((math.ceil(n / s) - 1) * s + k - n, 0) for n in x.shape[-2:])
-        if rows or cols:
-            x = F.pad(x, (cols // 2, cols - cols // 2, rows // 2, rows - rows // 2))
-        return F.conv2d(x, self.weight, None, self.stride, groups=self.groups)
-
-
-def _norm(num_channels: int) -> nn.BatchNorm2d:
-    return nn.BatchNorm2d(num_channels, eps=1e-3)
-
-
-class SeparableBlock(nn.Module):
-    """EfficientNet's first block: depthwise, then pointwise."""
-
-    def __init__(self, c_in: int, c_out: int, kernel: int, stride: int) -> None:
-        super().__init__()
-        self.conv_dw, self.bn1 = SameConv2d(c_in, c_in, kernel, stride, groups=c_in), _norm(c_in)
-        self.conv_pw, self.bn2 = SameConv2d(c_in, c_out, 1), _norm(c_out)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[N, c_in, H, W] -> [N, c_out, ceil(H / stride), ceil(W / stride)]."""
-        return self.bn2(self.conv_pw(F.relu6(self.bn1(self.conv_dw(x)))))
-
-
-class InvertedBlock(nn.Module):
-    """Inverted residual: expand, depthwise, project; the input is added when shapes agree."""
-
-    def __init__(self, c_in: int, c_out: int, kernel: int, stride: int, expansion: int) -> None:
-        super().__init__()
-        c_mid = c_in * expansion
-        self.conv_pw, self.bn1 = SameConv2d(c_in, c_mid, 1), _norm(c_mid)
-        self.conv_dw, self.bn2 = SameConv2d(c_mid, c_mid, kernel, stride, groups=c_mid), _norm(c_mid)
-        self.conv_pwl, self.bn3 = SameConv2d(c_mid, c_out, 1), _norm(c_out)
-        self.has_skip = stride == 1 and c_in == c_out
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[N, c_in, H, W] -> [N, c_out, ceil(H / stride), ceil(W / stride)]."""
-        h = F.relu6(self.bn2(self.conv_dw(F.relu6(self.bn1(self.conv_pw(x))))))
-        h = self.bn3(self.conv_pwl(h))
-        return x + h if self.has_skip else h
-
-
-def _block_stack(c_in: int, kernel: int, stride: int, expansion: int, c_out: int, repeats: int) -> nn.Sequential:
-    def block(i: int) -> nn.Module:
-        first_in, first_stride = (c_in, stride) if i == 0 else (c_out, 1)
-        if expansion == 1:
-            return SeparableBlock(first_in, c_out, kernel, first_stride)
-        return InvertedBlock(first_in, c_out, kernel, first_stride, expansion)
-
-    return nn.Sequential(*(block(i) for i in range(repeats)))
-
-
-class EfficientNetLite0(nn.Module):
-    """The four stages of tf_efficientnet_lite0 that the projected discriminator looks at, without the classifier."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        widths = [32, *(block[3] for block in BLOCKS)]
-        stacks = [_block_stack(c_in, *block) for c_in, block in zip(widths, BLOCKS, strict=False)]
-        stem = [SameConv2d(3, 32, 3, stride=2), _norm(32), nn.ReLU6()]
-        for name, blocks in STAGES.items():
-            self.add_module(name, nn.Sequential(*(stem if name == "layer0" else []), *(stacks[b] for b in blocks)))
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        """x [N, 3, H, W] in [-1, 1] -> features at strides 4, 8, 16, 32 with 24, 40, 112, 320 channels."""
-        features = []
-        for name in STAGES:
-            x = self.get_submodule(name)(x)
-            features.append(x)
-        return features
-
-
-def stage_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename tensors of a tf_efficientnet_lite0 file (conv_stem, bn1, blocks.N) to layerN.M; other names are kept.
-
-    The tensors [...] are handed on as they are; those of the classifier and of other official parts are left out.
-    """
-    places = {"conv_stem": "layer0.0", "bn1": "layer0.1"}
-    for stage, blocks in STAGES.items():
-        first = STEM_MODULES if stage == "layer0" else 0
-        places.update({f"blocks.{b}": f"{stage}.{first + i}" for i, b in enumerate(blocks)})
-    renamed = {}
-    for name, value in weights.items():
-        name = name.removeprefix("feature_network.").removeprefix("pretrained.")
-        parts = name.split(".")
-        head = ".".join(parts[:2]) if parts[0] == "blocks" else parts[0]
-        if not name.startswith(UNUSED_WEIGHTS) and not name.startswith(("scratch.", "discriminator.")):
-            renamed[places.get(head, head) + name[len(head) :]] = value
-    return renamed
-
-
-def load_features(net: EfficientNetLite0, weights: Mapping[str, Tensor]) -> None:
-    """Load a tf_efficientnet_lite0 state dict, tensors [...] under its own or official ProjectedGAN names.
-
-    Raises WeightsError if a name or a shape does not fit.
-    """
-    own, given = net.state_dict(), stage_names(weights)
-    counters = {name: value for name, value in own.items() if name.endswith("num_batches_tracked")}
-    given = {**counters, **given}
-    wrong = sorted(set(own) ^ set(given)) or sorted(n for n in own if own[n].shape != given[n].shape)
-    if wrong:
-        raise WeightsError(
-            f"the feature network weights are not those of tf_efficientnet_lite0: {len(wrong)} tensors do not fit, "
-            f"the first is {wrong[0]}; give tf_efficientnet_lite0-0aa007d2.pth"
-        )
-    net.load_state_dict(given)
-
-
-@torch.no_grad()
-def randomise_features(net: EfficientNetLite0) -> None:
-    """Random features, the same in every run, as a weights file is: checkpoints leave them out.
-
-    He-normal convolutions, and batch-norm statistics measured on smooth noise.
-
-    Without the statistics the constant offsets of channels drown what differs between images (channel means make up
-    three quarters of the spread instead of a third). Smooth noise (three octaves) is closer to photographs than white.
-    """
-    rng = generator("projected", "features", 0)
-    for module in net.modules():
-        if isinstance(module, nn.Conv2d):
-            fan_in = module.weight[0].numel()
-            module.weight.copy_(torch.randn(module.weight.shape, generator=rng) * math.sqrt(2 / fan_in))
-    octaves = [torch.randn(16, 3, n, n, generator=rng) for n in (4, 16, 64)]
-    images = sum(F.interpolate(octave, 64, mode="bilinear") for octave in octaves) / 3
-    norms = [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
-    for norm in norms:
-        norm.train().momentum = 1.0
-    net(images)
-    for norm in norms:
-        norm.eval()
 
 
 class FeatureFusion(nn.Module):
@@ -211,16 +56,16 @@ class FeatureFusion(nn.Module):
 class Projections(nn.Module):
     """Cross-channel and cross-scale mixing by random 1x1 convolutions; no activation anywhere."""
 
-    def __init__(self, width: int, expand: bool) -> None:
+    def __init__(self, maps: list[int], width: int, expand: bool) -> None:
         super().__init__()
-        mixed = [width * (2**i if expand else 1) for i in range(len(STAGE_CHANNELS))]
+        mixed = [width * (2**i if expand else 1) for i in range(len(maps))]
         self.channels = [mixed[0], *mixed[:-1]]
-        for i, c_in in enumerate(STAGE_CHANNELS):
+        for i, c_in in enumerate(maps):
             self.add_module(f"layer{i}_ccm", nn.Conv2d(c_in, mixed[i], 1))
             self.add_module(f"layer{i}_csm", FeatureFusion(mixed[i], self.channels[i]))
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:
-        """features [N, STAGE_CHANNELS[i], h_i, w_i], each half the one before -> [N, channels[i], 2 h_i, 2 w_i]."""
+        """features [N, maps[i], h_i, w_i], each half the one before -> [N, channels[i], 2 h_i, 2 w_i]."""
         out: list[Tensor] = []
         for i in reversed(range(len(features))):
             mixed = self.get_submodule(f"layer{i}_ccm")(features[i])
@@ -242,29 +87,33 @@ def randomise_projections(net: Projections, seed: int) -> None:
 class FeatureNetwork(nn.Module):
     """Frozen features and frozen projections: buffers only, always in eval whatever the parent does."""
 
-    def __init__(self, options: DiscriminatorOptions, weights: Mapping[str, Tensor] | None) -> None:
+    shift: Tensor | None
+    spread: Tensor | None
+
+    def __init__(self, options: DiscriminatorOptions, side: int, weights: Mapping[str, Tensor] | None) -> None:
         super().__init__()
-        self.pretrained = EfficientNetLite0()
-        self.scratch = Projections(options.projection_width, options.expand)
+        self.pretrained, scaling = backbone(options.feature_network, side)
+        self.scratch = Projections(self.pretrained.channels, options.projection_width, options.expand)
         self.channels = self.scratch.channels
+        for name, value in zip(("shift", "spread"), scaling or (None, None)):
+            self.register_buffer(name, value, persistent=False)
         self.train(False)
         if not next(self.scratch.parameters()).is_meta:
             if options.projection_seed is not None:  # else as torch drew them, with all other initial weights
                 randomise_projections(self.scratch, options.projection_seed)
-            self._fill_features(weights)
+            if weights is None:
+                randomise_features(self.pretrained)
+            else:
+                load_features(self.pretrained, weights, options.feature_network)
         frozen(self)
-
-    def _fill_features(self, weights: Mapping[str, Tensor] | None) -> None:
-        if weights is None:
-            randomise_features(self.pretrained)
-        else:
-            load_features(self.pretrained, weights)
 
     def train(self, mode: bool = True) -> FeatureNetwork:
         return super().train(False)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """x [N, 3, S, S] in [-1, 1] -> projections [N, channels[i], s, s] of s = S/2, S/4, S/8 and S/16 pixels."""
+        if self.shift is not None and self.spread is not None:
+            x = (x - self.shift) / self.spread
         return self.scratch(self.pretrained(x))
 
 
@@ -385,9 +234,8 @@ class Discriminator(nn.Module):
 
     The random projections are in every checkpoint: heads learn to read one draw of them and are lost with another.
 
-    feature_weights  state dict of tf_efficientnet_lite0 (file tf_efficientnet_lite0-0aa007d2.pth), under its own names
-                     or official ProjectedGAN names; None = random features (see randomise_features), which train a
-                     GAN less well but need no file
+    feature_weights  state dict of `options.feature_network` under timm's or official ProjectedGAN names; None = random
+                     features (see randomise_features), which train a GAN less well but need no file
 
     What a checkpoint leaves out comes back from the same feature_weights. Raises ConfigError for
     options that do not fit the resolution and WeightsError for weights of another network.
@@ -407,7 +255,7 @@ class Discriminator(nn.Module):
         self.resolution, self.num_classes = resolution, num_classes
         self.input_size = max(resolution, options.interpolate_to or 0)
         _check(options, self.input_size, num_classes)
-        self.feature_network = FeatureNetwork(options, feature_weights)
+        self.feature_network = FeatureNetwork(options, self.input_size, feature_weights)
         self.discriminator = MultiScaleD(heads(options, self.feature_network.channels, self.input_size, num_classes))
 
     def forward(self, x: Tensor, c: Tensor | None = None) -> Tensor:
@@ -447,7 +295,7 @@ def _head(options: DiscriminatorOptions, widths: list[int], num_classes: int) ->
 
 def projection_sizes(input_size: int) -> tuple[int, ...]:
     """Pixels of the four projections of an input."""
-    return tuple(2 * math.ceil(input_size / (4 << i)) for i in range(len(STAGE_CHANNELS)))
+    return tuple(2 * math.ceil(input_size / stride) for stride in STRIDES)
 
 
 def _check(options: DiscriminatorOptions, input_size: int, num_classes: int) -> None:

@@ -10,6 +10,8 @@ from sdtrain.config.options import Count, CountOrZero
 
 @dataclass(frozen=True, kw_only=True)
 class DiscriminatorOptions:
+    feature_network: str = "tf_efficientnet_lite0"
+    """Frozen backbone, any of timm with four maps: an EfficientNet, ConvNeXt, ResNet, DeiT, ..."""
     num_discs: Count = 4
     """[heads] Number of heads, from the finest scale down."""
     separable: bool = False
@@ -34,4 +36,10 @@ class DiscriminatorOptions:
     """Seed of the random projections; null = the run's."""
 
 
-MODEL = ModelDeclaration(discriminator=DiscriminatorOptions, feature_weights="efficientnet_lite0")
+def weights_of(options: DiscriminatorOptions) -> str:
+    """Name in `sdtrain.weights` of the file of the feature network."""
+    official = options.feature_network == "tf_efficientnet_lite0"
+    return "efficientnet_lite0" if official else f"timm/{options.feature_network}"
+
+
+MODEL = ModelDeclaration(discriminator=DiscriminatorOptions, feature_weights=weights_of)
