@@ -56,6 +56,7 @@ class Trainer:
         self.ghosts_at_once = 1 if exact_sums(config, device) else config.ghosts_at_once or share
         self.step = 0
         self.timer = Timer(device)
+        self.waits = device.type == "cpu"  # for numbers, as soon as they could be known; a GPU is not waited for
         self.uncontrolled: list[tuple[int, Terms]] = []  # steps that `Method.control` has not seen yet
 
     @property
@@ -134,8 +135,7 @@ class Trainer:
             steering |= {n: terms[n] for n in terms if n in self.method.steering}
         if self.method.steering:
             self.uncontrolled.append((self.step, steering))
-        # a GPU is not waited for, unless its numbers decide something now
-        if self.device.type == "cpu" or self.method.steers_after(self.step) or len(self.uncontrolled) >= MOST_LATE:
+        if self.waits or self.method.steers_after(self.step) or len(self.uncontrolled) >= MOST_LATE:
             self.control()
         with self.timer.section("ema"):
             self.average()

@@ -125,3 +125,11 @@ def test_bf16_images_come_back_in_bf16():
     x = images().bfloat16()
     a, b = PairedAugment()(x, x, draws())
     assert a.dtype == b.dtype == torch.bfloat16
+
+
+def test_the_grid_of_t_is_the_same_to_the_bit_whatever_autocast_says():
+    x, y = images(side=256), images(side=256)
+    plain = PairedAugment()(x, y, draws())
+    with torch.autocast("cpu", torch.bfloat16):
+        under_autocast = PairedAugment()(x, y, draws())
+    assert all(torch.equal(a, b) for a, b in zip(plain, under_autocast, strict=True))

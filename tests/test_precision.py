@@ -5,13 +5,16 @@ could contradict each other and stop an evaluation, and a clamped gradient could
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from sdtrain.engine.nonfinite import clamp_nonfinite
-from sdtrain.precision import described, set_precision
+from sdtrain.precision import WORKSPACE, described, exact_sums, full_precision, set_precision
 
 
 @pytest.fixture(autouse=True)
@@ -79,3 +82,39 @@ def test_a_step_after_clamping_equals_the_step_of_the_published_rule() -> None:
     for params in (ours, theirs):
         torch.optim.Adam(params, lr=0.1, betas=(0.0, 0.99)).step()
     assert all(torch.equal(a, b) and bool(a.isfinite().all()) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("summation", "deterministic", "device", "exact"),
+    [
+        ("auto", False, "cpu", True),
+        ("auto", False, "cuda", False),
+        ("auto", True, "cuda", True),
+        ("exact", False, "cuda", True),
+        ("fast", True, "cpu", False),
+    ],
+)
+def test_sums_are_exact_on_a_cpu_and_where_bits_repeat_unless_told(
+    summation: str, deterministic: bool, device: str, exact: bool
+) -> None:
+    config: Any = SimpleNamespace(summation=summation, deterministic=deterministic)
+    assert exact_sums(config, device) is exact
+
+
+def test_deterministic_sets_what_bits_need_and_goes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(WORKSPACE[0], raising=False)
+    set_precision(tf32=False, deterministic=True)
+    assert torch.are_deterministic_algorithms_enabled() and torch.backends.cudnn.deterministic
+    assert not torch.backends.cudnn.benchmark and os.environ[WORKSPACE[0]] == WORKSPACE[1]
+    assert described()["deterministic"] is True
+    set_precision(tf32=False)
+    assert not torch.are_deterministic_algorithms_enabled() and not torch.backends.cudnn.deterministic
+    assert torch.backends.cudnn.benchmark and described()["deterministic"] is False
+
+
+def test_no_product_is_rounded_to_16_bits_in_a_region_of_full_precision() -> None:
+    x = torch.randn(8, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (x @ x).dtype == torch.bfloat16
+        with full_precision("cpu"), full_precision("meta"):
+            assert (x @ x).dtype == torch.float32

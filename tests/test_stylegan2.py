@@ -19,6 +19,7 @@ from sdtrain.losses.regularizers import lazy_adam, path_length_penalty, path_len
 from sdtrain.models.ghost import close_phase, next_chunk, open_phase, set_ghost_batch
 from sdtrain.models.stylegan2 import networks as stylegan2
 from sdtrain.models.stylegan2 import ops
+from sdtrain.models.stylegan2.fir import Correlation
 from sdtrain.rng import Draws
 
 SMALL = {"channel_base": 128, "channel_max": 16}
@@ -371,3 +372,15 @@ def test_the_auto_preset_is_what_its_rule_gives():
     _, batch, _, mbstd, fmaps, lr, gamma, ema, rampup, layers = PRESETS["auto256"]
     expected = {"batch": batch, "mbstd": mbstd, "fmaps": fmaps, "lr": lr, "gamma": gamma}
     assert rule == pytest.approx({**expected, "ema_kimg": ema, "rampup": rampup, "map_layers": layers})
+
+
+@pytest.mark.parametrize(
+    ("stride", "padding"), [((1, 1), (0, 0)), ((2, 2), (1, 1)), ((1, 2), (0, 1)), ((2, 1), (2, 0))]
+)
+def test_the_filter_as_a_linear_function_has_the_derivatives_of_the_grouped_convolution(stride, padding):
+    x = torch.randn(2, 3, 9, 8, dtype=torch.float64, requires_grad=True)
+    kernel = torch.randn(3, 1, 4, 3, dtype=torch.float64)
+    plain = F.conv2d(x, kernel, stride=stride, padding=padding, groups=3)
+    assert torch.equal(Correlation.apply(x, kernel, stride, padding), plain)
+    assert torch.autograd.gradcheck(lambda x: Correlation.apply(x, kernel, stride, padding), x)
+    assert torch.autograd.gradgradcheck(lambda x: Correlation.apply(x, kernel, stride, padding).square(), x)

@@ -2,6 +2,7 @@
 
     python tests/fakecuda/table.py                        all of it
     python tests/fakecuda/table.py --only stylegan2       what has this in its name
+    python tests/fakecuda/table.py --modes exact          with which sums, or in bf16 (its first step, unwarmed)
     python tests/fakecuda/table.py --where                and the lines of code that wait
     python tests/fakecuda/table.py --json FILE            the figures, for a program
 
@@ -72,7 +73,7 @@ def measured(only: str, modes: list[str]) -> dict[str, Any]:
                         batch = batch_for(trainer)
                         for stage in stages(trainer):
                             row = f"{name} / {stage}" if len(trainer.method.stages) > 1 else name
-                            found.setdefault(row, {})[mode] = steps(trainer, batch, device)
+                            found.setdefault(row, {})[mode] = steps(trainer, batch, device, warm=mode != "bf16")
                 except Exception as error:
                     if "--trace" in sys.argv:
                         raise
@@ -99,10 +100,10 @@ def used(only: str) -> dict[str, Any]:
     return found
 
 
-def steps(trainer: Any, batch: Any, device: Any) -> dict[str, Any]:
-    """A step to fill what is kept, then the one that counts."""
+def steps(trainer: Any, batch: Any, device: Any, warm: bool) -> dict[str, Any]:
+    """A step to fill what is kept, where that is wanted, then the one that counts."""
     first = trainer.step
-    for _ in range(2):
+    for _ in range(1 + warm):
         trainer.step = first
         device.clear()
         trainer.advance(trainer.chunks(batch))

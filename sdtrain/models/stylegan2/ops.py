@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sdtrain.errors import ConfigError
+from sdtrain.models.stylegan2.fir import correlate
 from sdtrain.precision import full_precision
 
 log = logging.getLogger("sdtrain")
@@ -120,7 +121,7 @@ def zero_insert(x: Tensor, up_x: int, up_y: int) -> Tensor:
 def _depthwise(x: Tensor, f: Tensor, stride: tuple[int, int], padding: tuple[int, int]) -> Tensor:
     """Correlate every channel of x with the one filter f [h, w]."""
     kernel = f.to(x.dtype).expand(x.shape[1], 1, *f.shape)
-    return F.conv2d(x, kernel.contiguous(), stride=stride, padding=padding, groups=x.shape[1])
+    return correlate(x, kernel.contiguous(), stride, padding)
 
 
 def upfirdn2d(
