@@ -32,6 +32,7 @@ from sdtrain.rng import generator
 
 # width of a tap of the Inception -> the last layer that it needs
 TAPS = {64: "MaxPool_1", 192: "MaxPool_2", 768: "Mixed_6e", 2048: "AvgPool"}
+NETWORKS = "torch-fidelity"  # whose arithmetic it is: others resize a little otherwise (5e-5 of a feature)
 # width of a DINOv2 -> timm's name of it; the distance is defined with the large one
 DINOV2 = {384: "small", 768: "base", 1024: "large"}
 
@@ -157,7 +158,7 @@ def state_of(name: str, source: str) -> dict[str, Tensor]:
 def identity_of(extractor: str, tap: Any, source: str, side: int) -> dict[str, Any]:
     """What a protocol says of features from a weights file."""
     weights = shared_digest(extractor, source)
-    return {"extractor": extractor, "tap": tap, "weights": weights, "resize": f"tf1 {side}"}
+    return {"extractor": extractor, "tap": tap, "weights": weights, "resize": f"tf1 {side}", "networks": NETWORKS}
 
 
 def inception(source: str, tap: int, device: torch.device | str = "cpu") -> Extractor:
@@ -186,6 +187,7 @@ def random_inception(
     with exact_convolutions():
         calibrate(net, [images.to(device) for images in calibration()])
     identity = {"extractor": "random-inception", "tap": tap, "seed": seed, "rule": RULE_HASH, "resize": "tf1 299"}
+    identity["networks"] = NETWORKS
     return Extractor(net, tap, identity)
 
 
