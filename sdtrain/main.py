@@ -56,12 +56,14 @@ def run(args: argparse.Namespace) -> int:
 
 def obey(args: argparse.Namespace, stop: StopRequest) -> int:
     """Load the configuration and do what is asked."""
+    from sdtrain.config.blocks import require_blocks
     from sdtrain.config.load import load_config
     from sdtrain.engine.launcher import follow_launcher
 
     given = [*args.set, *(["data.allow_pipe=true"] if args.allow_pipe else [])]
     config = load_config(args.cfg, given, world=int(os.environ.get("WORLD_SIZE", "1")))
     config = follow_launcher(config)
+    require_blocks(config)
     out = Path(args.out or f"runs/{config.name}")
     if getattr(config, "simulation", None):  # a method that is a system of equations, not a training run
         return simulate(config, out, args.plan)
