@@ -1,7 +1,8 @@
 """Memory and work of a phase: what is alive when its forward ends, and FLOPs, counted with tensors that have no data.
 
 Counted are the storages that operations make, each once, for as long as somebody holds it, and not the weights. Blocks
-that compute again (`models/recompute.py`) have their insides in memory one after another; the largest is added.
+that compute again (`models/recompute.py`) have their insides in memory one after another; the largest is added, as
+if it came first in backward.
 Gradients, which a plan counts apart, and workspaces inside a single operation come on top.
 """
 

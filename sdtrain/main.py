@@ -65,6 +65,7 @@ def run(args: argparse.Namespace) -> int:
 
 def obey(args: argparse.Namespace, stop: StopRequest) -> int:
     """Load the configuration and do what is asked."""
+    from sdtrain.config.blocks import require_blocks
     from sdtrain.config.load import load_config
     from sdtrain.engine.launcher import follow_launcher
 
@@ -73,6 +74,7 @@ def obey(args: argparse.Namespace, stop: StopRequest) -> int:
     world = asked.ranks if asked else int(os.environ.get("WORLD_SIZE", "1"))
     config = load_config(args.cfg, given, world=world)
     config = follow_launcher(config)
+    require_blocks(config)
     out = Path(args.out or f"runs/{config.name}")
     if getattr(config, "simulation", None):  # a method that is a system of equations, not a training run
         return simulate(config, out, args.plan)

@@ -76,7 +76,8 @@ def test_what_is_counted_without_data_is_what_a_run_takes(tmp_path: Path, option
     gradients = max(net.size(trained=True) for net in trainer_of(config).nets.values()) * 4
     assert promised.keys() == real.keys() and all(real.values())
     for phase, size in real.items():  # a quarter: insides of StyleNAT's attention, transients of second derivatives
-        assert 0.95 * promised[phase] <= size <= 1.25 * promised[phase] + gradients, phase
+        least = 0.75 if config.checkpoint_activations else 0.95  # what came after the largest block is gone by then
+        assert least * promised[phase] <= size <= 1.25 * promised[phase] + gradients, phase
 
 
 def test_ada_counts_as_if_it_reached_as_far_as_it_may(tmp_path: Path) -> None:

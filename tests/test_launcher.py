@@ -14,6 +14,7 @@ import yaml
 from conftest import REPO, run_python
 from tiny import make_shards, tiny_config, write_config
 
+from sdtrain.config.blocks import require_blocks
 from sdtrain.engine.launcher import follow_launcher, not_followed, wants_cpu
 from sdtrain.errors import ConfigError
 
@@ -30,7 +31,9 @@ class Keys:
 
 
 def followed(keys: Any = Keys(), **env: str) -> Any:  # noqa: B008
-    return follow_launcher(keys, env)
+    used = follow_launcher(keys, env)
+    require_blocks(used)
+    return used
 
 
 def said(precision: str = "fp32", engine: str | None = None, **env: str) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 from sdtrain.config import schema
 from sdtrain.config.declare import ROLES, Role
+from sdtrain.errors import ConfigError
 
 
 def with_blocks(role: Role) -> list[str]:
@@ -34,3 +35,9 @@ def block_problems(config: Any) -> Iterator[tuple[str, str]]:
             f"checkpoint_activations: {' and '.join(unable)} cannot compute blocks again; {kinds}: leave the key out, "
             "or take one of these",
         )
+
+
+def require_blocks(config: Any) -> None:
+    """Raises `ConfigError` where a launcher has asked for what this run's networks cannot do."""
+    for _, sentence in block_problems(config):
+        raise ConfigError(f"accelerate launch asks for fsdp_activation_checkpointing, which is {sentence}")
