@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, UntypedStorage, nn
@@ -28,10 +28,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
+from sdtrain.config.blocks import split_by_blocks
 from sdtrain.contracts import Chunk, Phase
 from sdtrain.models.ghost import next_chunk, open_phase
 from sdtrain.models.recompute import keeping
 from sdtrain.trainer import Trainer
+
+if TYPE_CHECKING:
+    from sdtrain.config.keys import Config
 
 DependsOnValues = (DataDependentOutputException, DynamicOutputShapeException)
 
@@ -193,3 +197,25 @@ def _forget_cached() -> None:
         for value in list(vars(module).values()) if name.startswith("sdtrain.") else ():
             if hasattr(value, "cache_clear"):
                 value.cache_clear()
+
+
+def recomputing_of(config: Config, trainer: Trainer) -> dict[str, Any]:
+    """What a forward of each phase needs for its backward, with blocks that keep everything and that compute again.
+
+    Empty when that depends on values. Uses the trainer up.
+    """
+    try:
+        found = costs(trainer)
+    except DependsOnValues:  # somebody's network looks at numbers; the rest of the plan stands
+        return {}
+    plain, again = found["plain"], found.get("again", {})
+    able, unable = split_by_blocks(config.model)
+    return {
+        "used": config.checkpoint_activations,
+        "computes_again": able,
+        "keeps_everything": unable,
+        "gb": {way: {phase: cost.bytes / 1e9 for phase, cost in phases.items()} for way, phases in found.items()},
+        "more_gflop": {phase: (cost.flops - plain[phase].flops) / 1e9 for phase, cost in again.items()},
+        # a backward takes about two forwards
+        "more_work": {phase: (cost.flops / plain[phase].flops - 1) / 3 for phase, cost in again.items()},
+    }

@@ -121,6 +121,7 @@ def make_plan(
     `initial` is what `check_initial` has found; without a run it is looked up here. `out`: where a speed may be known.
     `asked`: ranks to plan for that are not there, and what they may send and write.
     """
+    from sdtrain.activations import recomputing_of
     from sdtrain.engine.cost import compared
     from sdtrain.engine.ranks import has_gpu
     from sdtrain.engine.scale import Asked, scaled
@@ -141,7 +142,7 @@ def make_plan(
     networks = _networks(method, exact=exact)
     memory = _memory(networks, _stages(method))
     phases = _phases(trainer)
-    recomputing = {} if run is not None else _recomputing(config, trainer)
+    recomputing = {} if run is not None else recomputing_of(config, trainer)
     engines = compared(networks, _stages(method), config.engine or "ddp", ranks, exact, teacher)
     kept = recomputing["gb"]["again" if recomputing["used"] else "plain"] if recomputing else {}
     most = max(kept.values(), default=0.0)
@@ -251,31 +252,6 @@ def _memory(networks: dict[str, dict[str, Any]], stages: list[dict[str, Any]]) -
     for part in ("gradients", "optimizer"):
         parts[part] = max((sum(networks[n][f"{part}_gb"] for n in s["trains"]) for s in stages), default=0.0)
     return {**parts, "total_without_activations": sum(parts.values())}
-
-
-def _recomputing(config: Config, trainer: Trainer) -> dict[str, Any]:
-    """What a forward of each phase needs for its backward, with blocks that keep everything and that compute again.
-
-    Empty when that depends on values. Uses the trainer up.
-    """
-    from sdtrain.activations import DependsOnValues, costs
-    from sdtrain.config.blocks import split_by_blocks
-
-    try:
-        found = costs(trainer)
-    except DependsOnValues:  # somebody's network looks at numbers; the rest of the plan stands
-        return {}
-    plain, again = found["plain"], found.get("again", {})
-    able, unable = split_by_blocks(config.model)
-    return {
-        "used": config.checkpoint_activations,
-        "computes_again": able,
-        "keeps_everything": unable,
-        "gb": {way: {phase: cost.bytes / 1e9 for phase, cost in phases.items()} for way, phases in found.items()},
-        "more_gflop": {phase: (cost.flops - plain[phase].flops) / 1e9 for phase, cost in again.items()},
-        # a backward takes about two forwards
-        "more_work": {phase: (cost.flops / plain[phase].flops - 1) / 3 for phase, cost in again.items()},
-    }
 
 
 def _switched_off(config: Config) -> list[str]:
