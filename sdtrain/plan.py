@@ -170,7 +170,7 @@ def make_plan(
         "activations_gb": kept,
         "checkpointing": recomputing,
         "engine": engines,
-        "scale": scaled(asked, config, networks, _stages(method), phases, most, out) if asked else {},
+        "scale": scaled(asked, config, networks, _stages(method), phases, most, out, exact) if asked else {},
         "ghosts_at_once": trainer.ghosts_at_once,
         "checkpoint_gb": sum(n["checkpoint_gb"] for n in networks.values()),
         "disk_gb": sum(n["checkpoint_gb"] for n in networks.values()) * (config.keep_checkpoints + 1)

@@ -28,7 +28,7 @@ from sdtrain.engine.player import BasePlayer
 from sdtrain.engine.preempt import OUT_OF_TIME, STOP_SIGNALS, StopRequest
 from sdtrain.engine.pulse import LONG, PULSE
 from sdtrain.engine.ranks import gather_objects, rank, sum_up, world
-from sdtrain.engine.restart import refuse_to_start_over
+from sdtrain.engine.restart import is_row, refuse_to_start_over
 from sdtrain.engine.runfolder import RunFolder
 from sdtrain.engine.saving import Order, Saver, deal
 from sdtrain.engine.snapshots import cut_back, snapshot_positions
@@ -236,7 +236,7 @@ class Run(Trainer):
             self.step, self.last_tick_img, self.skipped = (int(state[n]) for n in ("step", "last_tick_img", "skipped"))
             self.skipped_in_a_row = int(state.get("skipped_in_a_row", 0))
             self.best, self.undone = dict(state["best"]), [str(what) for what in state.get("undone", ())]
-            self.folder.owed = [dict(row) for row in state.get("owed", ())]
+            self.folder.owed = [row for row in state.get("owed", ()) if is_row(row)]
         self.saved = (self.step, "evaluate" in self.undone)
         own = [name for name in self.nets if name not in self.method.given]
         for name in own:  # all are looked at before any is replaced

@@ -273,7 +273,8 @@ MISTAKES = [
     ),
     (
         "metrics: {names: [fid, kidd]}",
-        ":10: metrics.names has 'kidd', which is no metric: choose from fid, rfid, kid, pr (did you mean 'kid'?)",
+        ":10: metrics.names has 'kidd', which is no metric: choose from fid, rfid, kid, pr, fd_dinov2, fd_clip, "
+        "kid_clip (did you mean 'kid'?)",
     ),
     (
         "metrics: {names: [kid, pr]}",

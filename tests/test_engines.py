@@ -9,6 +9,7 @@ With TABLE it takes the place of the one in that file, between the marks.
 
 from __future__ import annotations
 
+import datetime
 import importlib.util
 import json
 import os
@@ -193,7 +194,8 @@ def test_accelerate_starts_ranks_with_a_backend_for_each_kind_of_memory(
     monkeypatch.setattr(ranks, "pick_device", lambda *_: torch.device(device))
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert ranks.start_ranks() == 1
-    assert asked == {"cpu": device == "cpu", "backend": backend, "timeout": ranks.RANK_TIMEOUT}
+    wait = datetime.timedelta(seconds=ranks.RANK_TIMEOUT_SEC)
+    assert asked == {"cpu": device == "cpu", "backend": backend, "timeout": wait}
 
 
 def test_stylegan2_with_path_lengths_and_r1_is_the_same_sharded_and_goes_on_from_ddp(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ command in a traceback, keep it busy for ever, take the memory of the machine, o
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 import re
 import socket
@@ -78,7 +79,9 @@ def compute(path: Path) -> None:
 
 
 def keep_memory(path: Path) -> None:
-    b"x" * (1 << 30)
+    with mmap.mmap(-1, 1 << 30) as memory:  # never what the allocator has left from earlier tests
+        for page in range(0, len(memory), mmap.PAGESIZE):
+            memory[page] = 1
 
 
 def write_beside(path: Path) -> None:

@@ -149,7 +149,8 @@ def test_the_plan_says_what_computing_again_saves_and_costs_whether_the_key_is_s
     found = plain["checkpointing"]
     assert found["gb"]["again"] == pytest.approx(again["checkpointing"]["gb"]["again"], rel=0.01)
     assert not found["used"] and again["checkpointing"]["used"] and found["computes_again"]
-    assert plain["activations_gb"] == found["gb"]["plain"] and again["activations_gb"] == found["gb"]["again"]
+    for used, way in ((plain, "plain"), (again, "again")):  # cached constants count where they are first made
+        assert used["activations_gb"] == pytest.approx(found["gb"][way], rel=0.01)
     assert found["gb"]["again"]["main/G"] < 0.7 * found["gb"]["plain"]["main/G"]
     assert 0 < found["more_gflop"]["main/G"]
     assert "checkpoint_activations: true would leave" in render(plain)

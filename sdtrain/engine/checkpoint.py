@@ -66,6 +66,8 @@ class Checkpoint:
     def read(self, names: Iterable[str]) -> str:
         """Hold these files, each read once and compared with its digest; why that cannot be done, or ""."""
         for name in names:
+            if name not in self.files:
+                return f"its marker does not list {name}"
             expected = self.files[name]
             try:
                 data = read_whole(self.path / name, expected["bytes"])

@@ -100,11 +100,11 @@ class BasePlayer(ABC):
         self.optimizer.step()
 
     def state(self, at: int | None = None) -> dict[str, Tensor]:
-        """PARAMETER/SLOT -> [...], what Adam holds of each parameter."""
+        """PARAMETER/SLOT -> [...], what Adam holds of each parameter, in the same order on all ranks."""
         return {
             f"{key}/{slot}": value
             for key, p in self.named.items()
-            for slot, value in self.optimizer.state.get(p, {}).items()
+            for slot, value in sorted(self.optimizer.state.get(p, {}).items())  # a file's order is that of its reader
             if isinstance(value, Tensor)
         }
 

@@ -66,6 +66,13 @@ def position(line: str, redo_evaluation: bool = False) -> float:
         return math.inf
 
 
+def is_row(found: object) -> bool:
+    """Whether a value that a file holds is a row of metrics.jsonl: what it is, of which list, and where it belongs."""
+    if not isinstance(found, dict) or position(json.dumps(found)) == math.inf:
+        return False
+    return isinstance(found.get("kind"), str) and isinstance(found.get("split", ""), str)
+
+
 def set_aside(folder: Path) -> Path | None:
     """Move the run in `folder` into FOLDER/before-DATE-TIME, all ranks together; None when there is none.
 

@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any
 from sdtrain.engine import starts
 from sdtrain.engine.launcher import said
 from sdtrain.engine.ranks import from_main, is_main, world
-from sdtrain.engine.restart import lines_of, position
+from sdtrain.engine.restart import is_row, lines_of, position
 from sdtrain.engine.threads import cores
 from sdtrain.engine.writing import Writing, hush_board
 from sdtrain.errors import RunError
@@ -65,7 +65,7 @@ class RunFolder:
         self._rows: FileIO | None = None
         self.owed: list[dict[str, Any]] = []  # rows that could not be written, for the run that goes on
         self.writing = Writing(path)
-        self._measured: set[tuple[int, str]] = set()  # positions and splits that already have an eval row
+        self._measured: set[tuple[float, str]] = set()  # positions and splits that already have an eval row
 
     def create(self) -> None:
         """Make the folders. Raises `RunError` on every rank when they cannot be written."""
@@ -100,8 +100,8 @@ class RunFolder:
         if self.metrics.exists():
             kept = [line for line in lines_of(self.metrics) if position(line, redo_evaluation) <= resumed_img]
             write_bytes(self.metrics, "".join(f"{line}\n" for line in kept).encode())
-            evals = [row for row in map(json.loads, kept) if row.get("kind") == "eval"]
-            self._measured = {(row["seen_img"], row.get("split")) for row in evals}
+            evals = [row for row in map(json.loads, kept) if is_row(row) and row["kind"] == "eval"]
+            self._measured = {(float(row["seen_img"]), row.get("split")) for row in evals}
         self._rows = FileIO(self.metrics, "ab")
         if self._tensorboard:
             from torch.utils.tensorboard import SummaryWriter

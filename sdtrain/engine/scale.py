@@ -76,10 +76,20 @@ def for_more(batch_size: int, ghost_batch: int) -> str:
 
 
 def scaled(
-    asked: Asked, config: Any, networks: Table, stages: Any, phases: Phases, activations_gb: float, out: Path | None
+    asked: Asked,
+    config: Any,
+    networks: Table,
+    stages: Any,
+    phases: Phases,
+    activations_gb: float,
+    out: Path | None,
+    exact: bool,
 ) -> dict[str, Any]:
-    """For the plan, in GB and seconds; `out` is a run folder whose speed and disk are known, if there is one."""
-    n, exact, used = asked.ranks, config.summation == "exact", config.engine or "ddp"
+    """For the plan, in GB and seconds; `out` is a run folder whose speed and disk are known, if there is one.
+
+    `exact`: gradients are added up in float64.
+    """
+    n, used = asked.ranks, config.engine or "ddp"
     share = min(config.shard_ranks or NODE, n)
     share = share if n % share == 0 else n
     speed = known_speed(asked, out)

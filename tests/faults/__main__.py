@@ -19,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from table import FAULTS, Fault, row
+from fault_table import FAULTS, Fault, row
 
 REPO = Path(__file__).resolve().parents[2]
 PAGE = REPO / "sdtrain" / "README.md"

@@ -49,7 +49,7 @@ FAULTS: dict[str, tuple[dict[str, Any], int, str, str, str]] = {
     ),
     "killed": (
         {"harm": {**IN_A_STEP, "how": "SIGKILL", "rank": 1}},
-        *(AGAIN, OURS, "is gone, last seen in step 2", NOTHING),
+        *(AGAIN, OURS, "is gone, last seen in step", NOTHING),  # which, it writes once a second
     ),
     "killed with the store": (
         {"harm": {**IN_A_STEP, "how": "SIGKILL", "rank": 0}},

@@ -9,7 +9,7 @@ import ast
 import re
 
 from conftest import REPO
-from table import FAULTS, HEAD, row
+from fault_table import FAULTS, HEAD, row
 
 
 def test_every_fault_names_tests_that_exist() -> None:

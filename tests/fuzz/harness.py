@@ -33,7 +33,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
 
-from sdtrain.errors import UserError
+from sdtrain.errors import EXIT_USER_ERROR, RankFailed, UserError
 
 BLOCK = 50  # inputs a child reads, unless one ends it
 PATIENCE = 6  # clock seconds a second of computing: other programs want the cores too
@@ -237,7 +237,9 @@ def attempt(use: Callable[[Path], object], path: Path) -> str:
     """What went wrong, or ""."""
     try:
         use(path)
-    except UserError as error:
+    except (UserError, RankFailed) as error:
+        if isinstance(error, RankFailed) and error.code != EXIT_USER_ERROR:
+            return told(error)
         sentence = str(error)
         if not sentence.strip():
             return "a UserError without a sentence"

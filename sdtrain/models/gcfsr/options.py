@@ -63,7 +63,7 @@ MODEL = ModelDeclaration(
     blocks={
         "generator": (
             *("conv_body_first", "conv_body_down.*", "condition_shift.*"),
-            *("style_conv1", "style_convs.*", "extra_convs.*.*", "to_rgbs.*"),
+            *("style_conv1", "style_convs.*", "to_rgbs.*"),
         ),
         "discriminator": ("conv_body.*",),
     },
