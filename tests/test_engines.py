@@ -180,6 +180,7 @@ def test_every_engine_steps_saves_and_loads_as_ddp_and_one_player_at_a_time() ->
     assert done.stdout.count("from ddp") >= 12
 
 
+@pytest.mark.slow
 def test_a_group_with_a_cpu_and_a_gpu_backend_sends_what_lies_on_the_host_over_gloo_under_every_engine() -> None:
     done = run_ranks(2, str(REPO / "tests" / "ranks_engines.py"), "two backends", timeout=900)
     assert done.returncode == 0 and "two backends served" in done.stdout, done.stdout + done.stderr

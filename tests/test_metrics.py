@@ -334,6 +334,7 @@ def test_a_result_states_seeds_spread_rule_counts_and_networks(one_rank, real_fo
     json.dumps([values, protocol])
 
 
+@pytest.mark.slow
 def test_precision_and_recall_can_be_the_reference_codes_vgg16_features_and_half_precision(real_folder):
     asked = {"metrics": ("pr",), "pr_features": "vgg16", "weights": {"vgg16": "random"}}
     judges = [evaluator(str(real_folder), pr_precision=precision, **asked) for precision in ("fp32", "fp16")]
