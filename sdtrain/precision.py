@@ -12,9 +12,9 @@ What `precision: bf16` changes: convolutions and products of the trained network
 with second derivatives (R1, R2, path length), which stay float32. bfloat16 has the range of float32, so nothing is
 scaled.
 
-What is float16: blocks of StyleGAN2 that say so (`num_fp16_res`), on a GPU. There is no loss scaling: as in the
-official code their activations are clamped (`conv_clamp`), weights and styles are brought into range before a modulated
-convolution (`half_range`), and gradients that still overflow are replaced with `on_nonfinite: clamp`.
+What is float16: blocks of StyleGAN2 that say so (`num_low_precision_res`), on a GPU. There is no loss scaling: as in
+the official code their activations are clamped (`conv_clamp`), weights and styles are brought into range before a
+modulated convolution (`half_range`), and gradients that still overflow are replaced with `on_nonfinite: clamp`.
 
 What `tf32` changes: the factors of float32 products and convolutions on a GPU, except where it says "never" above.
 

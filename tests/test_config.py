@@ -268,8 +268,7 @@ MISTAKES = [
     ),
     (
         "optimizer: {G: {betas: [0, 2]}}",
-        ":10: key 'optimizer.G.betas.1' must be a number >= 0 and <= 1 or a section with the keys points, curve, "
-        "not 2",
+        ":10: key 'optimizer.G.betas.1' must be a number >= 0 and <= 1 or a section with the keys points, curve, not 2",
     ),
     (
         "metrics: {names: [fid, kidd]}",

@@ -170,9 +170,7 @@ def test_a_state_that_is_none_is_refused_in_one_sentence(
         assert found is None and "img_000000008 is not used: its state.json is unreadable" in reason
 
 
-def test_restart_moves_the_whole_run_into_a_dated_folder_and_begins_again(
-    place: Path, started: dict[str, Any]
-) -> None:
+def test_restart_moves_the_whole_run_into_a_dated_folder_and_begins_again(place: Path, started: dict[str, Any]) -> None:
     done, before = started["done"]["again"], started["before"]["again"]
     assert done["code"] == 0, done["said"]
     [kept] = (place / "again").glob("before-*")
@@ -231,6 +229,7 @@ def test_a_marker_that_vouches_for_nothing_makes_no_checkpoint(tmp_path: Path, m
 
 
 # The lock
+
 
 @contextlib.contextmanager
 def holder(folder: Path) -> Iterator[int]:

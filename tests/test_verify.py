@@ -163,7 +163,9 @@ def test_a_label_outside_the_classes_of_the_manifest_is_refused(shards: Path, tm
     assert {reason for _, _, reason in verified(shards, tmp_path)[1]} == {"label 1 is outside 1 classes"}
 
 
-@pytest.mark.parametrize("name", ["../x.tar", "/etc/x.tar", "sub/x.tar", "..", "", "pipe:touch canary", "http://h/x.tar"])
+@pytest.mark.parametrize(
+    "name", ["../x.tar", "/etc/x.tar", "sub/x.tar", "..", "", "pipe:touch canary", "http://h/x.tar"]
+)
 def test_a_shard_name_in_a_manifest_stays_in_its_folder(
     name: str, shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

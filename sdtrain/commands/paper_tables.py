@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sdtrain.commands.papers import LAST, PAPERS, Paper, Words, wanted
-from sdtrain.commands.results import METRICS, RISING, Row, Written, chosen, comparable
+from sdtrain.commands.results import Row, Written, chosen, comparable, heading, printed
 from sdtrain.commands.source import config_of
 from sdtrain.commands.tables import Table
 from sdtrain.errors import ConfigError, RunError
@@ -120,7 +120,7 @@ def table(paper: Paper, numbers: Sequence[Measured]) -> Table:
     head = [*paper.words]
     for column in paper.columns:
         split, key = column.split("/")
-        head += [f"{name_of(key)} ({split}) {'up' if key in RISING else 'down'}", "published"]
+        head += [heading(key, f" ({split})"), "published"]
     lines = []
     for words in dict.fromkeys([*paper.published, *(one.words for one in numbers)]):
         line = [*words]
@@ -132,20 +132,15 @@ def table(paper: Paper, numbers: Sequence[Measured]) -> Table:
     return Table(said, head, lines, len(paper.words))
 
 
-def name_of(key: str) -> str:
-    metric, _, factor = key.partition("_")
-    return f"FID x{factor}" if metric == "fid" and factor else METRICS[key]
-
-
 def shown(numbers: Sequence[Measured]) -> str:
     """The mean over seeds; of one number the spread that it was measured with. A shared teacher counts once."""
     values = list(dict.fromkeys(one.value for one in numbers))
     if not values:
         return "-"
+    key = numbers[0].key
     if len(values) == 1:
-        spread = numbers[0].row.values.get(f"{numbers[0].key}_std")
-        return f"{values[0]:.3f}" + (f" +- {spread:.3f}" if spread else "")
-    return f"{statistics.fmean(values):.3f} +- {statistics.stdev(values):.3f} ({len(values)})"
+        return printed(key, values[0], numbers[0].row.values.get(f"{key}_std"))
+    return f"{printed(key, statistics.fmean(values), statistics.stdev(values))} ({len(values)})"
 
 
 def origins(numbers: Sequence[Measured]) -> Table:

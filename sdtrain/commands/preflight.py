@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 from sdtrain import __version__
-from sdtrain.engine.launcher import wants_cpu
+from sdtrain.engine.ranks import has_gpu
 from sdtrain.errors import EXIT_OK, EXIT_REQUEUE, ConfigError, MachineError, UserError
 from sdtrain.files import why_unwritable
 
@@ -79,6 +79,7 @@ class Meeting:
         self.rank, self.world = rank_here(), int(env.get("WORLD_SIZE", "1"))
         self.hosts = env.get("SDTRAIN_HOSTS", "").split()
         self.ranks_a_host = int(env.get("LOCAL_WORLD_SIZE", "1"))
+        self.verdicts = 0
         self.place = f"{env.get('MASTER_ADDR', 'localhost')}:{env.get('MASTER_PORT', '0')}"
         self.store = self._store() if self.world > 1 else dist.HashStore()
 
@@ -112,7 +113,8 @@ class Meeting:
 
     def agree(self, find: Callable[[], str | tuple[str, bool]]) -> None:
         """Rank 0 finds out what is wrong, all hear of it. Raises what `run` raises."""
-        key = f"verdict {self._count()}"
+        self.verdicts += 1
+        key = f"verdict {self.verdicts}"
         if self.rank == 0:
             self.store.set(key, json.dumps(find()))
         self.store.wait([key], self.left() + datetime.timedelta(seconds=5))
@@ -121,10 +123,6 @@ class Meeting:
             if self.rank == 0 and self.world > 1:
                 time.sleep(1.0)  # it keeps the store from which the others are reading
             raise (ConfigError if everybody else BadNode)(problem)
-
-    def _count(self) -> int:
-        self._verdicts = getattr(self, "_verdicts", 0) + 1
-        return self._verdicts
 
     def name(self, rank: int) -> str:
         """Who a rank is that has not said so itself."""
@@ -185,7 +183,7 @@ def code_digest() -> str:
 
 def device() -> tuple[str, str]:
     """The kind of device that this rank would train on, and what is wrong with it."""
-    if wants_cpu() or not torch.cuda.is_available():
+    if not has_gpu():
         return "cpu", ""
     number, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if number >= count:

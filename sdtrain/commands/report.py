@@ -23,12 +23,23 @@ from typing import Any
 from sdtrain.commands import tables
 from sdtrain.commands.paper_tables import paper_tables
 from sdtrain.commands.papers import is_table, wanted
-from sdtrain.commands.results import METRICS, RISING, Row, Written, chosen, comparable, conflicts, judge, read_runs
+from sdtrain.commands.results import (
+    FACTOR,
+    METRICS,
+    Row,
+    Written,
+    chosen,
+    comparable,
+    conflicts,
+    heading,
+    judge,
+    printed,
+    read_runs,
+)
 from sdtrain.commands.tables import Table
 from sdtrain.errors import EXIT_OK, ConfigError, UserError
 
 SHARES = "20,40,60,80,100"
-FACTOR = re.compile(r"fid_(\d+)")
 NAME_IN_FILE = 100  # characters of a run's name in the name of its picture
 
 
@@ -173,18 +184,8 @@ def images(row: Row) -> str:
     return "-" if row.seen_img is None else f"{row.seen_img:,}"
 
 
-def heading(key: str) -> str:
-    factor = FACTOR.fullmatch(key)
-    name = f"FID x{factor[1]}" if factor else METRICS[key]
-    return f"{name} {'up' if key in RISING else 'down'}"
-
-
 def cell(row: Row, key: str) -> str:
-    if key not in row.values:
-        return "-"
-    digits = 5 if key == "kid" else 4 if key in ("ssim_y", "lpips") else 3
-    spread = f" +- {row.values[f'{key}_std']:.{digits}f}" if row.values.get(f"{key}_std") else ""
-    return f"{row.values[key]:.{digits}f}{spread}"
+    return printed(key, row.values[key], row.values.get(f"{key}_std")) if key in row.values else "-"
 
 
 def caption(split: str, entries: Sequence[Entry]) -> str:

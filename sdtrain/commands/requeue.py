@@ -13,6 +13,7 @@ import os
 from pathlib import Path
 
 from sdtrain import main
+from sdtrain.engine.positions import saved_img
 from sdtrain.errors import EXIT_OK, ConfigError
 from sdtrain.exits import tell
 from sdtrain.files import read_json, write_json
@@ -52,7 +53,7 @@ def run_folder(args: argparse.Namespace) -> Path:
 
 def count_end(out: Path, job: str, asked: bool) -> tuple[int, int]:
     """The image at which a run has ended, and how often in a row now: it is written down."""
-    where, before = position(out), {}
+    where, before = saved_img(out), {}
     with contextlib.suppress(OSError, ValueError):  # the first end, or a file that is damaged
         before = read_json(out / FILE)
     same = isinstance(before, dict) and (before.get("job"), before.get("seen_img")) == (job, where)
@@ -61,9 +62,3 @@ def count_end(out: Path, job: str, asked: bool) -> tuple[int, int]:
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / FILE, {"job": job, "seen_img": where, "ends": ends})
     return where, ends
-
-
-def position(out: Path) -> int:
-    """Images seen at the newest checkpoint that has its marker; 0 before there is one."""
-    names = [marker.parent.name.removeprefix("img_") for marker in (out / "checkpoints").glob("img_*/complete.json")]
-    return max((int(name) for name in names if name.isdecimal()), default=0)

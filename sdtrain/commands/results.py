@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from sdtrain.engine.positions import saved_img
 from sdtrain.errors import RunError
 from sdtrain.files import read_json, read_rows
 from sdtrain.metrics import table
@@ -23,12 +24,26 @@ METRICS: dict[str, str] = table.merged(dict(metric.labels) for metric in table.M
 METRICS |= {"psnr_y": "PSNR-Y [dB]", "ssim_y": "SSIM-Y", "lpips": "LPIPS"}
 RISING = (*(key for metric in table.METRICS.values() for key in metric.rising), "psnr_y", "ssim_y")  # higher is better
 MEASURED = re.compile(rf"(?:{'|'.join(METRICS)})(?:_std|_\d+)?")
+FACTOR = re.compile(r"fid_(\d+)")
+DIGITS = {"kid": 5, "ssim_y": 4, "lpips": 4}
 SEED_OF_NAME = re.compile(r"[-_.]?seed[-_=]?\d+", re.IGNORECASE)
 WORDS = ("kind", "stage", "split", "weights", "method", "measured")
-POSITION = re.compile(r"[0-9]{1,18}")
 HUGE = 1e100  # no loss or metric is so large; sums of larger numbers overflow
 NUMBER, FINITE = "values that are no numbers", "values that are not finite"
 OBJECT, PLACE = "rows that are no JSON objects", "rows without a position, or with a stage or protocol that is none"
+
+
+def heading(key: str, more: str = "") -> str:
+    """What stands over a column of this measurement."""
+    factor = FACTOR.fullmatch(key)
+    name = f"FID x{factor[1]}" if factor else METRICS[key]
+    return f"{name}{more} {'up' if key in RISING else 'down'}"
+
+
+def printed(key: str, value: float, spread: float | None = None) -> str:
+    """A value of this measurement as tables show it."""
+    digits = DIGITS.get(key, 3)
+    return f"{value:.{digits}f}" + (f" +- {spread:.{digits}f}" if spread else "")
 
 
 @dataclass(frozen=True)
@@ -153,12 +168,6 @@ def planned(run: Path) -> tuple[int | None, str | None]:
         return total if isinstance(total, int) else None, chooses if chooses in METRICS else None
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None, None
-
-
-def saved_img(run: Path) -> int:
-    """Where the newest checkpoint is: a run that has ended wrote its last one after its last losses."""
-    found = [path.parent.name.removeprefix("img_") for path in run.glob("checkpoints/img_*/complete.json")]
-    return max((int(position) for position in found if POSITION.fullmatch(position)), default=0)
 
 
 def collect(run: Written, rows: Iterable[dict[str, Any]], left_out: Counter[str]) -> Written:

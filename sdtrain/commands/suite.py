@@ -25,9 +25,10 @@ from typing import TYPE_CHECKING
 
 from sdtrain.commands import report
 from sdtrain.commands.relay import Relay
-from sdtrain.commands.results import planned, saved_img
+from sdtrain.commands.results import planned
 from sdtrain.commands.suite_jobs import Job, submit
 from sdtrain.config.words import nearest
+from sdtrain.engine.positions import saved_img
 from sdtrain.engine.starts import last_start
 from sdtrain.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_REQUEUE, EXIT_USER_ERROR, ConfigError, RunError, UserError
 from sdtrain.exits import tell

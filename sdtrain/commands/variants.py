@@ -175,9 +175,7 @@ def compare(variants: list[Variant], batches: Iterator[Batch], rounds: int, cloc
 # What L_SD costs
 
 
-def cost_of_distillation(
-    variant: Variant, batch: Batch, rounds: int, clock: Clock
-) -> dict[str, dict[str, float]]:
+def cost_of_distillation(variant: Variant, batch: Batch, rounds: int, clock: Clock) -> dict[str, dict[str, float]]:
     """Seconds, FLOPs and bytes kept a batch of the parts of L_SD: teacher, T, distance, backward to the image."""
     method, chunk = variant.method, variant.chunks(batch, 0)[0]
     assert isinstance(method, SDGAN)  # `distilling` came first

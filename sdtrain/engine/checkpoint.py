@@ -26,8 +26,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load
 from torch import Tensor
 
-from sdtrain.engine.positions import positions
-from sdtrain.engine.ranks import gather_objects, is_main
+from sdtrain.engine.positions import MARKER, positions
+from sdtrain.engine.ranks import first_said, from_main, is_main
 from sdtrain.errors import RunError
 from sdtrain.files import (
     fault_point,
@@ -41,7 +41,6 @@ from sdtrain.files import (
     write_json,
 )
 
-MARKER = "complete.json"
 UNFINISHED = ".writing-"
 REPLACED = f"{UNFINISHED}old-"
 STATE = "state.json"
@@ -173,6 +172,10 @@ def read_object(path: Path) -> dict[str, Any]:
     return found
 
 
+Candidate = tuple[str | None, dict[str, Any], dict[str, Any], list[str]]
+NOTHING: Candidate = (None, {}, {}, [])
+
+
 def newest(root: Path, wanted: Callable[[str], bool] | None = None) -> tuple[Checkpoint | None, list[str]]:
     """The newest complete checkpoint, and why each newer one was refused; the same on all ranks.
 
@@ -183,18 +186,15 @@ def newest(root: Path, wanted: Callable[[str], bool] | None = None) -> tuple[Che
     refused: list[str] = []
     while True:
         # ranks that saw a shared folder differently could not go on together
-        name, state, files, reasons = gather_objects(next(found) if found else None)[0]
+        name, state, files, reasons = from_main(next(found) if found else NOTHING)
         refused += reasons
         if name is None:
             return None, refused
         checkpoint = Checkpoint(root / name, state, files)
-        problems = gather_objects(checkpoint.read(filter(wanted, files))) if wanted else []
-        if not any(problems):
+        problem = first_said(checkpoint.read(filter(wanted, files))) if wanted else None
+        if not problem:
             return checkpoint, refused
-        refused.append(f"{name} is not used: {next(filter(None, problems))}")
-
-
-Candidate = tuple[str | None, dict[str, Any], dict[str, Any], list[str]]
+        refused.append(f"{name} is not used: {problem}")
 
 
 def _candidates(root: Path, look: Callable[[Path], dict[str, Any]]) -> Iterator[Candidate]:

@@ -46,9 +46,7 @@ class Dealer:
         if every is None:
             return list(parts)
         columns = every.view(self.num_parts, -1).split(sizes, dim=1)
-        return [
-            column.reshape(-1)[: shape.numel()].view(shape) for column, shape in zip(columns, wholes, strict=True)
-        ]
+        return [column.reshape(-1)[: shape.numel()].view(shape) for column, shape in zip(columns, wholes, strict=True)]
 
     def _every(self, flat: Tensor, at: int | None) -> Tensor | None:
         """[numbers] of this rank -> [parts * numbers], or None where nothing was wanted."""

@@ -149,9 +149,7 @@ class PhaseEngine(ABC):
     def autocast(self, wanted: bool = True) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16 and wanted)
 
-    def _backward(
-        self, phase: Phase, player: BasePlayer, chunks: Sequence[Chunk]
-    ) -> tuple[Terms, Exception | None]:
+    def _backward(self, phase: Phase, player: BasePlayer, chunks: Sequence[Chunk]) -> tuple[Terms, Exception | None]:
         """The terms, and what failed here: this rank then still adds its part up with the others, who wait for it."""
         share = Meter()
         failure: Exception | None = None
@@ -198,13 +196,15 @@ class PhaseEngine(ABC):
         if bad is not None:
             raise NonFinite(self._explain(bad.phase, bad.terms, bad.step))
 
-    def _agree(
-        self, phase: Phase, player: BasePlayer, terms: Terms, failure: Exception | None, step: int
-    ) -> int:
+    def _agree(self, phase: Phase, player: BasePlayer, terms: Terms, failure: Exception | None, step: int) -> int:
         """The worst that any rank has to say of the phase; where that is read late, the optimizer asks for itself."""
         if self.verdicts is None:
-            finite = self.clamp or failure is not None or not bool(_not_finite(player, terms))
-            return agree_max(FAILED if failure else FINE if finite else NOT_FINITE, self.device)
+            mine = FINE
+            if failure is not None:
+                mine = FAILED
+            elif not self.clamp and bool(_not_finite(player, terms)):
+                mine = NOT_FINITE
+            return agree_max(mine, self.device)
         if not self.clamp:
             asked = Asked(phase=phase.name, step=step, terms=terms, bad=any_rank(_not_finite(player, terms)))
             player.skip_where(self.verdicts.ask(asked))

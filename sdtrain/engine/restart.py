@@ -76,7 +76,7 @@ def is_row(found: object) -> bool:
 def set_aside(folder: Path) -> Path | None:
     """Move the run in `folder` into FOLDER/before-DATE-TIME, all ranks together; None when there is none.
 
-    Raises `RunError` on every rank when that fails.
+    Raises `RankFailed` on every rank when that fails.
     """
     aside = folder / time.strftime("before-%Y%m%d-%H%M%S")
     moved: Path | None = together(lambda: _move(folder, aside), aside, folder)

@@ -52,6 +52,7 @@ log = logging.getLogger("sdtrain")
 
 OWN = ("checkpoints", "snapshots", "samples", "best", "inputs", "tensorboard", "metrics.jsonl")
 
+
 class RunFolder:
     """Paths and writers of one run."""
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from sdtrain.engine.cost import SHARED, Table, memory_gb, sent_gb
+from sdtrain.engine.positions import positions
 from sdtrain.engine.starts import last_start
 from sdtrain.outlook import forecast
 
@@ -136,7 +137,7 @@ def known_speed(asked: Asked, out: Path | None) -> dict[str, Any]:
 
 def written_gb_per_sec(out: Path | None) -> float | None:
     """How fast the newest checkpoint of a run folder was written: all but its first file, by the times of its files."""
-    folders = sorted((out / "checkpoints").glob("img_*")) if out else []
+    folders = positions(out / "checkpoints") if out else []
     files = [(path.stat().st_mtime, path.stat().st_size) for path in folders[-1].iterdir()] if folders else []
     files.sort()
     took = files[-1][0] - files[0][0] if files else 0.0

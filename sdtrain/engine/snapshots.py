@@ -1,10 +1,10 @@
 """Weights at chosen shares of training, for what compares moments of a run (Table 3 of SD-GAN).
 
-    RUN/snapshots/
-      img_000123456/
-        G.safetensors        networks under their official names, without optimizers
-        G_ema.safetensors
-        complete.json        the marker, as in checkpoint.py
+RUN/snapshots/
+  img_000123456/
+    G.safetensors        networks under their official names, without optimizers
+    G_ema.safetensors
+    complete.json        the marker, as in checkpoint.py
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from sdtrain.engine.checkpoint import MARKER
-from sdtrain.engine.positions import position
+from sdtrain.engine.positions import MARKER, position
 from sdtrain.engine.writing import together
 
 

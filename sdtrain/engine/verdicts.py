@@ -31,7 +31,7 @@ class Sent:
     def __init__(self, asked: list[Asked]) -> None:
         self.asked = asked
         flags = torch.stack([one.bad for one in asked])
-        self.flags = flags.to("cpu", non_blocking=True)  # pinned by torch, so that it does not block
+        self.flags = flags.to("cpu", non_blocking=True)  # read after `arrived`
         self.arrived = torch.cuda.Event()
         self.arrived.record()
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sdtrain.engine.agree import main_alone, raise_together
-from sdtrain.engine.positions import positions
+from sdtrain.engine.positions import complete
 from sdtrain.engine.ranks import from_main, is_main
 from sdtrain.errors import RunError
 
@@ -90,7 +90,7 @@ def advice(run_folder: Path | None) -> str:
         return "make room, or give the folder back, and start the same command again"
     if not run_folder.exists():
         return f"the run folder {run_folder} has vanished: bring it back and start the same command again"
-    kept = [path for path in positions(run_folder / "checkpoints") if (path / "complete.json").exists()]
+    kept = complete(run_folder / "checkpoints")
     safe = f"checkpoints up to {kept[-1].name} are safe" if kept else "no checkpoint was written yet"
     then = "goes on from there" if kept else "begins again"
     return f"{safe}; make room, or make it writable, and start the same command again: it {then}"

@@ -71,6 +71,8 @@ class Validation:
 
 @dataclass(frozen=True, kw_only=True)
 class RestorationOptions:
+    """What every method of super-resolution is asked."""
+
     total_img: Images | None = None
     """Images after which the run ends, whatever the stages; null = all stages."""
     student: Width = Width()
@@ -95,6 +97,16 @@ class RestorationOptions:
     """[epochs] Distance of validations (paper: each epoch); 0 = every eval_img images."""
     validation: Validation = Validation()
     """What is measured after each epoch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Response:
+    """Weights of a student's distances to a teacher's image, in VGG16."""
+
+    style: NonNegative = 1e4
+    """Weight of the distance of Gram matrices in VGG16."""
+    feature: NonNegative = 10.0
+    """Weight of the distance of maps at relu2_2 of VGG16."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ Images of a step that later phases of the same step use are kept under the name 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -96,7 +97,7 @@ class OriginalRecipe(Restoration):
     def judging(self, name: str, player: str, D: str, loss: Callable[[Chunk], Loss], step: int) -> Phase:
         """The phase in which D learns by `loss`, with R1 in its turn."""
         if self.o.r1.gamma and step % self.o.r1.every == 0:
-            penalised = lambda x: self.with_R1(D, loss, x)  # noqa: E731
+            penalised = partial(self.with_R1, D, loss)
             return Phase(name=name, player=player, loss=penalised, reaches_all=False, fp32=True)
         return Phase(name=name, player=player, loss=loss)
 

@@ -1,12 +1,12 @@
 """What a super-resolution run does once in a while: strips, D output histograms, validation, the best of each stage.
 
-    best/G_ema.safetensors, .json   the student validation likes best (of the latest stage), and how to rebuild it
-    best/metrics.json               what chose it
-    best/STAGE_G.safetensors        the same for each stage; STAGE_last_G, STAGE_last_D: how the stage ended
-    samples/strips_*.png            LQ | bicubic | student | teacher | HQ, with the busiest part enlarged below
-    samples/d_outputs_*.png, .json  P(real) of D_T and D_S on images of the student (Figures 2 and 3 of SDAKD);
-                                    D_T_judge is the judge of Ablations 1 to 3
-    inputs/SPLIT.safetensors        the fixed low-quality inputs
+best/G_ema.safetensors, .json   the student validation likes best (of the latest stage), and how to rebuild it
+best/metrics.json               what chose it
+best/STAGE_G.safetensors        the same for each stage; STAGE_last_G, STAGE_last_D: how the stage ended
+samples/strips_*.png            LQ | bicubic | student | teacher | HQ, with the busiest part enlarged below
+samples/d_outputs_*.png, .json  P(real) of D_T and D_S on images of the student (Figures 2 and 3 of SDAKD);
+                                D_T_judge is the judge of Ablations 1 to 3
+inputs/SPLIT.safetensors        the fixed low-quality inputs
 """
 
 from __future__ import annotations
@@ -283,7 +283,6 @@ class RestorationTask(Task):
         images = self.training_images()
         rows = torch.zeros(len(images), dtype=torch.float64, device=self.run.device)
         with net.whole() as D, self.run.nets["G_ema"].whole() as G:
-
 
             def judge(row: int) -> None:
                 chunk = self.fixed_chunk(row, images[row])

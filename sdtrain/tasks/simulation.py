@@ -42,7 +42,6 @@ def simulate(config: Loaded, out: Path) -> int:
     return EXIT_OK
 
 
-
 def trajectory(config: Loaded, alpha: float) -> Tensor:
     """The states (theta, psi, phi) before the first and after every step, float64 [steps + 1, 3]."""
     own = dataclasses.replace(config, simulation=dataclasses.replace(config.simulation, alpha=alpha))

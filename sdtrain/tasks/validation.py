@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -155,16 +155,14 @@ class ValidationList:
         return (means if self.faces else first) | each
 
     def _measure(self, upscale: Upscale, setting: Setting) -> dict[str, float]:
-        singles = [n for n in self.options.names if n != "fid"]
+        singles = self._singles(setting.factor)
         rows = torch.zeros(len(self), len(singles), dtype=torch.float64, device=self.device)
-        if "lpips" in singles:
-            assert self.lpips  # all ranks, also one that has no image, make it together
         features = torch.zeros(len(self), self.extractor.width if self.extractor else 0, device=self.device)
 
         def measure(i: int) -> None:
             fake, real = upscale(i, setting), self.hq(i).to(self.device)[None]
-            for column, name in enumerate(singles):
-                rows[i, column] = self._single(name, fake, real, setting.factor)
+            for column, distance in enumerate(singles.values()):
+                rows[i, column] = distance(fake, real)[0]
             if self.extractor:
                 features[i] = self.extractor(fake)[0]
 
@@ -176,11 +174,17 @@ class ValidationList:
             values["fid"] = fid_of_features(self.real_features, features)
         return {name: values[name] for name in self.options.names}
 
-    def _single(self, name: str, fake: Tensor, real: Tensor, factor: int) -> Tensor:
-        if name == "lpips":
-            return self.lpips(fake / 127.5 - 1, real / 127.5 - 1)[0]
+    def _singles(self, factor: int) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
+        """What is measured image by image, of [1, 3, H, W] in [0, 255]. Collective, also on a rank without an image."""
         border = 0 if self.faces else factor
-        return {"psnr_y": psnr_y, "ssim_y": ssim_y}[name](fake, real, crop_border=border)[0]
+        known: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+            "psnr_y": partial(psnr_y, crop_border=border),
+            "ssim_y": partial(ssim_y, crop_border=border),
+        }
+        if "lpips" in self.options.names:
+            lpips = self.lpips
+            known["lpips"] = lambda fake, real: lpips(fake / 127.5 - 1, real / 127.5 - 1)
+        return {name: known[name] for name in self.options.names if name in known}
 
     @cached_property
     def real_features(self) -> Tensor:

@@ -132,14 +132,14 @@ def sampling() -> None:
 
 def features() -> None:
     from sdtrain.metrics.features import random_inception
-    from sdtrain.metrics.fid import fid_of_features
     from sdtrain.metrics.sums import FeatureSums
 
     net = random_inception(0, 64, lambda: [pictures(2, 32)], "cuda")
     with torch.autocast("cuda", torch.bfloat16):
         found = net(pictures(2, 32).to("cuda"))
     assert found.dtype == torch.float32 and found.shape == (2, 64)
-    assert FeatureSums and fid_of_features
+    sums = FeatureSums(64, "cuda").add(found).merge(FeatureSums(64, "cuda").add(found))
+    assert {t.device.type for t in sums.moments(ddof=1)} == {"cuda"} and sums.count == 4
 
 
 def restoration_metrics() -> None:

@@ -152,9 +152,7 @@ def run_jobs(jobs: Sequence[Job], num_processes: int, advance: Callable[[int], N
         return [_run_here(job, advance) for job in jobs]
     context = get_context("spawn")
     counter = context.Value("q", 0)
-    pool = ProcessPoolExecutor(
-        min(num_processes, len(jobs)), context, initializer=start_worker, initargs=(counter,)
-    )
+    pool = ProcessPoolExecutor(min(num_processes, len(jobs)), context, initializer=start_worker, initargs=(counter,))
     try:
         futures = [pool.submit(run_job, job) for job in jobs]
         _follow(futures, counter, advance)

@@ -52,9 +52,7 @@ def cached_path(url: str, cache: Path) -> Path:
     return cache / hashlib.sha256(folder.encode()).hexdigest()[:16] / name
 
 
-def fetch(
-    url: str, cache: Path, sha256: str = "", *, allow_pipe: bool = False, most: int = DOWNLOAD_BYTES
-) -> Path:
+def fetch(url: str, cache: Path, sha256: str = "", *, allow_pipe: bool = False, most: int = DOWNLOAD_BYTES) -> Path:
     """Return the local copy of a remote file, fetching it if absent.
 
     Raises DataError when that fails, also for more than `most` bytes; nothing is then left in the cache.

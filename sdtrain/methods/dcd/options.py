@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from sdtrain.config.declare import MethodDeclaration
 from sdtrain.config.options import NonNegative
-from sdtrain.restoration import checks
+from sdtrain.restoration import checks, options
 from sdtrain.restoration.options import OnlineOptions, weights_of_responses
 
 if TYPE_CHECKING:
@@ -16,13 +16,9 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Response:
+class Response(options.Response):
     """The student's distance to the teacher's image."""
 
-    style: NonNegative = 1e4
-    """Weight of the distance of Gram matrices in VGG16."""
-    feature: NonNegative = 10.0
-    """Weight of the distance of maps at relu2_2 of VGG16."""
     sup: NonNegative = 0.0
     """Weight of L_sup in their place: the recipe's L1 and perceptual loss, against the teacher's image."""
 

@@ -42,7 +42,6 @@ if TYPE_CHECKING:
         """A loaded configuration of this method."""
 
 
-
 def problems(config: Loaded) -> Iterator[tuple[str, str]]:
     """Settings that Eq. (3)-(6) do not cover, as (key, sentence)."""
     for role in ("generator", "discriminator"):

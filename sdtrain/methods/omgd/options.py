@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from sdtrain.config.declare import MethodDeclaration
 from sdtrain.config.options import NonNegative
-from sdtrain.restoration import checks
+from sdtrain.restoration import checks, options
 from sdtrain.restoration.options import OnlineOptions, weights_of_responses
 
 if TYPE_CHECKING:
@@ -15,15 +15,11 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Response:
+class Response(options.Response):
     """Weights of the student's distances to each teacher's image, as published."""
 
     ssim: NonNegative = 10.0
     """Weight of 1 - SSIM."""
-    style: NonNegative = 1e4
-    """Weight of the distance of Gram matrices in VGG16."""
-    feature: NonNegative = 10.0
-    """Weight of the distance of maps at relu2_2 of VGG16."""
     tv: NonNegative = 1e-5
     """Weight of total variation, a sum over an image."""
     tv_size: Literal["256", "own"] = "256"

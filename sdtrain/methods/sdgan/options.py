@@ -62,7 +62,6 @@ if TYPE_CHECKING:
         """A loaded configuration of this method."""
 
 
-
 def problems(config: Loaded) -> list[tuple[str, str]]:
     """Combinations that cannot work, as (key, sentence)."""
     found = []

@@ -7,7 +7,6 @@ files (narrow 1) still load.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sdtrain.constants import constant
 from sdtrain.errors import ConfigError
 from sdtrain.models.gcfsr.options import DiscriminatorOptions, GeneratorOptions
 from sdtrain.models.rrdbnet.networks import check_layers
@@ -40,16 +40,12 @@ def channels(options: GeneratorOptions | DiscriminatorOptions, resolution: int) 
     return used
 
 
+LOW_PASS = tuple(fir_filter(FIR_TAPS).flatten().tolist())
+
+
 def low_pass(like: Tensor) -> Tensor:
     """The normalised outer product of [1, 3, 3, 1], [4, 4], where and as `like` [...] is."""
-    return _low_pass(like.device, like.dtype)
-
-
-@functools.lru_cache(maxsize=16)
-def _low_pass(device: torch.device, dtype: torch.dtype) -> Tensor:
-    """[4, 4], not to be changed."""
-    with torch.inference_mode(False):  # training may use it after an evaluation has made it
-        return fir_filter(FIR_TAPS).to(device, dtype)
+    return constant(LOW_PASS, like.device, like.dtype).view(4, 4)
 
 
 def fir(x: Tensor, pad: tuple[int, int], up: bool = False) -> Tensor:
@@ -419,9 +415,7 @@ class Discriminator(nn.Module):
             out = torch.cat([minibatch_stddev(ghost, group) for ghost in ghosts])
         return self.final_conv(out)
 
-    def forward(
-        self, x: Tensor, c: Tensor | None = None, hidden: bool = False
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, c: Tensor | None = None, hidden: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """[N, 3, R, R] in [-1, 1] -> logits [N, 1], with `features` where `hidden`; c is ignored.
 
         Raises ConfigError as `features` does.

@@ -88,9 +88,7 @@ def _cut_axis(length: int, kernel: int, dilation: int, tile: int) -> list[_Tile]
 
 
 @lru_cache(maxsize=256)
-def axis_plan(
-    length: int, kernel: int, dilation: int, tile: int = TILE, device: torch.device = HOST
-) -> AxisPlan:
+def axis_plan(length: int, kernel: int, dilation: int, tile: int = TILE, device: torch.device = HOST) -> AxisPlan:
     """Cut an axis of `length` positions, with tensors on `device`; raises ConfigError when the window does not fit."""
     check_window(length, kernel, dilation)
     tiles = _cut_axis(length, kernel, dilation, tile)

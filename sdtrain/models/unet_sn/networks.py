@@ -61,9 +61,7 @@ class Discriminator(nn.Module):
         """[N, 3, H, W] in [0, 1] -> logits [N, 1, H, W]. Raises ValueError as `features` does."""
         return self.conv9(self.features(x))
 
-    def forward(
-        self, x: Tensor, c: Tensor | None = None, hidden: bool = False
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, c: Tensor | None = None, hidden: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """[N, 3, H, W] in [0, 1] -> logits [N, H * W], with `features` where `hidden`; c is ignored.
 
         Raises ValueError as `features` does.
