@@ -6,6 +6,7 @@ or of the rank they were on. `fast` lets DistributedDataParallel share gradients
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -22,6 +23,11 @@ from sdtrain.engine.player import BasePlayer, Span
 from sdtrain.engine.ranks import sum_over_ranks, world
 from sdtrain.engine.sums import SumPlayer
 
+RENAMED = (
+    "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+)  # since torch 2.15, which warns
+OWN_BUFFERS: dict[str, Any] = {"forward_sync_buffers" if RENAMED else "broadcast_buffers": False}
+
 
 class DdpNet(LocalNet):
     """Called through DDP while its player trains: the bare module would let ranks drift apart without an error."""
@@ -37,7 +43,7 @@ class DdpNet(LocalNet):
     def wrap(self) -> None:
         """Buffers stay ours: pass state is summed over ranks by the ledger of `models/ghost.py`."""
         if self.parameters():  # DDP refuses a network in which nothing is trained
-            self.wrapped = DistributedDataParallel(self.module, broadcast_buffers=False, gradient_as_bucket_view=True)
+            self.wrapped = DistributedDataParallel(self.module, gradient_as_bucket_view=True, **OWN_BUFFERS)
 
 
 class FastPlayer(BasePlayer):
