@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import sys
 from typing import Any
@@ -187,6 +188,23 @@ def nonfinite() -> None:
     assert counts == {sum(p.numel() for p in Uneven().parameters())}, counts
 
 
+def outlived() -> None:
+    """Engines of a stage that is over may be collected at any time: the moments of the present one stay."""
+    for name in ENGINES:
+        engine, nets = game(name, True)
+        earlier = list(engine.players.values())
+        engine.begin(STAGE, 0, nets, {})
+        engine.run(phase(nets), mine())
+        before = everything(engine, nets)
+        assert before["G/conv.weight_orig/exp_avg"].any() and earlier[0] is not engine.players["G"]
+        earlier.clear()
+        gc.collect()
+        after = everything(engine, nets)
+        assert all(torch.equal(before[k], after[k]) for k in before), name
+        for player in engine.players.values():
+            player.close()
+
+
 def copies() -> None:
     """An average that has gone its own way on one rank is noticed by all."""
     for name in ("ddp", "fsdp2", "fsdp2, teacher too"):
@@ -225,6 +243,7 @@ def main() -> None:
     sizes()
     copies()
     nonfinite()
+    outlived()
     for exact, clip in ((True, 0.0), (True, 0.1), (False, 0.0)):
         wanted = played("ddp", exact, clip)
         for name, again in [*((name, False) for name in list(ENGINES)[1:]), *((name, True) for name in ENGINES)]:

@@ -64,8 +64,12 @@ ALIGNED = 16  # numbers: DeepSpeed lays parameters end to end, and CPU kernels r
 
 
 def laid_out(params: Sequence[nn.Parameter]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """What DeepSpeed holds for each parameter [...], which is itself unless a scalar; and the same with padding."""
-    held = [p if p.dim() else nn.Parameter(p.detach().view(1)) for p in params]
+    """What DeepSpeed holds for each parameter: [...], a scalar as [1], on the same memory; and the same with padding.
+
+    An engine of an earlier stage that is collected later tells its parameters that they belong to nobody: they are its
+    own, or a save would find zeros in the place of this rank's moments.
+    """
+    held = [nn.Parameter(p.detach() if p.dim() else p.detach().view(1)) for p in params]
     padded = []
     for p in held:
         padded.append(p)

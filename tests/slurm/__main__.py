@@ -209,7 +209,7 @@ def cut_off(trial: Trial, name: str) -> None:
         trial.see(f"{name}: cut off; {time.monotonic() - began:.0f} s later {host} has ended: {told}")
         assert code != 0 and re.search(r"exitcode *: 75", said), said
     assert "on n2) does not answer" in trial.log(f"{name}-n1"), trial.log(f"{name}-n1")
-    assert "the process at 10.77.0.1:" in trial.log(f"{name}-n2"), trial.log(f"{name}-n2")
+    assert "cut off at 10.77.0.1:" in trial.log(f"{name}-n2"), trial.log(f"{name}-n2")
 
 
 def launched(trial: Trial, name: str) -> dict[str, subprocess.Popen[str]]:
