@@ -96,6 +96,11 @@ class Builder:
 
     def distance(self, sd: SelfDistillation) -> Distance:
         """The image distance of L_SD."""
+        from sdtrain.losses.self_distillation import given
+
+        return given(sd.images, self._distance(sd))
+
+    def _distance(self, sd: SelfDistillation) -> Distance:
         if sd.loss == "lpips-vgg":
             from sdtrain.losses.perceptual import LPIPS
 

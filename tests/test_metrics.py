@@ -23,8 +23,8 @@ from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 from sdtrain.commands import evaluate as command
+from sdtrain.constants import IMAGENET_MEAN, IMAGENET_STD
 from sdtrain.errors import ConfigError, DataError, WeightsError
-from sdtrain.losses.vgg import IMAGENET_MEAN, IMAGENET_STD
 from sdtrain.metrics import rfid
 from sdtrain.metrics.evaluate import Evaluator, subset
 from sdtrain.metrics.features import TAPS, Inception, clip, dinov2, inception, random_inception, resampled, vgg16

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sdtrain.augment import diffaug
+from sdtrain.constants import IMAGENET_MEAN, IMAGENET_STD
 from sdtrain.errors import ConfigError, WeightsError
 from sdtrain.losses.adversarial import ADVERSARIAL, gradient_penalty
-from sdtrain.losses.vgg import IMAGENET_MEAN, IMAGENET_STD
 from sdtrain.models.fastgan.networks import Generator, GeneratorOptions
 from sdtrain.models.ghost import close_phase, next_chunk, open_phase, set_ghost_batch
 from sdtrain.models.projected.features import STRIDES, resized

@@ -151,3 +151,12 @@ def test_a_share_of_a_ghost_is_distilled_as_it_is_among_all(tmp_path: Path) -> N
     # latents, noise, styles and T are those that the samples have anyway, so the mean over many draws is the same
     torch.testing.assert_close(distances[0.5], distances[1.0][:, :2])
     torch.testing.assert_close(distances[0.01], distances[1.0][:, :1])
+
+
+def test_the_distance_can_be_given_images_as_the_authors_code_gives_them(tmp_path: Path) -> None:
+    x, y = torch.rand(2, 4, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    std = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    wanted = {"plain": (x - y).abs(), "doubled": 2 * (x - y).abs(), "imagenet": (x - y).abs() / (2 * std)}
+    for images, distance in wanted.items():
+        found = built(tmp_path, sd__images=images).distance(x, y)
+        torch.testing.assert_close(found, distance.mean((1, 2, 3)))

@@ -10,6 +10,7 @@ from conftest import GOLDEN, REPO
 from torch import Tensor
 
 from sdtrain.config.load import load_config
+from sdtrain.constants import from_imagenet, to_imagenet
 from sdtrain.errors import ConfigError
 from sdtrain.losses.consistency import balanced_consistency
 from sdtrain.models.ghost import set_ghost_batch
@@ -126,9 +127,9 @@ def test_forward_speaks_minus_one_to_one_and_render_the_official_space():
     g, d = small_generator().eval(), small_discriminator().eval()
     z = torch.randn(4, 32, generator=torch.Generator().manual_seed(4))
     y = g.render(g.mapping(z))
-    torch.testing.assert_close(stylenat.to_official(g(z)), y, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(to_imagenet(g(z)), y, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(d(g(z)), d.score(y), rtol=1e-4, atol=1e-5)
-    white = stylenat.from_official((torch.ones(1, 3, 1, 1) - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / 0.225)
+    white = from_imagenet((torch.ones(1, 3, 1, 1) - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / 0.225)
     assert abs(float(white[0, 2]) - 1) < 1e-5
 
 

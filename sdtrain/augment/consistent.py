@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sdtrain.augment.diffaug import diff_augment
-from sdtrain.models.stylenat.networks import from_official, to_official
+from sdtrain.constants import from_imagenet, to_imagenet
 from sdtrain.rng import Draws
 
 POLICY, CUTOUT_RATIO = "translation,color,cutout", 0.5
@@ -20,4 +20,4 @@ def consistent_augment(x: Tensor, draws: Draws) -> Tensor:
     """Augment images [N, 3, H, W] in [-1, 1] -> the same range, not clamped; every sample has its own draws."""
     mirrored = draws.uniform("flip") < 0.5
     x = torch.where(mirrored.view(-1, 1, 1, 1), x.flip(3), x)
-    return from_official(diff_augment(to_official(x), draws, policy=POLICY, cutout_ratio=CUTOUT_RATIO))
+    return from_imagenet(diff_augment(to_imagenet(x), draws, policy=POLICY, cutout_ratio=CUTOUT_RATIO))

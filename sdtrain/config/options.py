@@ -175,6 +175,9 @@ class SelfDistillation:
     """Style mixing of the teacher: the student's, or none (style-based generators only)."""
     log: bool = False
     """Log L_SD although alpha is 0 (costs the forward passes)."""
+    images: Literal["plain", "imagenet", "doubled"] = "plain"
+    """What the distance is given: x in [-1, 1], or what the authors' public code gives it, ImageNet-normalised images
+    (StyleNAT) or 2x - 1 (the first version for ProjectedGAN)."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the LPIPS trunk."""
     every: Count = 1

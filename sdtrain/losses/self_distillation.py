@@ -7,8 +7,24 @@ from typing import Any
 
 from torch import Tensor
 
+from sdtrain.constants import to_imagenet
+
 Distance = Callable[[Tensor, Tensor], Tensor]
 PairedAugment = Callable[[Tensor, Tensor, Any], tuple[Tensor, Tensor]]
+
+SEEN: dict[str, Callable[[Tensor], Tensor]] = {"imagenet": to_imagenet, "doubled": lambda x: 2 * x - 1}
+
+
+def given(images: str, distance: Distance) -> Distance:
+    """`distance` of images [N, 3, H, W] in [-1, 1], shown to it as the authors' public code does; "plain": as they are.
+
+    Fact sheet of the metrics, section 8: LPIPS got StyleNAT's ImageNet-normalised images, and at first 2x - 1 of
+    ProjectedGAN's.
+    """
+    if images == "plain":
+        return distance
+    seen = SEEN[images]
+    return lambda x, y: distance(seen(x), seen(y))
 
 
 def self_distillation(

@@ -11,12 +11,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from sdtrain.constants import IMAGENET_MEAN, IMAGENET_STD
 from sdtrain.errors import WeightsError
 
 Net = Literal["vgg16", "vgg19"]
 BLOCKS: dict[str, tuple[int, ...]] = {"vgg16": (2, 2, 3, 3, 3), "vgg19": (2, 2, 4, 4, 4)}  # convolutions in each
 WIDTHS = (64, 128, 256, 512, 512)
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def layer_names(net: Net) -> list[str]:

@@ -16,27 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sdtrain.constants import constant
+from sdtrain.constants import from_imagenet, to_imagenet
 from sdtrain.errors import ConfigError
 from sdtrain.models.ghost import SpectralConv2d, SpectralLinear
 from sdtrain.models.stylenat.attention import BACKENDS, check_window
 from sdtrain.models.stylenat.options import DiscriminatorOptions, GeneratorOptions
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 LEGACY_NAMES = ("rpb0", "rpb1")
-
-
-def to_official(x: Tensor) -> Tensor:
-    """Images [N, 3, H, W] in [-1, 1] to the ImageNet-normalised space of the official code."""
-    mean, std = (constant(v, x.device, x.dtype).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
-    return ((x + 1) / 2 - mean) / std
-
-
-def from_official(y: Tensor) -> Tensor:
-    """ImageNet-normalised images [N, 3, H, W] to [-1, 1]; not clamped."""
-    mean, std = (constant(v, y.device, y.dtype).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
-    return (y * std + mean) * 2 - 1
 
 
 def level_width(resolution: int, channel_max: int, channel_multiplier: float) -> int:
@@ -436,7 +422,7 @@ class Generator(nn.Module):
 
     def forward(self, z: Tensor, c: Tensor | None = None, draws: object = None) -> Tensor:
         """z [N, style_dim] -> images [N, 3, R, R], nominally in [-1, 1]; c and draws are ignored."""
-        return from_official(self.render(self.mapping(z)))
+        return from_imagenet(self.render(self.mapping(z)))
 
 
 def _legacy_level(name: str) -> int:
@@ -634,4 +620,4 @@ class Discriminator(nn.Module):
 
     def forward(self, x: Tensor, c: Tensor | None = None) -> Tensor:
         """Images [N, 3, R, R] in [-1, 1] -> logits [N, 1]; c is ignored. Raises ConfigError as `score` does."""
-        return self.score(to_official(x))
+        return self.score(to_imagenet(x))
