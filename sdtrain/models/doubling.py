@@ -5,20 +5,14 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
-from sdtrain.constants import constant
-from sdtrain.precision import full_precision
-
-ALONG = ((0, 0, 1, 1), (0, 1, 1, 0), (1, 1, 0, 0))  # three weights -> sums of those that meet one pixel, back to front
-WINDOW_SUMS = tuple(float(a * b) for rows in ALONG for columns in ALONG for a in rows for b in columns)
+from sdtrain.models.stylegan2.fir import correlate
 
 
-def conv_of_doubled(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """conv2d(interpolate(x, 2, "nearest"), weight, bias, padding=1), for 4/9 of the products.
+def conv_of_doubled(x: Tensor, weight: Tensor) -> Tensor:
+    """conv2d(interpolate(x, 2, "nearest"), weight, padding=1), for a quarter of the products.
 
-    x [N, I, H, W], weight [O, I, 3, 3], bias [O] -> [N, O, 2H, 2W]. The nine pixels under a window are only four
-    different ones of x, so their weights are added up first; which four is different for even and odd places, as in a
-    transposed convolution of stride 2.
+    x [N, I, H, W], weight [O, I, 3, 3] -> [N, O, 2H, 2W]. Repeating pixels is to put zeros between them and to sum over
+    windows of 2x2. Sums and convolution may change places, and the convolution then has nothing to do at the zeros.
     """
-    with full_precision(x.device):
-        sums = weight.flatten(2) @ constant(WINDOW_SUMS, weight.device, weight.dtype).view(9, 16)
-    return F.conv_transpose2d(x, sums.unflatten(2, (4, 4)).transpose(0, 1), bias, stride=2, padding=1)
+    apart = F.conv_transpose2d(x, weight.flip(2, 3).transpose(0, 1), stride=2)
+    return correlate(apart, apart.new_ones(apart.shape[1], 1, 2, 2), (1, 1), (0, 0))

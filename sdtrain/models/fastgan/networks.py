@@ -34,7 +34,7 @@ SMALLEST_OFFICIAL = 128
 # channels at each resolution in multiples of ngf
 WIDTHS = {2: 16, 4: 16, 8: 8, 16: 4, 32: 2, 64: 2, 128: 1, 256: 0.5, 512: 0.25, 1024: 0.125}
 EXCITED_BY = {64: 4, 128: 8, 256: 16, 512: 32}
-ENOUGH_PLACES = 256  # of an image, for which it pays to add weights up before they are used
+ENOUGH_PLACES = 64  # of an image, for which it is faster to sum up after a convolution than to repeat pixels before it
 
 
 def channels(ngf: int) -> dict[int, int]:
