@@ -220,3 +220,20 @@ def test_adam_moves_an_element_by_the_same_bits_wherever_it_lies():
         slots = [optimizer.state[p] for p in params]
         moved.append([*params, *(slot["exp_avg_sq"] for slot in slots), *(slot["exp_avg"] for slot in slots)])
     assert torch.equal(*(torch.cat([t.detach() for t in tensors]) for tensors in moved))
+
+
+def test_adam_on_a_cpu_is_that_of_torch():
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(5, 7, 3, 3), (16,), (3,), ()]
+    ours, theirs = ([nn.Parameter(torch.ones(shape)) for shape in shapes] for _ in range(2))
+    optimizers = [make_optimizer(ours, 1e-3, (0.5, 0.99), Optimizer(eps=1e-6))]
+    optimizers += [torch.optim.Adam(theirs, 1e-3, (0.5, 0.99), 1e-6, foreach=False)]
+    for step in range(5):
+        for a, b in zip(ours, theirs, strict=True):
+            a.grad = b.grad = torch.randn(a.shape, generator=generator) if step != 2 or a.dim() else None
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = 1e-3 * (step + 1)
+            optimizer.step()
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(optimizers[0].state[a], optimizers[1].state[b], rtol=1e-6, atol=1e-8)

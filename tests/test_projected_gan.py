@@ -19,7 +19,8 @@ from sdtrain.augment import diffaug
 from sdtrain.constants import IMAGENET_MEAN, IMAGENET_STD
 from sdtrain.errors import ConfigError, WeightsError
 from sdtrain.losses.adversarial import ADVERSARIAL, gradient_penalty
-from sdtrain.models.fastgan.networks import Generator, GeneratorOptions
+from sdtrain.models.doubling import conv_of_doubled
+from sdtrain.models.fastgan.networks import Generator, GeneratorOptions, UpConv2d
 from sdtrain.models.ghost import close_phase, next_chunk, open_phase, set_ghost_batch
 from sdtrain.models.projected.features import STRIDES, resized
 from sdtrain.models.projected.networks import Discriminator, DiscriminatorOptions, projection_sizes
@@ -433,3 +434,14 @@ def test_r1_is_the_mean_squared_gradient_norm_and_can_be_differentiated() -> Non
     assert penalty.item() == pytest.approx(sum(norms) / 3, rel=1e-5)
     penalty.backward()
     assert scale.grad.item() == pytest.approx(penalty.item(), rel=1e-5)  # d/ds s^2 m = 2 s m = penalty at s = 2
+
+
+@pytest.mark.parametrize("side", [(4, 4), (16, 16), (5, 60)])
+def test_a_convolution_of_a_doubled_image_needs_no_doubled_image(side: tuple[int, int]):
+    layer = UpConv2d(3, 4).double().eval()
+    x = torch.randn(2, 3, *side).double().requires_grad_()
+    plain = F.conv2d(F.interpolate(x, scale_factor=2), layer.weight, padding=1)
+    for ours in (conv_of_doubled(x, layer.weight), layer(x)):
+        torch.testing.assert_close(ours, plain)
+        slopes = [torch.autograd.grad(y.sin().sum(), (x, layer.weight_orig), retain_graph=True) for y in (ours, plain)]
+        torch.testing.assert_close(*slopes)

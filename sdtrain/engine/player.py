@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sdtrain.config.options import Optimizer
 from sdtrain.config.schedule import value_at
 from sdtrain.contracts import Net, Phase, Tensors
+from sdtrain.engine.adam import CpuAdam
 from sdtrain.engine.nonfinite import clamp_nonfinite
 from sdtrain.losses.regularizers import lazy_adam
 
@@ -133,7 +134,8 @@ def make_optimizer(
     """`fused`: one kernel for many parameters, on a GPU; it can be told on the device to skip a step."""
     if options.kind == "sgd":
         return torch.optim.SGD(params, lr=lr, fused=fused)
-    # on a CPU it rounds the last few numbers of a tensor another way, so engines that share would differ
+    if params[0].is_cpu:
+        return CpuAdam(params, lr=lr, betas=betas, eps=options.eps)
     return torch.optim.Adam(params, lr=lr, betas=betas, eps=options.eps, fused=fused or None)
 
 

@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
+from torch.nn import functional as F  # noqa: E402
 
 from sdtrain.augment.diffaug import diff_augment  # noqa: E402
 from sdtrain.commands.variants import synthetic  # noqa: E402
@@ -37,6 +38,7 @@ from sdtrain.config.load import load_config  # noqa: E402
 from sdtrain.engine.heap import keep_freed_memory  # noqa: E402
 from sdtrain.engine.player import make_optimizer  # noqa: E402
 from sdtrain.engine.ranks import destroy, rank, start_ranks, world  # noqa: E402
+from sdtrain.models.fastgan.networks import UpConv2d  # noqa: E402
 from sdtrain.models.ghost import GhostBatchNorm2d, SpectralConv2d, SpectralConvTranspose2d  # noqa: E402
 from sdtrain.rng import Draws  # noqa: E402
 from sdtrain.trainer import Trainer  # noqa: E402
@@ -122,6 +124,8 @@ def plain(net: nn.Module) -> None:
             o, i, k, _ = child.weight_orig.shape
             sizes |= {"stride": child.stride, "padding": child.padding, "groups": child.groups}
             made: nn.Module = nn.utils.spectral_norm(nn.Conv2d(i * child.groups, o, k, **sizes))
+            if isinstance(child, UpConv2d):
+                made.register_forward_pre_hook(lambda conv, x: F.interpolate(x[0], scale_factor=2, mode="nearest"))
         elif isinstance(child, SpectralConvTranspose2d):
             i, o, k, _ = child.weight_orig.shape
             made = nn.utils.spectral_norm(nn.ConvTranspose2d(i, o, k, child.stride, child.padding, **sizes))

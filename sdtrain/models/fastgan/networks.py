@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sdtrain.errors import ConfigError
+from sdtrain.models.doubling import conv_of_doubled
 from sdtrain.models.fastgan.options import GeneratorOptions
 from sdtrain.models.ghost import (
     Advancing,
@@ -33,6 +34,7 @@ SMALLEST_OFFICIAL = 128
 # channels at each resolution in multiples of ngf
 WIDTHS = {2: 16, 4: 16, 8: 8, 16: 4, 32: 2, 64: 2, 128: 1, 256: 0.5, 512: 0.25, 1024: 0.125}
 EXCITED_BY = {64: 4, 128: 8, 256: 16, 512: 32}
+ENOUGH_PLACES = 64  # of an image, for which it is faster to sum up after a convolution than to repeat pixels before it
 
 
 def channels(ngf: int) -> dict[int, int]:
@@ -102,6 +104,19 @@ class ConditionalBatchNorm2d(Advancing):
         self.stored_var.lerp_((var / count).to(self.stored_var), self.momentum)
 
 
+class UpConv2d(SpectralConv2d):
+    """Nearest upsampling by two, then a 3x3 convolution without bias."""
+
+    def __init__(self, c_in: int, c_out: int) -> None:
+        super().__init__(c_in, c_out, 3, padding=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, c_in, H, W] -> [N, c_out, 2H, 2W]."""
+        if x[0, 0].numel() >= ENOUGH_PLACES:
+            return conv_of_doubled(x, self.weight)
+        return super().forward(F.interpolate(x, scale_factor=2, mode="nearest"))
+
+
 class InitLayer(nn.Module):
     """z [N, z_dim] -> [N, channels, 4, 4]."""
 
@@ -119,15 +134,16 @@ class UpBlock(nn.Sequential):
     """Twice as large: nearest upsampling, then convolution, [noise,] batch norm and GLU, once (lite) or twice.
 
     The indices of the sequence are the official parameter names: 1 conv, 2 noise, 3 norm, 5 conv, 6 noise, 7 norm, or
-    1 conv, 2 norm in the lite block.
+    1 conv, 2 norm in the lite block. 0 is the upsampling, which the first convolution does.
     """
 
     def __init__(self, c_in: int, c_out: int, lite: bool = False) -> None:
-        def stage(width: int) -> list[nn.Module]:
-            conv, norm = SpectralConv2d(width, 2 * c_out, 3, padding=1, bias=False), GhostBatchNorm2d(2 * c_out)
-            return [conv, norm, GLU()] if lite else [conv, NoiseInjection(), norm, GLU()]
+        def stage(conv: nn.Module) -> list[nn.Module]:
+            noise = [] if lite else [NoiseInjection()]
+            return [conv, *noise, GhostBatchNorm2d(2 * c_out), GLU()]
 
-        super().__init__(nn.Upsample(scale_factor=2, mode="nearest"), *stage(c_in), *([] if lite else stage(c_out)))
+        again = [] if lite else stage(SpectralConv2d(c_out, 2 * c_out, 3, padding=1, bias=False))
+        super().__init__(nn.Identity(), *stage(UpConv2d(c_in, 2 * c_out)), *again)
         self.num_noises = 0 if lite else 2
 
     def forward(self, x: Tensor, e: Tensor | None = None, noises: Sequence[Tensor | None] = (None, None)) -> Tensor:
@@ -145,7 +161,7 @@ class ConditionalUpBlock(nn.Module):
 
     def __init__(self, c_in: int, c_out: int, embedding_dim: int) -> None:
         super().__init__()
-        self.conv1 = SpectralConv2d(c_in, 2 * c_out, 3, padding=1, bias=False)
+        self.conv1 = UpConv2d(c_in, 2 * c_out)
         self.conv2 = SpectralConv2d(c_out, 2 * c_out, 3, padding=1, bias=False)
         self.bn1 = ConditionalBatchNorm2d(2 * c_out, embedding_dim)
         self.bn2 = ConditionalBatchNorm2d(2 * c_out, embedding_dim)
@@ -153,7 +169,6 @@ class ConditionalUpBlock(nn.Module):
 
     def forward(self, x: Tensor, e: Tensor, noises: Sequence[Tensor | None] = (None, None)) -> Tensor:
         """x [N, c_in, H, W], e [N, embedding_dim] -> [N, c_out, 2H, 2W]; noises [N, 1, 2H, 2W] or None each."""
-        x = F.interpolate(x, scale_factor=2, mode="nearest")
         x = F.glu(self.bn1(self.noise(self.conv1(x), noises[0]), e), dim=1)
         return F.glu(self.bn2(self.noise(self.conv2(x), noises[1]), e), dim=1)
 
@@ -165,12 +180,11 @@ class ConditionalUpBlockLite(nn.Module):
 
     def __init__(self, c_in: int, c_out: int, embedding_dim: int) -> None:
         super().__init__()
-        self.conv = SpectralConv2d(c_in, 2 * c_out, 3, padding=1, bias=False)
+        self.conv = UpConv2d(c_in, 2 * c_out)
         self.bn = ConditionalBatchNorm2d(2 * c_out, embedding_dim)
 
     def forward(self, x: Tensor, e: Tensor, noises: Sequence[Tensor | None] = ()) -> Tensor:
         """x [N, c_in, H, W], e [N, embedding_dim] -> [N, c_out, 2H, 2W]; noises are ignored."""
-        x = F.interpolate(x, scale_factor=2, mode="nearest")
         return F.glu(self.bn(self.conv(x), e), dim=1)
 
 
