@@ -57,9 +57,11 @@ def costs(trainer: Trainer) -> dict[str, dict[str, Cost]]:
     Raises one of `DependsOnValues` when a shape or a branch depends on the numbers in a tensor.
     """
     try:
-        with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True):
+        # what would be compiled keeps what its plain form keeps, or less
+        plain = torch.compiler.set_stance("force_eager")
+        with warnings.catch_warnings(), plain, FakeTensorMode(allow_non_fake_inputs=True):
             warnings.simplefilter("ignore")
-            return _counted(trainer, _blank_chunk(trainer))
+            return _counted(trainer, blank_chunk(trainer))
     finally:
         _forget_cached()
 
@@ -156,11 +158,12 @@ class Inside(AbstractContextManager):
             self.flops += self.seen.flops - self.start[1]
 
 
-def _blank_chunk(trainer: Trainer) -> Chunk:
+def blank_chunk(trainer: Trainer) -> Chunk:
+    """A chunk of the shapes that a step of this rank sees, without images."""
     builder, draws = trainer.builder, trainer.draws(tuple(range(trainer.ghosts_at_once)))
     side, classes = builder.resolution, len(builder.class_counts)
-    real = torch.zeros(draws.num_samples, 3, side, side)
-    labels = torch.zeros(draws.num_samples, classes) if classes else None
+    real = torch.zeros(draws.num_samples, 3, side, side, device=trainer.device)
+    labels = torch.zeros(draws.num_samples, classes, device=trainer.device) if classes else None
     return trainer.method.blank(Chunk(step=0, seen_img=0, real=real, labels=labels, draws=draws))
 
 

@@ -45,6 +45,8 @@ class Builder:
     """A plan builds networks without reading weights files."""
     teachers: dict[str, dict[str, str]] = field(default_factory=dict)
     """Key of the configuration -> place and sha256 of the file that it has led to."""
+    watchers: list[nn.Module] = field(default_factory=list)
+    """What `frozen` has been given."""
 
     @property
     def device(self) -> torch.device:
@@ -88,7 +90,8 @@ class Builder:
 
     def frozen(self, module: nn.Module) -> nn.Module:
         """A network that only looks on, whole on every rank."""
-        return freeze(module.to(self.device))
+        self.watchers.append(freeze(module.to(self.device)))
+        return self.watchers[-1]
 
     def weights(self, name: str, source: str | None) -> dict[str, Tensor] | None:
         """Tensors of a frozen network; None = a seeded random stand-in. Raises WeightsError."""

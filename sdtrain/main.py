@@ -290,6 +290,7 @@ def write_down(run: Run, plan: dict[str, Any] | None, used: dict[str, Any]) -> N
 
 def announce(run: Run, refused: list[str]) -> None:
     """Say where the run starts, with what, and why newer checkpoints were not used."""
+    from sdtrain.engine.compiled import described
     from sdtrain.engine.launcher import not_followed
     from sdtrain.engine.ranks import is_main, world
     from sdtrain.engine.threads import warning
@@ -303,6 +304,8 @@ def announce(run: Run, refused: list[str]) -> None:
     ghosts = (run.config.num_ghosts, run.config.ghost_batch, run.ghosts_at_once)
     log.info("%d ghosts of %d images a step, %d here at once", *ghosts)
     log.info("engine %s", run.engine.described()["name"])
+    if run.parts:
+        log.info("compiled before the first step: %s", described(run.parts))
     for sentence in not_followed():
         log.warning("%s", sentence)
     if run.checkpoint is None:

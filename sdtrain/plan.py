@@ -122,6 +122,7 @@ def make_plan(
     `asked`: ranks to plan for that are not there, and what they may send and write.
     """
     from sdtrain.activations import recomputing_of
+    from sdtrain.engine.compiled import described
     from sdtrain.engine.cost import compared
     from sdtrain.engine.ranks import has_gpu
     from sdtrain.engine.scale import Asked, scaled
@@ -169,6 +170,7 @@ def make_plan(
         "memory_gb_per_rank": memory,
         "activations_gb": kept,
         "checkpointing": recomputing,
+        "compiled": described(trainer.parts),
         "engine": engines,
         "scale": scaled(asked, config, networks, _stages(method), phases, most, out, exact) if asked else {},
         "ghosts_at_once": trainer.ghosts_at_once,
@@ -320,6 +322,7 @@ def render(plan: dict[str, Any]) -> str:
         f"  memory      {size(memory['weights'])} weights + {size(memory['gradients'])} gradients "
         f"+ {size(memory['optimizer'])} optimizer{_activations(plan)} a rank",
         *_checkpointing(plan["checkpointing"]),
+        *([f"  compiled    {plan['compiled']}"] if plan["compiled"] else []),
         f"  engine      {advice(plan['engine'], max(plan['activations_gb'].values(), default=0.0))}",
         f"  disk        {size(plan['checkpoint_gb'])} a checkpoint, {size(plan['disk_gb'])} at most; "
         f"written from a copy in host memory, dealt over ranks",

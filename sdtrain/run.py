@@ -21,6 +21,7 @@ from sdtrain.data.read.remote import is_remote
 from sdtrain.data.read.stream import Batch, Stream
 from sdtrain.engine.agree import failure_of, raise_together
 from sdtrain.engine.checkpoint import STATE, Checkpoint, newest, recover
+from sdtrain.engine.compiled import warm_up
 from sdtrain.engine.fitting import wrong_slots, wrong_state
 from sdtrain.engine.meter import Meter
 from sdtrain.engine.origin import compare_origin, origin_of
@@ -88,6 +89,7 @@ class Run(Trainer):
                 player.load_state(inside.tensors(f"{name}.optim"))
             with state_of(inside) as state:
                 self.engine.meter.load_state(Meter.shared_out(state["meters"], world()), self.device)
+        warm_up(self)
         self.timer.restart()
 
     def batches(self) -> Iterator[Batch]:

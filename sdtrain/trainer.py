@@ -14,6 +14,7 @@ from sdtrain.builder import Builder
 from sdtrain.config.keys import Config
 from sdtrain.contracts import Chunk, Method, Net, Stage, Tensors, Terms, spans
 from sdtrain.data.read.stream import Batch
+from sdtrain.engine.compiled import compile_parts, frozen_parts
 from sdtrain.engine.ema import beta_of
 from sdtrain.engine.make import make_engine
 from sdtrain.engine.meter import Meter
@@ -49,6 +50,8 @@ class Trainer:
         self.builder = Builder(config, self.engine, resolution, class_counts, epoch, random_weights)
         self.method = built(self.builder)
         self.nets: Mapping[str, Net] = self.method.nets
+        self.parts = frozen_parts(self) if config.compile == "frozen" else {}
+        compile_parts(self.parts)
         self.stage = self.method.stages[-1]  # until one is entered: a finished run has none left
         self.starts = {stage.name: start for stage, start in spans(self.method.stages)}
         share = config.num_ghosts // world()

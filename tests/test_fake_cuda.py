@@ -18,21 +18,21 @@ import table  # noqa: E402
 
 # of one step with every lazy phase due, in the small networks of fakecuda/cases.py; none above what was counted
 LAUNCHES = {
-    "projected baseline": 1900,
-    "projected SD, LPIPS, T": 2200,
-    "stylegan2 SD": 1700,
-    "stylegan2 R1, path length": 3900,
-    "stylegan2 ADA, T": 1850,
-    "r3gan": 1400,
-    "stylenat bCR, R1": 7650,
-    "Real-ESRGAN / teacher_pixel": 700,
-    "Real-ESRGAN / teacher": 1600,
-    "Real-ESRGAN / supervised": 1300,
-    "Real-ESRGAN / adversarial": 1650,
-    "GCFSR / teacher_pixel": 500,
-    "GCFSR / teacher": 1800,
-    "GCFSR / supervised": 1050,
-    "GCFSR / adversarial": 1900,
+    "projected baseline": 1750,
+    "projected SD, LPIPS, T": 2100,
+    "stylegan2 SD": 1300,
+    "stylegan2 R1, path length": 2900,
+    "stylegan2 ADA, T": 1450,
+    "r3gan": 1100,
+    "stylenat bCR, R1": 4300,
+    "Real-ESRGAN / teacher_pixel": 670,
+    "Real-ESRGAN / teacher": 1470,
+    "Real-ESRGAN / supervised": 1230,
+    "Real-ESRGAN / adversarial": 1550,
+    "GCFSR / teacher_pixel": 480,
+    "GCFSR / teacher": 1520,
+    "GCFSR / supervised": 1000,
+    "GCFSR / adversarial": 1690,
 }
 MOST_WAITS = 2  # the flags of the step before, and the numbers that steer the next one
 MOST_COPIES = 60

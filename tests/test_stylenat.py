@@ -80,7 +80,7 @@ def test_every_query_sees_exactly_kernel_keys_and_is_placed_once():
     patterns = [plan.patterns[p] for p, (a, b) in enumerate(plan.spans) for _ in range(a, b)]
     for row, place in enumerate(plan.place.tolist()):
         tile, slot = divmod(place, plan.queries.shape[1])
-        seen = plan.keys[tile][patterns[tile][slot] >= 0].tolist()
+        seen = plan.keys[tile][~patterns[tile].outside[slot]].tolist()
         assert plan.queries[tile, slot] == row
         assert len(set(seen)) == 5 and all((key - row) % 3 == 0 for key in seen)
 

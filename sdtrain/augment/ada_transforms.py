@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from sdtrain.errors import DataError
+from sdtrain.models.stylegan2.fir import correlate
 from sdtrain.models.stylegan2.ops import upfirdn2d
 
 
@@ -167,5 +168,5 @@ def apply_filter(images: Tensor, kernels: Tensor) -> Tensor:
         raise DataError(f"the image filter of ADA needs sides above {reach} pixels, got {width}x{height}; leave it out")
     kernels = kernels.repeat_interleave(channels, 0)[:, None, None]
     x = F.pad(images.reshape(1, n * channels, height, width), (reach,) * 4, mode="reflect")
-    x = F.conv2d(x, kernels, groups=n * channels)
-    return F.conv2d(x, kernels.transpose(2, 3), groups=n * channels).reshape(images.shape)
+    x = correlate(x, kernels, (1, 1), (0, 0))
+    return correlate(x, kernels.transpose(2, 3), (1, 1), (0, 0)).reshape(images.shape)

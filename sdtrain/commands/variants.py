@@ -16,6 +16,7 @@ from sdtrain.activations import Watch, saved_storages, total_bytes
 from sdtrain.config.keys import Config
 from sdtrain.contracts import Chunk, Feed, Method, Phase
 from sdtrain.data.read.stream import Batch
+from sdtrain.engine.compiled import warm_up
 from sdtrain.methods.sdgan.method import SDGAN
 from sdtrain.rng import generator
 from sdtrain.trainer import Trainer
@@ -60,6 +61,7 @@ class Variant:
         self.method = self.trainer.method
         self.stage = self.method.stages[-1]
         self.trainer.enter(self.stage)
+        warm_up(self.trainer)
         self.built = self._allocated() - before
 
     def _allocated(self) -> int:

@@ -24,6 +24,7 @@ HARMLESS = (
     *("data.allow_pipe", "sd.log", "snapshots", *(f"weights.{name}" for name in ("alex", *FILES))),
     *("timeout", "max_time", "tensorboard", "metrics"),
     *("summation", "deterministic"),  # they change how sums round, of which a resumed run is told
+    "compile",  # the same
     *("engine", "shard_teacher", "shard_ranks", "offload_optimizer", "checkpoint_activations"),
 )
 
@@ -101,6 +102,10 @@ class Config:
     checkpoint_activations: bool = False
     """Blocks of the networks keep their inputs alone and compute the rest again in backward: the same numbers, bit for
     bit, in less memory and more time. For high resolutions; --plan says how much of both."""
+    compile: Literal["none", "frozen"] = "none"
+    """frozen: torch.compile for what nobody trains and nothing differentiates twice: the average that teaches and is
+    validated, LPIPS and VGG, the feature network of D (unless R1 is on). Equal up to rounding, and minutes of compiling
+    before the first step; --plan says what is compiled. Weights, checkpoints and their names are the same."""
     on_nonfinite: Literal["stop", "skip", "clamp"] = "stop"
     """What all ranks do when a loss or gradient is not finite: stop, undo the step, or replace gradients (nan by 0, inf
     by 1e5, as StyleGAN2-ADA does for its float16 layers) and count them."""
@@ -161,6 +166,11 @@ def _engine_problems(config: Config, world: int | None) -> Iterator[tuple[str, s
     for key, wanted in owners.items():
         if getattr(config, key) and config.engine and engine not in wanted:
             yield f"{key}, engine", f"{key} means nothing to engine {engine}: it belongs to {wanted}"
+    if config.shard_teacher and config.compile != "none":
+        yield (
+            "compile, shard_teacher",
+            f"compile: {config.compile} needs averages and teachers whole: set compile: none, or shard_teacher: false",
+        )
     if world and config.shard_ranks and world % config.shard_ranks:
         yield "shard_ranks", f"shard_ranks {config.shard_ranks} does not divide {world} ranks"
 

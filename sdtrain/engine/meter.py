@@ -21,9 +21,14 @@ class Meter:
         self.counts: dict[str, int] = {}
 
     def add(self, terms: Terms, weight: float = 1.0) -> None:
-        for name, value in terms.items():
-            value = value.detach().double() * weight
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
+        if not terms:
+            return
+        shares = torch._foreach_mul([value.detach().double() for value in terms.values()], weight)
+        new = dict(zip(terms, shares, strict=True))
+        if known := [name for name in terms if name in self.sums]:
+            totals = torch._foreach_add([self.sums[name] for name in known], [new[name] for name in known])
+            new |= dict(zip(known, totals, strict=True))
+        self.sums |= new
 
     def count(self, names: Sequence[str]) -> None:
         for name in names:

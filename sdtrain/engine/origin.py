@@ -41,6 +41,7 @@ def origin_of(config: Config, dataset: Dataset, device: torch.device) -> dict[st
         "threads": sorted({rank["threads"] for rank in found}) if device.type == "cpu" else [],
         "world": [] if exact_sums(config, device) else [world()],
         "summation": ["exact" if exact_sums(config, device) else "fast"],
+        "compile": [config.compile],
     }
 
 
@@ -74,6 +75,7 @@ def warnings(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
         "threads": lambda value: f"{' or '.join(map(str, value))} threads a rank (OMP_NUM_THREADS)",
         "world": lambda value: f"{value[0]} ranks with summation: fast",
         "summation": lambda value: f"summation: {value[0]}",
+        "compile": lambda value: f"compile: {value[0]}",
     }
     there = [what for what in words if old.get(what) and new.get(what)]  # earlier versions have written less
     pairs = [(words[what], old[what], new[what]) for what in there]

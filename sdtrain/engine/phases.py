@@ -221,7 +221,6 @@ class PhaseEngine(ABC):
 
 def _not_finite(player: BasePlayer, terms: Terms) -> Tensor:
     """bool []: whether a term or a gradient of this rank is not finite."""
-    numbers = [t.reshape(()).float() for t in terms.values()]
     # a norm is not finite when one element is not; one answer for all spares a wait for each
-    numbers += [n.float() for n in torch._foreach_norm(player.gradients())]
-    return torch.stack(numbers).isfinite().all().logical_not()
+    numbers = [t.reshape(()) for t in terms.values()], torch._foreach_norm(player.gradients())
+    return torch.cat([torch.stack(list(some)).float() for some in numbers]).isfinite().all().logical_not()

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ class VGGFeatures(Frozen):
     whose distances still order distortions. Raises WeightsError for a file of another network.
     """
 
+    compiles: ClassVar[tuple[str, ...]] = ("",)
     mean: Tensor
     std: Tensor
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +75,7 @@ class LPIPS(Frozen):
     `trunk_dtype=torch.bfloat16` runs the convolutions in bf16; normalisation and sums stay fp32.
     """
 
+    compiles: ClassVar[tuple[str, ...]] = ("net.*",)
     shift: Tensor
     scale: Tensor
 

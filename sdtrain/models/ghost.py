@@ -14,7 +14,8 @@ Outside a phase (`open_phase` not called) a train-mode forward advances at once,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -24,10 +25,11 @@ from torch.nn import functional as F
 from sdtrain.precision import full_precision
 
 SumOverRanks = Callable[[list[Tensor]], None]
+Move = tuple[Tensor, Tensor | None, float]  # a buffer, what it goes to (None: one more than it is), and how far
 
 
 class Advancing(nn.Module):
-    """A layer with pass state. Subclasses call `_enter` for the entry of the current pass and implement `_advance`."""
+    """A layer with pass state. Subclasses call `_enter` for the entry of the current pass and implement `_moves`."""
 
     _ledger: list[list[Tensor]] | None = None
     _pass: int = 0
@@ -61,7 +63,31 @@ class Advancing(nn.Module):
         return [tensor for entry in self._ledger or [] for tensor in entry]
 
     def _advance(self, entry: list[Tensor]) -> None:
+        move(self._moves(entry))
+
+    def _moves(self, entry: list[Tensor]) -> list[Move]:
+        """What becomes of the buffers after a pass that has left `entry`, [...] each."""
         raise NotImplementedError  # abstract
+
+
+@torch.no_grad()
+def move(moves: Iterable[Move]) -> None:
+    """Buffers [...] towards what they go to, with one call for all that go as far."""
+    by_weight: dict[float, list[tuple[Tensor, Tensor]]] = {}
+    counts = []
+    for buffer, aim, weight in moves:
+        if aim is None:
+            counts.append(buffer)
+        else:
+            by_weight.setdefault(weight, []).append((buffer, aim))
+    for weight, pairs in by_weight.items():
+        buffers, aims = map(list, zip(*pairs))
+        if weight == 1:
+            torch._foreach_copy_(buffers, aims)
+        else:
+            torch._foreach_lerp_(buffers, aims, weight)
+    if counts:
+        torch._foreach_add_(counts, 1)
 
 
 Nets = nn.Module | Sequence[Advancing]
@@ -89,10 +115,12 @@ def close_phase(*nets: Nets, sum_over_ranks: SumOverRanks | None = None, apply: 
     layers = list(advancing_layers(*nets))
     if apply and sum_over_ranks is not None:
         sum_over_ranks([tensor for layer in layers for tensor in layer._sums()])
+    ledgers = [layer._ledger or [] for layer in layers]
     for layer in layers:
-        entries, layer._ledger, layer._pass, layer._settled = layer._ledger or [], None, 0, None
-        for entry in entries if apply else []:
-            layer._advance(entry)
+        layer._ledger, layer._pass, layer._settled = None, 0, None
+    for entries in zip_longest(*ledgers) if apply else []:
+        pairs = zip(layers, entries, strict=True)
+        move(step for layer, entry in pairs if entry is not None for step in layer._moves(entry))
 
 
 def normalise_ghosts(
@@ -111,6 +139,12 @@ def normalise_ghosts(
     out = [F.batch_norm(g, s[0], s[1], weight, bias, True, 1.0, eps) for g, s in zip(ghosts, stats, strict=True)]
     mean, var = stats.sum(0)
     return out[0] if len(out) == 1 else torch.cat(out), [mean, var, stats.new_full((1,), float(len(ghosts)))]
+
+
+def towards_means(entry: list[Tensor], mean: Tensor, var: Tensor, momentum: float) -> list[Move]:
+    """Running statistics [C] towards those of a pass, an `entry` of what `normalise_ghosts` has seen."""
+    *totals, count = entry
+    return [(own, (total / count).to(own), momentum) for own, total in zip((mean, var), totals, strict=True)]
 
 
 class GhostBatchNorm2d(Advancing, nn.BatchNorm2d):
@@ -135,11 +169,11 @@ class GhostBatchNorm2d(Advancing, nn.BatchNorm2d):
         self._record(seen)
         return out
 
-    def _advance(self, entry: list[Tensor]) -> None:
-        mean, var, count = entry
-        self.running_mean.lerp_((mean / count).to(self.running_mean), self.momentum)
-        self.running_var.lerp_((var / count).to(self.running_var), self.momentum)
-        self.num_batches_tracked.add_(1)
+    def _moves(self, entry: list[Tensor]) -> list[Move]:
+        return [
+            *towards_means(entry, self.running_mean, self.running_var, self.momentum),
+            (self.num_batches_tracked, None, 1),
+        ]
 
 
 def set_ghost_batch(net: nn.Module, ghost_batch: int) -> None:
@@ -230,10 +264,8 @@ class SpectralNorm(Advancing):
     def _sums(self) -> list[Tensor]:
         return []
 
-    @torch.no_grad()
-    def _advance(self, entry: list[Tensor]) -> None:
-        self.weight_u.copy_(entry[0])
-        self.weight_v.copy_(entry[1])
+    def _moves(self, entry: list[Tensor]) -> list[Move]:
+        return [(self.weight_u, entry[0], 1), (self.weight_v, entry[1], 1)]
 
     def scale(self) -> Tensor:
         """1 / (u^T W v), a scalar; asking in train mode is one pass. Float32 under autocast: sigma is a long sum."""

@@ -89,12 +89,12 @@ def configurations(folder: Path) -> dict[str, dict[str, Any]]:
     return found | PAIRS
 
 
-def trainer_of(folder: Path, keys: dict[str, Any], *sets: str) -> Trainer:
-    """The trainer of a configuration on the GPU."""
+def trainer_of(folder: Path, keys: dict[str, Any], *sets: str, device: str = "cuda") -> Trainer:
+    """The trainer of a configuration."""
     file = folder / "case.yaml"
     file.write_text(json.dumps(keys))
     config = load_config(file, list(sets))
-    return Trainer(config, torch.device("cuda"), side_of(config), num_samples=100)
+    return Trainer(config, torch.device(device), side_of(config), num_samples=100)
 
 
 def side_of(config: Any) -> int:
@@ -121,58 +121,58 @@ def pictures(number: int, side: int) -> torch.Tensor:
     return torch.zeros(number, 3, side, side, dtype=torch.uint8)
 
 
-def sampling() -> None:
+def sampling(device: str = "cuda") -> None:
     from sdtrain.models.fastgan.networks import Generator, GeneratorOptions
     from sdtrain.sampling import sampler
 
-    G = Generator(GeneratorOptions(z_dim=16, ngf=2, num_embeddings=2), resolution=32, num_classes=2).to("cuda")
-    images = sampler(G, seed=0, class_counts=(3, 5), device="cuda", batch_size=2)(range(3))
+    G = Generator(GeneratorOptions(z_dim=16, ngf=2, num_embeddings=2), resolution=32, num_classes=2).to(device)
+    images = sampler(G, seed=0, class_counts=(3, 5), device=device, batch_size=2)(range(3))
     assert images.shape == (3, 3, 32, 32) and images.device.type == "cpu"
 
 
-def features() -> None:
+def features(device: str = "cuda") -> None:
     from sdtrain.metrics.features import random_inception
     from sdtrain.metrics.sums import FeatureSums
 
-    net = random_inception(0, 64, lambda: [pictures(2, 32)], "cuda")
-    with torch.autocast("cuda", torch.bfloat16):
-        found = net(pictures(2, 32).to("cuda"))
+    net = random_inception(0, 64, lambda: [pictures(2, 32)], device)
+    with torch.autocast(device, torch.bfloat16):
+        found = net(pictures(2, 32).to(device))
     assert found.dtype == torch.float32 and found.shape == (2, 64)
-    sums = FeatureSums(64, "cuda").add(found).merge(FeatureSums(64, "cuda").add(found))
-    assert {t.device.type for t in sums.moments(ddof=1)} == {"cuda"} and sums.count == 4
+    sums = FeatureSums(64, device).add(found).merge(FeatureSums(64, device).add(found))
+    assert {t.device.type for t in sums.moments(ddof=1)} == {device} and sums.count == 4
 
 
-def restoration_metrics() -> None:
+def restoration_metrics(device: str = "cuda") -> None:
     from sdtrain.metrics.sr_metrics import psnr_y, ssim_y
 
-    x, y = (torch.zeros(2, 3, 32, 32, device="cuda") for _ in range(2))
+    x, y = (torch.zeros(2, 3, 32, 32, device=device) for _ in range(2))
     assert len(psnr_y(x, y)) == len(ssim_y(x, y)) == 2
 
 
-def precision_and_recall() -> None:
+def precision_and_recall(device: str = "cuda") -> None:
     from sdtrain.metrics.prc import distances
 
-    x, y = (torch.zeros(8, 16, device="cuda") for _ in range(2))
+    x, y = (torch.zeros(8, 16, device=device) for _ in range(2))
     assert distances(x, y, half=False).shape == (8, 8)
 
 
-def perceptual_distance() -> None:
+def perceptual_distance(device: str = "cuda") -> None:
     from sdtrain.losses.perceptual import LPIPS
 
-    x, y = (torch.zeros(2, 3, 32, 32, device="cuda") for _ in range(2))
+    x, y = (torch.zeros(2, 3, 32, 32, device=device) for _ in range(2))
     for dtype in (torch.float32, torch.bfloat16):
-        assert LPIPS(None, trunk_dtype=dtype).to("cuda")(x, y).dtype == torch.float32
+        assert LPIPS(None, trunk_dtype=dtype).to(device)(x, y).dtype == torch.float32
 
 
-def upscale() -> None:
+def upscale(device: str = "cuda") -> None:
     from sdtrain.interop.tiled import enlarge
     from sdtrain.models.srvgg.networks import Generator, GeneratorOptions
 
-    net = Generator(GeneratorOptions(num_feat=4, num_conv=1), resolution=0, num_classes=0).to("cuda").eval()
-    assert enlarge(net, torch.zeros(3, 24, 20), scale=4, tile=16, overlap=4, device="cuda").shape == (3, 96, 80)
+    net = Generator(GeneratorOptions(num_feat=4, num_conv=1), resolution=0, num_classes=0).to(device).eval()
+    assert enlarge(net, torch.zeros(3, 24, 20), scale=4, tile=16, overlap=4, device=device).shape == (3, 96, 80)
 
 
-USES: dict[str, Callable[[], None]] = {
+USES: dict[str, Callable[..., None]] = {
     use.__name__: use
     for use in (sampling, features, restoration_metrics, precision_and_recall, perceptual_distance, upscale)
 }

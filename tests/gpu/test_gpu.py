@@ -1,29 +1,28 @@
-"""What only a GPU can show. Without these the first sign of a wrong kernel, cast or copy would be a wrong picture.
+"""Whole runs on a GPU. Without these the first sign of a wrong kernel, cast or copy would be a wrong picture.
 
-Everything here skips, with the reason, where CUDA is absent. The run is the tiny one of the tests on the CPU.
+Everything here skips, with the reason, where CUDA is absent; SDTRAIN_TEST_DEVICE=cpu tries the tests themselves. The
+run is the tiny one of the tests on the CPU.
 """
 
 from __future__ import annotations
 
+import json
 import math
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPO
+from conftest import REPO, run_python, run_ranks
 
-sys.path.insert(0, str(REPO / "tests"))
-from tiny import make_shards, rows, tiny_config, write_config  # noqa: E402
+sys.path[:0] = [str(REPO / "tests"), str(REPO / "tests" / "gpu")]
+from tiny import make_shards, rows, tensors, tiny_config, write_config  # noqa: E402
+from where import DEVICE, MARKS, only_gpu  # noqa: E402
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and torch sees none"),
-]
+pytestmark = MARKS
 BATCH = 16
+TERMS = ("G/adv", "G/sd", "D/real", "D/fake")
 # Convolutions of a GPU may run in TF32 (10 bits of mantissa): the first step agrees to about 2**-10 of each term.
 FIRST_STEP_TOLERANCE = 5e-3
 
@@ -36,12 +35,15 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def train(place: Path, out: str, *settings: str, cpu: bool = False) -> Path:
-    """Train in a process of its own, on the GPU unless `cpu`, and return the run folder."""
+def train(place: Path, out: str, *settings: str, device: str = DEVICE, ranks: int = 1) -> Path:
+    """Train in processes of their own, all on one GPU unless `device` is cpu, and return the run folder."""
     sets = [part for setting in settings for part in ("--set", setting)]
-    command = [sys.executable, "sdtrain/main.py", "--cfg", str(place / "tiny.yaml"), "--out", str(place / out), *sets]
-    env = {**os.environ, **({"SDTRAIN_CPU": "1"} if cpu else {})}
-    done = subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True, timeout=600)
+    args = ["--cfg", str(place / "tiny.yaml"), "--out", str(place / out), *sets]
+    env = {"PYTHONPATH": str(REPO), **({"SDTRAIN_CPU": "1"} if device == "cpu" else {})}
+    if ranks == 1:
+        done = run_python("sdtrain/main.py", *args, env=env, timeout=600)
+    else:
+        done = run_ranks(ranks, "tests/gpu/ranks.py", *args, env=env, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     return place / out
 
@@ -51,15 +53,16 @@ def whole(place: Path) -> Path:
     return train(place, "whole")
 
 
+@only_gpu
 def test_training_runs_on_the_gpu_and_says_how_much_memory_it_took(whole: Path):
     perf = rows(whole, "perf")
     assert len(rows(whole, "train")) == 4 and all(row["peak_mem_gb"] > 0 for row in perf)
 
 
 def test_the_losses_of_the_first_step_are_those_of_the_cpu(place: Path, whole: Path):
-    on_gpu, on_cpu = rows(whole, "train")[0], rows(train(place, "cpu", f"total_img={BATCH}", cpu=True), "train")[0]
+    on_gpu, on_cpu = rows(whole, "train")[0], rows(train(place, "cpu", f"total_img={BATCH}", device="cpu"), "train")[0]
     assert on_gpu.keys() == on_cpu.keys()
-    for name in ("G/adv", "G/sd", "D/real", "D/fake"):
+    for name in TERMS:
         assert on_gpu[name] == pytest.approx(on_cpu[name], rel=FIRST_STEP_TOLERANCE, abs=FIRST_STEP_TOLERANCE), name
 
 
@@ -75,10 +78,43 @@ def test_a_run_goes_on_from_a_checkpoint_of_the_gpu_as_if_never_stopped(place: P
     shutil.rmtree(half / "checkpoints" / f"img_{4 * BATCH:09d}")  # as if it had been killed after the first save
     resumed, uninterrupted = rows(train(place, "half"), "train"), rows(whole, "train")
     assert [row["seen_img"] for row in resumed] == [row["seen_img"] for row in uninterrupted]
-    for name in ("G/adv", "G/sd", "D/real", "D/fake"):  # kernels that search for the fastest need not repeat their bits
+    for name in TERMS:  # kernels that search for the fastest need not repeat their bits
         assert resumed[-1][name] == pytest.approx(uninterrupted[-1][name], rel=0.05, abs=0.05), name
 
 
+def test_two_ranks_that_share_the_device_train_as_one_and_hold_equal_weights(place: Path, whole: Path):
+    two, one = train(place, "two", "summation=exact", ranks=2), train(place, "one", "summation=exact")
+    for found, wanted in zip(rows(two, "train"), rows(one, "train"), strict=True):
+        for name in TERMS:
+            assert found[name] == pytest.approx(wanted[name], rel=0.02, abs=0.02), name
+    assert tensors(two, 4 * BATCH).keys() == tensors(one, 4 * BATCH).keys()  # a save compares the ranks' copies
+
+
+@pytest.mark.slow
+def test_a_run_with_compiled_parts_has_the_first_losses_of_a_plain_one_and_its_names(place: Path, whole: Path):
+    out = train(place, "compiled", "compile=frozen")
+    found, wanted = rows(out, "train")[0], rows(whole, "train")[0]
+    assert all(found[name] == pytest.approx(wanted[name], rel=0.01, abs=0.01) for name in TERMS)
+    assert tensors(out, 4 * BATCH).keys() == tensors(whole, 4 * BATCH).keys()
+
+
+def test_bench_measures_every_variant_on_the_device(place: Path):
+    options = [
+        "--cfg",
+        str(place / "tiny.yaml"),
+        "--steps",
+        "1",
+        "--device",
+        DEVICE,
+        "--json",
+        str(place / "bench.json"),
+    ]
+    done = run_python("-m", "sdtrain.cli", "bench", *options, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "sd-l1" in done.stdout and json.loads((place / "bench.json").read_text().splitlines()[-1])
+
+
+@only_gpu
 def test_a_save_is_a_copy_in_pinned_memory_that_later_steps_leave_alone():
     from sdtrain.engine.staging import Staging
 
@@ -89,6 +125,7 @@ def test_a_save_is_a_copy_in_pinned_memory_that_later_steps_leave_alone():
     assert staged.data.is_pinned() and torch.equal(staged.data[4:].view(torch.float32), before.view(-1))
 
 
+@only_gpu
 def test_batches_lie_in_pinned_memory(place: Path):
     from sdtrain.data.read.dataset import open_dataset
     from sdtrain.data.read.stream import Stream
@@ -105,6 +142,6 @@ def test_features_of_the_gpu_are_those_of_the_cpu():
 
     images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     on_cpu, on_gpu = (
-        random_inception(0, 64, lambda: [images], device)(images.to(device)).cpu() for device in ("cpu", "cuda")
+        random_inception(0, 64, lambda: [images], device)(images.to(device)).cpu() for device in ("cpu", DEVICE)
     )
     torch.testing.assert_close(on_gpu, on_cpu, rtol=1e-4, atol=1e-4)  # fp32 without TF32

@@ -22,10 +22,12 @@ from sdtrain.models.fastgan.options import GeneratorOptions
 from sdtrain.models.ghost import (
     Advancing,
     GhostBatchNorm2d,
+    Move,
     SpectralConv2d,
     SpectralConvTranspose2d,
     SpectralLinear,
     normalise_ghosts,
+    towards_means,
 )
 from sdtrain.rng import Draws
 
@@ -98,10 +100,8 @@ class ConditionalBatchNorm2d(Advancing):
         self._record(seen)
         return out
 
-    def _advance(self, entry: list[Tensor]) -> None:
-        mean, var, count = entry
-        self.stored_mean.lerp_((mean / count).to(self.stored_mean), self.momentum)
-        self.stored_var.lerp_((var / count).to(self.stored_var), self.momentum)
+    def _moves(self, entry: list[Tensor]) -> list[Move]:
+        return towards_means(entry, self.stored_mean, self.stored_var, self.momentum)
 
 
 class UpConv2d(SpectralConv2d):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -218,6 +218,7 @@ class Generator(nn.Module):
     """
 
     fm_layer = "last_style_conv"
+    compiles: ClassVar[tuple[str, ...]] = ("conv_body_first", "style_conv1", "style_convs.*", "to_rgbs.*")
 
     def __init__(self, options: GeneratorOptions, *, resolution: int, num_classes: int = 0):
         super().__init__()

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -87,6 +88,7 @@ def randomise_projections(net: Projections, seed: int) -> None:
 class FeatureNetwork(nn.Module):
     """Frozen features and frozen projections: buffers only, always in eval whatever the parent does."""
 
+    compiles: ClassVar[tuple[str, ...]] = ("",)
     shift: Tensor | None
     spread: Tensor | None
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from math import prod, sqrt
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -239,6 +239,8 @@ def residual_blocks(stage: Stage, stages: list[Stage]) -> list[nn.Module]:
 
 class Generator(nn.Module):
     """R3GAN generator: G(z, c) -> image. The output is unbounded; there is no style space."""
+
+    compiles: ClassVar[tuple[str, ...]] = ("Model.MainLayers.*.Layers.*",)
 
     def __init__(self, options: GeneratorOptions, *, resolution: int, num_classes: int = 0):
         """Raises ConfigError where resolution and the lists of stages do not fit each other."""

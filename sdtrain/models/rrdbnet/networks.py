@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +68,7 @@ class Generator(nn.Module):
     """
 
     fm_layer = "trunk"
+    compiles: ClassVar[tuple[str, ...]] = ("body.*",)
 
     def __init__(self, options: GeneratorOptions, *, resolution: int | None = None, num_classes: int = 0):
         """Raises ConfigError for a scale other than 4, 2 and 1."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -25,6 +26,7 @@ class Generator(nn.Module):
     """
 
     fm_layer = "trunk"
+    compiles: ClassVar[tuple[str, ...]] = ("",)
 
     def __init__(self, options: GeneratorOptions, *, resolution: int | None = None, num_classes: int = 0):
         super().__init__()

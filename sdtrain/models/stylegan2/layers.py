@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sdtrain.errors import DataError
-from sdtrain.models.ghost import Advancing
+from sdtrain.models.ghost import Advancing, Move
 from sdtrain.models.stylegan2.ops import (
     SQRT2,
     conv_down,
@@ -186,10 +186,10 @@ class MappingNetwork(Advancing):
         seen = [w.sum(0), w.new_full((1,), float(len(w)))]
         self._record(seen)
 
-    def _advance(self, entry: list[Tensor]) -> None:
+    def _moves(self, entry: list[Tensor]) -> list[Move]:
         assert self.w_avg_beta is not None
         total, count = entry
-        self.w_avg.lerp_((total / count).to(self.w_avg), 1 - self.w_avg_beta)
+        return [(self.w_avg, (total / count).to(self.w_avg), 1 - self.w_avg_beta)]
 
 
 class SynthesisConv(nn.Module):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import sqrt
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -126,6 +126,8 @@ class SynthesisNetwork(nn.Module):
 
 class Generator(nn.Module):
     """StyleGAN2 generator: `mapping` z, c -> ws, `synthesis` ws -> image, `forward` both."""
+
+    compiles: ClassVar[tuple[str, ...]] = ("synthesis.*.conv*", "synthesis.*.torgb")
 
     def __init__(self, options: GeneratorOptions, *, resolution: int, num_classes: int = 0):
         """Raises ConfigError for a resolution that is no power of two."""

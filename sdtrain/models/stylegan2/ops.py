@@ -118,10 +118,14 @@ def zero_insert(x: Tensor, up_x: int, up_y: int) -> Tensor:
     return F.pad(x.reshape(n, c, h, 1, w, 1), (0, up_x - 1, 0, 0, 0, up_y - 1)).reshape(n, c, h * up_y, w * up_x)
 
 
-def _depthwise(x: Tensor, f: Tensor, stride: tuple[int, int], padding: tuple[int, int]) -> Tensor:
-    """Correlate every channel of x with the one filter f [h, w]."""
-    kernel = f.to(x.dtype).expand(x.shape[1], 1, *f.shape)
-    return correlate(x, kernel.contiguous(), stride, padding)
+def _depthwise(
+    x: Tensor, f: Tensor, stride: tuple[int, int], padding: tuple[int, int], flip: bool, gain: float
+) -> Tensor:
+    """Correlate every channel of x with the one filter f [h, w] times `gain`, turned by half a circle if `flip`."""
+    kernel = f.expand(x.shape[1], 1, *f.shape)  # first, so that what follows makes the copies as well
+    kernel = kernel.flip(2, 3) if flip else kernel
+    kernel = kernel if gain == 1 else kernel * gain
+    return correlate(x, kernel.to(x.dtype).contiguous(), stride, padding)
 
 
 def upfirdn2d(
@@ -148,10 +152,9 @@ def upfirdn2d(
     inner = (top, left) if symmetric else (0, 0)
     x = x if symmetric else F.pad(x, (left, right, top, bottom))
     if f.ndim == 1:
-        f = (f if flip_filter else f.flip(0)) * sqrt(gain)
-        row = _depthwise(x, f[None, :], (1, down_x), (0, inner[1]))
-        return _depthwise(row, f[:, None], (down_y, 1), (inner[0], 0))
-    return _depthwise(x, (f if flip_filter else f.flip(0, 1)) * gain, (down_y, down_x), inner)
+        row = _depthwise(x, f[None, :], (1, down_x), (0, inner[1]), not flip_filter, sqrt(gain))
+        return _depthwise(row, f[:, None], (down_y, 1), (inner[0], 0), not flip_filter, sqrt(gain))
+    return _depthwise(x, f, (down_y, down_x), inner, not flip_filter, gain)
 
 
 def upsample2d(x: Tensor, f: Tensor, up: int = 2) -> Tensor:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,13 +45,21 @@ def check_window(length: int, kernel: int, dilation: int) -> None:
         raise ConfigError(f"{message}, but this level has only {length}: use a smaller kernel or dilation there")
 
 
+class Pairs(NamedTuple):
+    """Query-key pairs of an axis, [T, K] each."""
+
+    bias: Tensor  # bias row, 0 outside the window
+    first: Tensor  # where that row begins in a flattened table
+    outside: Tensor
+
+
 @dataclass(frozen=True)
 class AxisPlan:
     """How one axis is cut: tiles ordered by mask pattern, so that tiles with one pattern are neighbours."""
 
     queries: Tensor  # [tiles, T] positions on the axis
     keys: Tensor  # [tiles, K] positions on the axis
-    patterns: tuple[Tensor, ...]  # each [T, K]: bias row of a pair, or MASKED
+    patterns: tuple[Pairs, ...]
     spans: tuple[tuple[int, int], ...]  # tiles of each pattern, as a range
     place: Tensor  # [L] where position i lies in queries.flatten()
 
@@ -99,8 +108,17 @@ def axis_plan(length: int, kernel: int, dilation: int, tile: int = TILE, device:
     queries = torch.tensor([t.queries for t in tiles])
     place = torch.empty(length, dtype=torch.int64)
     place[queries.flatten()] = torch.arange(queries.numel())
-    keys, tables = torch.tensor([t.keys for t in tiles]), tuple(torch.tensor(p).to(device) for p in patterns)
+    keys, tables = (
+        torch.tensor([t.keys for t in tiles]),
+        tuple(_pairs(torch.tensor(p), kernel, device) for p in patterns),
+    )
     return AxisPlan(queries.to(device), keys.to(device), tables, spans, place.to(device))
+
+
+def _pairs(rows: Tensor, kernel: int, device: torch.device) -> Pairs:
+    """Of bias rows [T, K], MASKED outside."""
+    bias = rows.clamp(min=0)
+    return Pairs(*(t.to(device) for t in (bias, bias * (2 * kernel - 1), rows == MASKED)))
 
 
 def _take(x: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
@@ -124,15 +142,15 @@ def _from_batch(out: Tensor, n: int, ty: int, tx: int, a: int, b: int) -> Tensor
     return out.view(n, ty, tx, heads, a, b, dim).permute(0, 1, 4, 2, 5, 3, 6).reshape(n, ty, a, tx, b, heads * dim)
 
 
-def pair_bias(rpb: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
+def pair_bias(rpb: Tensor, rows: Pairs, cols: Pairs) -> Tensor:
     """Bias of every query-key pair, -inf outside the window.
 
-    rpb [heads, 2k - 1, 2k - 1]; rows [A, P], cols [B, Q] bias rows of the two axes or MASKED -> [heads, A * B, P * Q].
+    rpb [heads, 2k - 1, 2k - 1]; rows of [A, P], cols of [B, Q] -> [heads, A * B, P * Q].
     """
-    index = rows.clamp(min=0)[:, None, :, None] * rpb.shape[-1] + cols.clamp(min=0)[None, :, None, :]
-    outside = (rows < 0)[:, None, :, None] | (cols < 0)[None, :, None, :]
+    index = rows.first[:, None, :, None] + cols.bias[None, :, None, :]
+    outside = rows.outside[:, None, :, None] | cols.outside[None, :, None, :]
     pairs = rpb.flatten(1).index_select(1, index.flatten()).masked_fill(outside.flatten(), float("-inf"))
-    return pairs.view(len(rpb), rows.shape[0] * cols.shape[0], rows.shape[1] * cols.shape[1])
+    return pairs.view(len(rpb), index.shape[0] * index.shape[1], -1)
 
 
 def neighborhood_attention(q: Tensor, k: Tensor, v: Tensor, rpb: Tensor, dilation: int, tile: int = TILE) -> Tensor:
@@ -176,15 +194,15 @@ def _tiled_attention(q: Tensor, k: Tensor, v: Tensor, rpb: Tensor, dilation: int
             some = [_as_batch(t[:, y0:y1, :, x0:x1], heads) for t in (tiles_q, tiles_k, tiles_v)]
             bias = pair_bias(rpb, row_pattern, col_pattern).to(q.dtype)
             out = F.scaled_dot_product_attention(some[0], some[1], some[2], attn_mask=bias, scale=1.0)
-            band.append(_from_batch(out, n, y1 - y0, x1 - x0, len(row_pattern), len(col_pattern)))
+            band.append(_from_batch(out, n, y1 - y0, x1 - x0, len(row_pattern.bias), len(col_pattern.bias)))
         bands.append(torch.cat(band, 3))
     merged = torch.cat(bands, 1).reshape(n, ys.queries.numel(), xs.queries.numel(), -1)
     return merged.index_select(1, ys.place).index_select(2, xs.place)
 
 
 @lru_cache(maxsize=16)
-def _axis_pairs(length: int, kernel: int, dilation: int, device: torch.device) -> Tensor:
-    """[L, L]: bias row of every pair of an axis, or MASKED."""
+def _axis_pairs(length: int, kernel: int, dilation: int, device: torch.device) -> Pairs:
+    """Every pair of an axis of L = `length` positions, [L, L]."""
     check_window(length, kernel, dilation)
     pairs = torch.full((length, length), MASKED)
     for i in range(length):
@@ -192,7 +210,7 @@ def _axis_pairs(length: int, kernel: int, dilation: int, device: torch.device) -
         s = window_start(j, kernel, -(-(length - g) // dilation))
         for t in range(kernel):
             pairs[i, (s + t) * dilation + g] = s + t - j + kernel - 1
-    return pairs.to(device)
+    return _pairs(pairs, kernel, device)
 
 
 def full_mask_attention(q: Tensor, k: Tensor, v: Tensor, rpb: Tensor, dilation: int) -> Tensor:

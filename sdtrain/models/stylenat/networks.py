@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from sdtrain.constants import from_imagenet, to_imagenet
 from sdtrain.errors import ConfigError
 from sdtrain.models.ghost import SpectralConv2d, SpectralLinear
+from sdtrain.models.stylegan2.fir import correlate
 from sdtrain.models.stylenat.attention import BACKENDS, check_window
 from sdtrain.models.stylenat.options import DiscriminatorOptions, GeneratorOptions
 
@@ -300,8 +301,8 @@ def filter_depthwise(x: Tensor, kernel: Tensor, stride: int = 1) -> Tensor:
 
     x [N, C, H, W], kernel [k, k] -> [N, C, (H - k) // stride + 1, (W - k) // stride + 1].
     """
-    weight = kernel.flip(0, 1).to(x.dtype).expand(x.shape[1], 1, -1, -1)
-    return F.conv2d(x, weight, stride=stride, groups=x.shape[1])
+    weight = kernel.expand(x.shape[1], 1, -1, -1).flip(2, 3).to(x.dtype).contiguous()
+    return correlate(x, weight, (stride, stride), (0, 0))
 
 
 def upsample_depthwise(x: Tensor, kernel: Tensor, crop: int) -> Tensor:
