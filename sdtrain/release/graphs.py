@@ -108,7 +108,8 @@ def name_free_sides(graph: Any, fold: int) -> None:
     }
     for value in (*graph.input, *graph.output):
         for dim in value.type.tensor_type.shape.dim:
-            dim.dim_param = re.sub(r"s\d+", lambda found: names.get(found[0], found[0]), dim.dim_param)
+            if dim.dim_param:  # setting it, to nothing even, takes the place of a fixed size
+                dim.dim_param = re.sub(r"s\d+", lambda found: names.get(found[0], found[0]), dim.dim_param)
     del graph.value_info[:]
 
 
