@@ -16,6 +16,7 @@ from sdtrain.commands.source import config_of, position_of
 from sdtrain.commands.tables import Table, in_markdown, markdown, one_line
 from sdtrain.config.compare import to_tree
 from sdtrain.errors import RunError
+from sdtrain.files import read_json
 from sdtrain.interop.architectures import NAMES, title
 from sdtrain.interop.network import Network
 from sdtrain.release.names import FORMS
@@ -86,34 +87,49 @@ def facts(source: Path, file: Path, network: Network) -> list[list[str]]:
     config = config_of(file)
     tree = to_tree(config) if config is not None else {}
     sections = {"method": "method", "width of the student": "student", "self-distillation": "sd", "seed": "seed"}
-    found |= {said: words(tree[key]) for said, key in sections.items() if key in tree}
-    found |= {"training data": words(tree["data"].get("train"))} if "data" in tree else {}
+    distils = bool((tree.get("sd") or {}).get("alpha"))
+    found |= {said: words(tree[key]) for said, key in sections.items() if key in tree and (key != "sd" or distils)}
+    train = tree.get("data", {}).get("train")
+    # names alone: a card is public, and where data lies on a machine is not
+    names = [str(one).rstrip("/").rpartition("/")[2] for one in (train if isinstance(train, list) else [train])]
+    found |= {"training data": ", ".join(names)} if train else {}
     return [[name, value] for name, value in found.items()]
 
 
 def words(value: Any) -> str:
     """A value of a configuration on one line."""
     if isinstance(value, dict):
-        return ", ".join(f"{name} {words(part)}" for name, part in value.items())
+        return ", ".join(f"{name} {words(part)}" for name, part in value.items() if part is not None)
     return str(value) if not isinstance(value, (list, tuple)) else json.dumps(value)
 
 
 def measured(source: Path, file: Path) -> tuple[list[Table], list[str]]:
-    """The evaluations of these weights, on the test list where it was measured, each with its protocol."""
+    """The evaluations of these weights, on the test list where it was measured, beside what needs no training."""
+    none = "none: these weights have not been evaluated by the run they come from"
     try:
         (run, *_), _ = read_runs([source])
-    except (RunError, ValueError):
-        return [], ["none: these weights have not been evaluated by the run they come from"]
-    split = next((split for split in ("test", "val") if any(row.split == split for row in run.rows)), "")
-    at = position_of(file).get("seen_img")
-    found = [row for row in chosen(run, split) if row.network not in ("teacher", "G") and row.values]
-    ours = [row for row in found if row.seen_img in (None, at)] or found
-    if not ours:
-        return [], ["none: these weights have not been evaluated by the run they come from"]
+    except RunError:
+        return [], [none]
+    split = "test" if any(row.split == "test" for row in run.rows) else "val"
+    ours = [row for row in chosen(run, split) if row.values and is_of(row, split, file)]
+    if all(row.seen_img is None for row in ours):
+        return [], [none]
     keys = list(dict.fromkeys(key for row in ours for key in row.values if not key.endswith("_std")))
     rows = [[who(row), *(printed(key, row.values[key]) if key in row.values else "-" for key in keys)] for row in ours]
     table = Table(f"Measured on {split}:", ["", *(label(key) for key in keys)], rows)
     return [table], [f"protocol: {json.dumps(row.protocol)}" for row in ours if row.protocol][:1]
+
+
+def is_of(row: Row, split: str, file: Path) -> bool:
+    """Whether a row is about the weights of `file`, or about something that is not trained."""
+    try:
+        stage = read_json(file.with_name("metrics.json")).get("stage", row.stage)
+    except (OSError, ValueError, AttributeError):
+        stage = row.stage
+    at = position_of(file).get("seen_img", row.seen_img)
+    # what is tested at the end of a run is what validation had chosen before
+    right_time = row.seen_img == at or split == "test"
+    return row.seen_img is None or (right_time and row.network != "G" and row.stage in ("", stage))
 
 
 def who(row: Row) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def described(path: Path, data: bytes) -> tuple[str, int]:
         model = onnx.load_model_from_string(data)
         said: Any = json.loads({prop.key: prop.value for prop in model.metadata_props}.get("sdtrain", "{}"))
         kind, scale = (said.get("kind"), said.get("scale")) if isinstance(said, dict) else (None, None)
-        outside = any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in model.graph.initializer)
+        outside = any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in tensors_of(model.graph))
     except Exception as error:  # protobuf's own, and what a text that is none raises
         raise WeightsError(f"{path} is no ONNX graph ({quoted(error)}); copy it again") from error
     if outside:
@@ -67,6 +68,15 @@ def described(path: Path, data: bytes) -> tuple[str, int]:
             "give one that sdtrain export has made of an RRDBNet or SRVGGNetCompact"
         )
     return kind, scale
+
+
+def tensors_of(graph: Any) -> Iterator[Any]:
+    """All tensors of a graph: its own, those of its steps, and of the graphs in them."""
+    yield from graph.initializer
+    for item in (part for node in graph.node for part in node.attribute):
+        yield from (item.t, *item.tensors)
+        for inner in (item.g, *item.graphs):
+            yield from tensors_of(inner)
 
 
 def session_of(path: Path, data: bytes) -> Any:

@@ -60,7 +60,9 @@ def trace(network: Network, half: bool = False) -> tuple[Outward, ExportedProgra
     shapes = (tuple(free.get(name, {0: batch}) for name in outward.names),)
     with torch.no_grad(), quietly():
         outward(*example)  # what is computed once and kept (positions, masks) must not be computed in the trace
-        return outward, torch.export.export(outward, example, dynamic_shapes=shapes, strict=False)
+        program = torch.export.export(outward, example, dynamic_shapes=shapes, strict=False)
+        # opens regions of full precision, which torch.export can save and not load again
+        return outward, program.run_decompositions({})
 
 
 @contextmanager

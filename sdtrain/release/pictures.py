@@ -36,7 +36,7 @@ def held_back(source: Path, folder: Path | None) -> tuple[list[Tensor], str]:
     folder without pictures.
     """
     if folder is not None:
-        return read_pictures(folder), f"pictures of {folder}"
+        return read_pictures(folder), f"pictures of {folder.name}"
     for split in SPLITS:
         path = source / "inputs" / f"{split}.safetensors"
         if path.is_file():
