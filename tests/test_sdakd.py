@@ -402,6 +402,18 @@ def test_the_exported_student_is_the_one_that_was_tested(finished, lists):
     assert all(torch.equal(best[key], value) for key, value in net.state_dict().items())
 
 
+def test_an_export_of_a_run_shows_what_it_was_tested_with_and_on_its_own_inputs(finished, tmp_path):
+    from sdtrain.cli import main as command
+
+    to = tmp_path / "export"
+    assert command(["export", str(finished), "--to", str(to), "--format", "safetensors", "--format", "spandrel"]) == 0
+    proof, card = json.loads((to / "export.json").read_text()), (to / "README.md").read_text()
+    assert proof["inputs"] == "the inputs that the run measures on (test)" and len(proof["artefacts"]) == 2
+    tested = rows(finished, ("eval",))[-1]
+    assert f"| student (adversarial) at {tested['seen_img']} images |" in card and f"{tested['psnr_y']:.3f}" in card
+    assert tested["protocol"]["lq_hash"] in card and "width of the student | C " in card
+
+
 def test_lambda_2_auto_balances_eq_3_once_and_is_kept(finished):
     late = [r for r in rows(finished, ("train",)) if r["stage"] == "adversarial"]
     assert len({r["G/lambda_2"] for r in late}) == 1

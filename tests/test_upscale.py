@@ -20,8 +20,10 @@ from test_sdakd import finished, lists  # noqa: F401
 from torch.nn import functional as F
 
 from sdtrain.commands import upscale
+from sdtrain.commands.exporting import export
 from sdtrain.data.read.picture import Picture, _turn, read_picture, write_picture
 from sdtrain.errors import ConfigError, DataError, WeightsError
+from sdtrain.interop.loading import load_network
 from sdtrain.interop.network import Network, save_network
 from sdtrain.interop.pth import export_student
 from sdtrain.interop.tiled import auto_overlap, enlarge, reach, spans
@@ -391,3 +393,60 @@ def test_a_real_run_of_sdakd_enlarges_by_its_student(finished: Path, tmp_path: P
         sizes.add(Image.open(tmp_path / "out" / "a.png").size)
     assert len(sizes) == 1 and sizes != {(16, 20)}
     assert run(tmp_path / "a.png", "--model", finished, "--weights", "raw", "--out", tmp_path / "raw") == 0
+
+
+@pytest.fixture(scope="module")
+def graph(model: Path) -> Path:
+    """The network of `model` as an ONNX file."""
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    return export(load_network(model), model.with_name("student.onnx"), "onnx")
+
+
+def test_an_exported_graph_enlarges_as_its_network_does(model: Path, graph: Path, tmp_path: Path) -> None:
+    save(tmp_path / "in.png", photo(70, 101))
+    for path in (model, graph):
+        assert run(tmp_path / "in.png", "--model", path, "--out", tmp_path / path.suffix[1:], "--tile", 64) == 0
+    one, two = (np.asarray(Image.open(tmp_path / form / "in.png")).astype(int) for form in ("safetensors", "onnx"))
+    assert one.shape == (140, 202, 3) and np.abs(one - two).max() <= 1
+
+
+def test_a_graph_of_another_network_is_refused_before_anything_is_written(graph: Path, tmp_path: Path) -> None:
+    import onnx
+
+    save(tmp_path / "in.png", photo(8, 8))
+    words = [tmp_path / "in.png", "--out", tmp_path / "out", "--model", tmp_path / "g.onnx"]
+
+    def refuse(change: Any, said: str) -> None:
+        model = onnx.load(graph)
+        change(model)
+        (tmp_path / "g.onnx").write_bytes(model.SerializeToString())
+        with pytest.raises(WeightsError, match=said):
+            run(*words)
+
+    def say(text: str) -> Any:
+        return lambda model: setattr(model.metadata_props[-1], "value", text)
+
+    refuse(say('{"kind": "stylegan2", "scale": 1}'), "g.onnx holds a graph of stylegan2, which enlarges no photographs")
+    refuse(lambda model: model.ClearField("metadata_props"), "holds a graph of another program")
+    refuse(say("[1"), "is no ONNX graph")
+    outside = onnx.TensorProto.EXTERNAL
+    refuse(lambda model: setattr(model.graph.initializer[0], "data_location", outside), "keeps tensors in other files")
+    refuse(lambda model: setattr(model.graph.node[0], "op_type", "Absent"), "is refused by onnxruntime")
+    (tmp_path / "g.onnx").write_bytes(graph.read_bytes()[: graph.stat().st_size // 2])
+    with pytest.raises(WeightsError, match="g.onnx is no ONNX graph"):
+        run(*words)
+    with pytest.raises(ConfigError, match="--factor and --device are not for an .onnx file"):
+        run(*words, "--factor", 16)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_graph_that_lies_about_its_scale_is_refused_in_the_act(graph: Path, tmp_path: Path) -> None:
+    import onnx
+
+    model = onnx.load(graph)
+    model.metadata_props[-1].value = '{"kind": "srvgg", "scale": 4}'
+    onnx.save(model, tmp_path / "g.onnx")
+    save(tmp_path / "in.png", photo(8, 8))
+    assert run(tmp_path / "in.png", "--out", tmp_path / "out", "--model", tmp_path / "g.onnx") == 2
+    assert not list((tmp_path / "out").glob("*.png"))

@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         required=True,
         metavar="RUN|FILE",
-        help="run folder (its best student), .pth or .safetensors; FILE.json beside it may describe it",
+        help="run folder (its best student), .pth, .safetensors or .onnx; FILE.json beside it may describe it",
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for the results, made if absent")
     parser.add_argument("--scale", type=float, help="output size / input size (default: what the network gives)")
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> None:
     if not args.model.exists():
-        raise WeightsError(f"--model {args.model} does not exist; give a run folder, a .pth or a .safetensors file")
+        raise WeightsError(f"--model {args.model} does not exist; give a run folder, .pth, .safetensors or .onnx file")
     if args.scale is not None and not 0 < args.scale <= 32:
         raise ConfigError(
             f"--scale {args.scale:g} is outside (0, 32]; give the output size as a multiple of the input's"
@@ -211,6 +211,8 @@ class Upscaler:
         from sdtrain.interop.loading import load_network
         from sdtrain.interop.tiled import auto_overlap
 
+        if args.model.suffix == ".onnx":
+            return cls.of_graph(args)
         device = pick_device(args.device)
         file = file_of(args.model, args.weights)
         found = load_network(file, prefer="params_ema" if args.weights == "ema" else "params")
@@ -224,6 +226,20 @@ class Upscaler:
         same = dict(scale=args.scale, factor=args.factor, seed=args.seed, path=file)
         same["limits"] = PictureLimits(megabytes=args.max_image_mb)
         return cls(net.to(device), found, device, args.tile, min(overlap, args.tile // 2), **same)
+
+    @classmethod
+    def of_graph(cls, args: argparse.Namespace) -> Upscaler:
+        """An ONNX file, which stays on the CPU; raises WeightsError unless it enlarges photographs."""
+        from sdtrain.interop.onnx_graph import PhotoGraph
+        from sdtrain.interop.tiled import AUTO_OVERLAP_MAX
+
+        if args.factor is not None or args.device not in ("auto", "cpu"):
+            raise ConfigError("--factor and --device are not for an .onnx file, which onnxruntime runs on the CPU here")
+        net = PhotoGraph(args.model)
+        overlap = AUTO_OVERLAP_MAX if args.overlap == "auto" else int(args.overlap)
+        more: dict[str, Any] = {"scale": args.scale, "path": args.model}
+        more["limits"] = PictureLimits(megabytes=args.max_image_mb)
+        return cls(net, net, "cpu", args.tile, min(overlap, args.tile // 2), **more)
 
     def __call__(self, picture: Any, progress: Callable[[int], object] = lambda pixels: None) -> Any:
         """Raises DataError for a picture the network cannot take."""

@@ -30,6 +30,7 @@ MODULE_ROLES = ("G", "D", "G_ema")
 CONTAINER_ROLES = {"g": "G", "d": "D", "g_ema": "G_ema"}
 FLAT_KEYS = ("params_ema", "params")
 MAX_PLAIN = 10_000
+EMPTY_MODULE = "torch.nn.modules.module.Module"
 
 
 @dataclass(frozen=True)
@@ -57,13 +58,18 @@ def official_of(content: Content, path: Path, prefer: str = "params_ema", **opti
     if not isinstance(tree, dict):
         raise WeightsError(f"{path} holds a {type(tree).__name__}, where networks are expected; give a checkpoint")
     source = {"file": path.name, "sha256": sha256_of_file(path)}
-    modules = {role: tree[role] for role in MODULE_ROLES if isinstance(tree.get(role), Record)}
+    modules = {role: tree[role] for role in MODULE_ROLES if is_module(tree.get(role))}
     if modules:
         return _snapshot(modules, content, source, options)
     held = tree.get("state_dicts", tree)
     if isinstance(held, dict) and any(is_state(held.get(name)) for name in CONTAINER_ROLES):
         return _container(held, content, source, options)
     return _flat(path, prefer, content, source, options)
+
+
+def is_module(value: Any) -> bool:
+    """Whether it is a network; torch's Module itself only fills a place that must not be empty."""
+    return isinstance(value, Record) and value.name != EMPTY_MODULE
 
 
 def is_state(value: Any) -> bool:

@@ -340,13 +340,13 @@ class Generator(nn.Module):
 
     def _codes(self, feature: Tensor) -> Tensor:
         flat = self.final_down2(self.final_down1(feature)).flatten(1)
-        return self.final_linear(flat).view(len(flat), self.num_latent, self.options.num_style_feat)
+        return self.final_linear(flat).view(-1, self.num_latent, self.options.num_style_feat)
 
     def _condition_input(self, x: Tensor, factor: Tensor | float) -> Tensor:
         if self.options.blind:
-            return x.new_ones(len(x), 1)
+            return x.new_ones(x.shape[0], 1)
         c = torch.as_tensor(factor, dtype=x.dtype, device=x.device) / self.options.factor_max
-        return c.reshape(-1, 1).expand(len(x), 1)
+        return c.reshape(-1, 1).expand(x.shape[0], 1)
 
     def _conditions(self, encoded: dict[int, Tensor], c: Tensor) -> dict[int, Condition]:
         layers = zip(self.sizes[::-1], self.condition_scale1, self.condition_scale2, self.condition_shift)
