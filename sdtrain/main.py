@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 if __name__ == "__main__":  # run as a script: the repository root takes the place of this folder on the import path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from sdtrain.errors import EXIT_OK, EXIT_USER_ERROR, WeightsError
+from sdtrain.errors import EXIT_OK, EXIT_USER_ERROR, UserError
 from sdtrain.exits import part, run_command, tell
 from sdtrain.terminal import show_fault
 
@@ -108,12 +108,14 @@ def asked_scale(args: argparse.Namespace) -> Asked | None:
 
 def show_plan(config: Config, out: Path, asked: Asked | None = None) -> int:
     """Print the plan; what would stop the run is said first, before networks are built, and gives the exit code."""
+    from sdtrain.engine.trackers import check_trackers
     from sdtrain.plan import check_weights_needed, make_plan, render
 
     code = EXIT_OK
     try:
+        check_trackers(config)
         check_weights_needed(config)
-    except WeightsError as missing:
+    except UserError as missing:
         tell(missing)
         code = EXIT_USER_ERROR
     print(render(make_plan(config, out=out, asked=asked)))
@@ -166,8 +168,10 @@ def checked(config: Config, out: Path, allow: list[str], restart: bool) -> Check
 
     Raises `UserError`: what is read here, one rank reads for all.
     """
+    from sdtrain.engine.trackers import check_trackers
     from sdtrain.plan import check_data, check_initial, check_weights_needed
 
+    check_trackers(config)
     dataset = check_data(config)
     _ = dataset.stamps  # as they are now, for all ranks
     used = check_weights_needed(config)

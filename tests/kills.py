@@ -81,7 +81,7 @@ class Place:
         tiny.make_shards(folder / "shards", samples=24)
         clock = {"batch_size": 8, "total_img": end, "log_img": 8, "save_img": 8, "eval_img": eval_img, "sample_img": 16}
         metrics = {"names": ["rfid"], "num_fake": 64, "seeds": 1, "tap": 64, "select_by": "rfid", "batch_size": 2}
-        config = tiny.tiny_config(folder / "shards", **clock, metrics=metrics, tensorboard=True)
+        config = tiny.tiny_config(folder / "shards", **clock, metrics=metrics, tracker="tensorboard")
         tiny.write_config(folder / "tiny.yaml", config)
 
     def forked(self, out: str, ranks: int = RANKS) -> Attempt:

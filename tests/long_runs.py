@@ -42,7 +42,7 @@ def loop(folder: Path, steps: int, log_steps: int) -> None:
     from sdtrain.run import Run
 
     tree = tiny_config(make_shards(folder / "shards"), total_img=16 * steps, log_img=16 * log_steps, save_img=0)
-    config = write_config(folder / "long.yaml", tree | {"tensorboard": True})
+    config = write_config(folder / "long.yaml", tree | {"tracker": "tensorboard"})
     every = steps // STRETCHES
 
     def rest(run: Any, chunks: Any) -> None:
@@ -50,7 +50,7 @@ def loop(folder: Path, steps: int, log_steps: int) -> None:
             run.engine.meter.add({"G/adv": torch.tensor(1.0), "D/real": torch.tensor(float(run.step))})
             run.engine.meter.count(["G/adv", "D/real"])
         if run.step % every == every - 1:
-            run.folder._board.flush()
+            run.folder._trackers[0]._writer.flush()
             board = sum(file.stat().st_size for file in (folder / "out" / "tensorboard").iterdir())
             held = {"timer": len(run.timer.seconds) + len(run.timer._events), "meter": len(run.engine.meter.sums)}
             measured(step=run.step, board=board, **held)

@@ -34,7 +34,7 @@ save_img: 16
 keep_checkpoints: 3
 snapshots: []
 seed: 7
-tensorboard: false
+tracker: none
 data: {train: SHARDS, workers: 0}
 model:
   generator: {kind: stylegan2, z_dim: 8, w_dim: 8, channel_base: 64, channel_max: 8, mapping_layers: 1}

@@ -247,9 +247,23 @@ MISTAKES = [
     ("share: .nan", ":10: key 'share' must be a number, not nan"),
     ("share: .inf", ":10: key 'share' must be a number, not inf"),
     ("share:", ":10: key 'share' must be a number, not null"),
-    ("tensorboard: on", ":10: key 'tensorboard' must be true or false, not the text 'on' (write true)"),
-    ("tensorboard: no", ":10: key 'tensorboard' must be true or false, not the text 'no' (write false)"),
-    ("tensorboard: 1", ":10: key 'tensorboard' must be true or false, not 1"),
+    ("save_async: on", ":10: key 'save_async' must be true or false, not the text 'on' (write true)"),
+    ("save_async: no", ":10: key 'save_async' must be true or false, not the text 'no' (write false)"),
+    ("save_async: 1", ":10: key 'save_async' must be true or false, not 1"),
+    (
+        "tensorboard: true",
+        ":10: key 'tensorboard' is no more: write tracker: tensorboard in place of true, tracker: none in place of "
+        "false",
+    ),
+    (
+        "tracker: [tensorboard, wandbb]",
+        ":10: key 'tracker.1' must be one of tensorboard, wandb, not the text 'wandbb' (did you mean 'wandb'?)",
+    ),
+    (
+        "tracker: off",
+        ":10: key 'tracker' must be one of tensorboard, wandb, none or a list (each entry one of tensorboard, wandb), "
+        "not the text 'off'",
+    ),
     (
         "precision: bf61",
         ":10: key 'precision' must be one of fp32, bf16, not the text 'bf61' (did you mean 'bf16'?)",

@@ -82,7 +82,7 @@ def settings(lists: dict[str, str], **changes: Any) -> dict[str, Any]:
         "ghost_batch": 2,
         **{n: "4 steps" for n in ("n1", "n2", "n3")},
         **{"log_img": 4, "sample_img": 0, "save_img": 8, "eval_img": 8, "eval_epochs": 0, "keep_checkpoints": 99},
-        "tensorboard": False,
+        "tracker": "none",
         "data": {**lists, "workers": 0, "resolution": SIDE},
         "model": {
             "generator": {"kind": "rrdbnet", "num_feat": 8, "num_grow_ch": 4, "num_block": 1},

@@ -103,7 +103,7 @@ def tiny_config(shards: Path, **changes: Any) -> dict[str, Any]:
         "eval_img": 0,
         "save_img": 32,
         "snapshots": [],
-        "tensorboard": False,
+        "tracker": "none",
         "data": {"train": str(shards), "workers": 0, "xflip": True, "cache": str(shards.parent / "cache")},
         "model": {"generator": generator, "discriminator": discriminator},
         "augment": {"kind": "diffaug"},

@@ -30,6 +30,7 @@ from sdtrain.commands.suite_jobs import Job, submit
 from sdtrain.config.words import nearest
 from sdtrain.engine.positions import saved_img
 from sdtrain.engine.starts import last_start
+from sdtrain.engine.trackers import check_trackers
 from sdtrain.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_REQUEUE, EXIT_USER_ERROR, ConfigError, RunError, UserError
 from sdtrain.exits import tell
 from sdtrain.main import check_folder, other_teachers
@@ -134,9 +135,10 @@ def chosen(suite: Suite, only: Sequence[str]) -> list[Member]:
 
 
 def check(member: Member, allow: list[str]) -> None:
-    """What needs no data. Raises UserError for a folder with another run in it, and for weights that are missing."""
+    """What needs no data. Raises UserError for a folder with another run in it, for weights or trackers not there."""
     from sdtrain.plan import check_weights_needed
 
+    check_trackers(member.config)
     check_folder(member.config, member.out, allow)
     check_weights_needed(member.config)
 

@@ -70,6 +70,8 @@ def read_file(path: Path) -> Source:
 def read_written(path: Path) -> Source:
     """The config.yaml of a run folder: whole, as runs write it. ConfigError for one that extends another file."""
     source = read_file(path)
+    if isinstance(mirrored := source.tree.pop("tensorboard", None), bool):  # runs of earlier versions stay runs
+        source.tree.setdefault("tracker", "tensorboard" if mirrored else "none")
     if "base" in source.tree:
         raise ConfigError(
             f"{source.place(('base',))}: a run folder's {RUN_CONFIG} is written whole and extends no other file; "

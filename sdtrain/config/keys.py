@@ -22,7 +22,7 @@ HARMLESS = (
     *("name", "total_img", *INTERVALS, "keep_checkpoints", "save_async", "ghosts_at_once", "on_nonfinite"),
     *("data.workers", "data.prefetch", "data.cache", "data.max_bad", "data.check", "data.val", "data.test"),
     *("data.allow_pipe", "sd.log", "snapshots", *(f"weights.{name}" for name in ("alex", *FILES))),
-    *("timeout", "max_time", "tensorboard", "metrics"),
+    *("timeout", "max_time", "tracker", "metrics"),
     *("summation", "deterministic"),  # they change how sums round, of which a resumed run is told
     "compile",  # the same
     *("engine", "shard_teacher", "shard_ranks", "offload_optimizer", "checkpoint_activations"),
@@ -121,8 +121,9 @@ class Config:
     """Frozen networks."""
     metrics: Metrics = field(default_factory=Metrics)
     """Evaluations."""
-    tensorboard: bool = True
-    """Mirror scalars and images to TensorBoard files."""
+    tracker: Literal["tensorboard", "wandb", "none"] | tuple[Literal["tensorboard", "wandb"], ...] = "tensorboard"
+    """What scalars, images and histograms are mirrored to, one or a list: files of TensorBoard, Weights & Biases (pip
+    install 'sdtrain[wandb]'; offline, unless WANDB_MODE says otherwise or WANDB_API_KEY is set), or none."""
     timeout: Duration = 180.0
     """[seconds, or 3min] How long a rank or decoding process may be silent before the run ends and names it; ten times
     that in the first step, evaluations, pictures and saves, and never less than twice what a step has needed before."""
@@ -133,6 +134,11 @@ class Config:
     @property
     def num_ghosts(self) -> int:
         return self.batch_size // self.ghost_batch
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        asked = [self.tracker] if isinstance(self.tracker, str) else self.tracker
+        return tuple(name for name in dict.fromkeys(asked) if name != "none")
 
     if TYPE_CHECKING:
 

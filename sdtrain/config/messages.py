@@ -26,6 +26,7 @@ PLAIN_TYPES: dict[Any, str] = {
 IMAGE_EXAMPLES = " such as 4000, 200k or 1.5M (1k = 1000)"
 BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 NO_VALUE = object()
+RENAMED = {"tensorboard": "write tracker: tensorboard in place of true, tracker: none in place of false"}
 MAX_ERRORS = 100  # a sentence takes a search for the nearest name
 
 
@@ -188,6 +189,8 @@ def _number_hint(value: str) -> str:
 
 def unknown_key(path: KeyPath, cls: Any) -> str:
     """Name the nearest key of the same section, else, at the top, the same word in a section, else list the keys."""
+    if dotted(path) in RENAMED:
+        return f"key '{dotted(path)}' is no more: {RENAMED[dotted(path)]}"
     section = annotation_at(cls, path[:-1])
     names = [name for option in alternatives(section) if dataclasses.is_dataclass(option) for name in key_names(option)]
     hint = nearest(path[-1], names)

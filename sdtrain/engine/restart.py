@@ -17,7 +17,7 @@ from sdtrain.errors import RunError
 # What a run writes, in the order in which it is moved aside: a move that is interrupted leaves rows without
 # checkpoints, which no start takes for a fresh folder.
 OWN = (
-    *("checkpoints", "snapshots", "best", "samples", "inputs", "tensorboard"),
+    *("checkpoints", "snapshots", "best", "samples", "inputs", "tensorboard", "wandb"),
     *("config.yaml", "plan.json", "environment.json", "metrics.jsonl"),
 )
 

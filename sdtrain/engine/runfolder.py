@@ -5,7 +5,7 @@
       plan.json          what --plan prints, as data
       environment.json   versions, command line, world size, hashes of weights, whether it ended; one entry a start
       metrics.jsonl      one JSON object a row, append only, cut back to the resumed position on resume
-      tensorboard/       the same scalars, image grids, figures
+      tensorboard/       the same scalars, image grids, figures; also wandb/, see trackers.py
       samples/           fixed-latent grids
       checkpoints/       see checkpoint.py
       snapshots/         see snapshots.py
@@ -33,11 +33,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdtrain.engine import starts
+from sdtrain.engine.agree import main_alone
 from sdtrain.engine.launcher import said
 from sdtrain.engine.ranks import from_main, is_main, world
 from sdtrain.engine.restart import is_row, lines_of, position
 from sdtrain.engine.threads import cores
-from sdtrain.engine.writing import Writing, hush_board
+from sdtrain.engine.trackers import Tracker, open_tracker, told
+from sdtrain.engine.writing import Writing
 from sdtrain.errors import RunError
 from sdtrain.files import sweep, write_bytes, write_json
 from sdtrain.precision import described
@@ -46,23 +48,24 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
     from torch import Tensor
-    from torch.utils.tensorboard import SummaryWriter
+
+    from sdtrain.config.keys import Config
 
 log = logging.getLogger("sdtrain")
 
-OWN = ("checkpoints", "snapshots", "samples", "best", "inputs", "tensorboard", "metrics.jsonl")
+OWN = ("checkpoints", "snapshots", "samples", "best", "inputs", "tensorboard", "wandb", ".wandb", "metrics.jsonl")
 
 
 class RunFolder:
     """Paths and writers of one run."""
 
-    def __init__(self, path: Path, tensorboard: bool = True) -> None:
-        self.path = path
+    def __init__(self, path: Path, config: Config | None = None) -> None:
+        """`config`: whose trackers are told too; None = none are."""
+        self.path, self._config = path, config
         self.checkpoints = path / "checkpoints"
         self.snapshots = path / "snapshots"
         self.metrics = path / "metrics.jsonl"
-        self._tensorboard = tensorboard
-        self._board: SummaryWriter | None = None
+        self._trackers: list[Tracker] = []
         self._rows: FileIO | None = None
         self.owed: list[dict[str, Any]] = []  # rows that could not be written, for the run that goes on
         self.writing = Writing(path)
@@ -89,33 +92,41 @@ class RunFolder:
         return None
 
     def open_log(self, resumed_img: int, redo_evaluation: bool = False) -> None:
-        """Cut `metrics.jsonl` back to rows at or before `resumed_img`, open the writers.
+        """Cut `metrics.jsonl` back to rows at or before `resumed_img`, open the writers. All ranks together.
 
         `redo_evaluation`: that of `resumed_img` was cut short and is done again, so its row, if any, goes too.
+        Raises `RankFailed` on all ranks for a tracker that does not start.
         """
-        if is_main():
+
+        def open_writers() -> None:
             with self.writing(self.metrics):
                 self._open_log(resumed_img, redo_evaluation)
 
+        main_alone(open_writers)
+
     def _open_log(self, resumed_img: int, redo_evaluation: bool) -> None:
+        kept: list[str] = []
         if self.metrics.exists():
             kept = [line for line in lines_of(self.metrics) if position(line, redo_evaluation) <= resumed_img]
             write_bytes(self.metrics, "".join(f"{line}\n" for line in kept).encode())
-            evals = [row for row in map(json.loads, kept) if is_row(row) and row["kind"] == "eval"]
-            self._measured = {(float(row["seen_img"]), row.get("split")) for row in evals}
+        rows = [row for row in map(json.loads, kept) if is_row(row)]
+        self._measured = {(float(row["seen_img"]), row.get("split")) for row in rows if row["kind"] == "eval"}
         self._rows = FileIO(self.metrics, "ab")
-        if self._tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            hush_board()
-            self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=resumed_img + 1)
+        if self._config:
+            self._open_trackers(self._config, resumed_img, rows)
         owed, self.owed = self.owed, []
         for row in owed:
             if position(json.dumps(row), redo_evaluation) <= resumed_img:
                 self.row(row.pop("kind"), row.pop("seen_img"), row, row.pop("split", ""))
 
+    def _open_trackers(self, config: Config, resumed_img: int, rows: list[dict[str, Any]]) -> None:
+        for kind in config.trackers:
+            with self.writing(self.path / kind):
+                self._trackers.append(open_tracker(kind, self.path, resumed_img, config))
+                self._trackers[-1].catch_up(told(row) for row in rows if float(row["seen_img"]) >= 0)
+
     def row(self, kind: str, seen_img: int, values: Mapping[str, object], split: str = "") -> None:
-        """Append one row; TensorBoard gets its numbers under the same names."""
+        """Append one row; trackers get its numbers under the same names."""
         if self._rows is None:  # only the main rank has opened them
             return
         where = {"kind": kind, "seen_img": seen_img, **({"split": split} if split else {})}
@@ -126,20 +137,16 @@ class RunFolder:
         if self.writing.problem:
             self.owed.append(row)
             return
-        if self._board is None:
-            return
-        prefix = {"train": "", "perf": "perf/"}.get(kind, f"{kind}/{split}/")
-        with self.writing(self.path / "tensorboard"):
-            for name, value in values.items():
-                if isinstance(value, (int, float)):
-                    self._board.add_scalar(f"{prefix}{name}".replace("//", "/"), value, seen_img)
+        for tracker in self._trackers:
+            with self.writing(tracker.folder):
+                tracker.scalars(*told(row))
 
     def measured(self, seen_img: int, split: str) -> bool:
         """Whether this position had been evaluated before the run was started again; the same answer on all ranks."""
         return from_main((seen_img, split) in self._measured)
 
     def image(self, tag: str, picture: NDArray[np.uint8], seen_img: int) -> None:
-        """Store a uint8 HWC picture as PNG under samples/ and in TensorBoard."""
+        """Store a uint8 HWC picture as PNG under samples/ and in the trackers."""
         if not is_main():
             return
         from PIL import Image
@@ -149,14 +156,14 @@ class RunFolder:
         Image.fromarray(picture).save(data, format="PNG")
         with self.writing(path):
             write_bytes(path, data.getbuffer())
-        if self._board is not None:
-            with self.writing(self.path / "tensorboard"):
-                self._board.add_image(tag, picture, seen_img, dataformats="HWC")
+        for tracker in self._trackers:
+            with self.writing(tracker.folder):
+                tracker.image(tag, seen_img, picture)
 
     def histogram(self, tag: str, values: Tensor, seen_img: int) -> None:
-        if is_main() and self._board is not None:
-            with self.writing(self.path / "tensorboard"):
-                self._board.add_histogram(tag, values, seen_img, bins=20)
+        for tracker in self._trackers:  # of the main rank
+            with self.writing(tracker.folder):
+                tracker.histogram(tag, seen_img, values)
 
     def write_json(self, name: str, value: object) -> None:
         if is_main():
@@ -184,11 +191,13 @@ class RunFolder:
             return []
 
     def close(self) -> None:
-        for writer in (self._rows, self._board):
-            if writer is not None:
-                with self.writing(self.path / "tensorboard" if writer is self._board else self.metrics):
-                    writer.close()
-        self._rows = self._board = None
+        if self._rows is not None:
+            with self.writing(self.metrics):
+                self._rows.close()
+        for tracker in self._trackers:
+            with self.writing(tracker.folder):
+                tracker.close()
+        self._rows, self._trackers = None, []
 
 
 def environment(weights: dict[str, Any], threads: list[int]) -> dict[str, Any]:

@@ -7,7 +7,6 @@ other ranks wait for is agreed on at once (`on_main`).
 from __future__ import annotations
 
 import shutil
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -94,14 +93,3 @@ def advice(run_folder: Path | None) -> str:
     safe = f"checkpoints up to {kept[-1].name} are safe" if kept else "no checkpoint was written yet"
     then = "goes on from there" if kept else "begins again"
     return f"{safe}; make room, or make it writable, and start the same command again: it {then}"
-
-
-def hush_board() -> None:
-    """TensorBoard writes in a thread, which prints its own traceback before it hands the error to us."""
-    usual = threading.excepthook
-
-    def hook(args: threading.ExceptHookArgs) -> None:
-        if not (isinstance(args.exc_value, OSError) and type(args.thread).__name__ == "_AsyncWriterThread"):
-            usual(args)
-
-    threading.excepthook = hook

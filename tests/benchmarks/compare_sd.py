@@ -43,7 +43,7 @@ def configuration(shards: Path, args: argparse.Namespace, seed: int, arm: str) -
     return {
         "method": "sdgan", "name": "compare", "seed": seed, "batch_size": 16, "ghost_batch": 8, "summation": "fast",
         "total_img": step * MARKS, "log_img": 16, "sample_img": step * MARKS, "eval_img": 2 * step, "save_img": step,
-        "keep_checkpoints": MARKS, "tensorboard": False,
+        "keep_checkpoints": MARKS, "tracker": "none",
         "data": {"train": str(shards), "resolution": 32, "xflip": True, "workers": 0},
         "model": {
             "generator": {**net, "z_dim": 64, "w_dim": 64, "mapping_layers": 2},

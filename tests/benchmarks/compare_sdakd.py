@@ -72,7 +72,7 @@ def settings(data: dict[str, str], seed: int, steps: int) -> dict[str, Any]:
         "sample_img": 10_000_000,  # once, at the end
         "eval_img": steps * 8,  # besides the end of each stage
         "eval_epochs": 0,
-        "tensorboard": False,
+        "tracker": "none",
         "lq": "bicubic",
         "degradation": {"crop_size": 64},
         "model": {

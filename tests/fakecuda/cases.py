@@ -59,7 +59,7 @@ SDGAN: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 SDAKD: dict[str, Any] = {
     "method": "sdakd", "batch_size": 4, "ghost_batch": 2, "n1": "4 steps", "n2": "4 steps", "n3": "4 steps",
-    "log_img": 4, "sample_img": 0, "save_img": 8, "eval_img": 0, "eval_epochs": 0, "tensorboard": False,
+    "log_img": 4, "sample_img": 0, "save_img": 8, "eval_img": 0, "eval_epochs": 0, "tracker": "none",
     "data": {"train": "absent", "workers": 0, "resolution": SIDE},
     "model": {
         "generator": {"kind": "rrdbnet", "num_feat": 8, "num_grow_ch": 4, "num_block": 1},

@@ -62,7 +62,7 @@ def template() -> Run:
     owner = os.getpid()
     atexit.register(lambda: os.getpid() == owner and shutil.rmtree(home, ignore_errors=True))
     torch.set_num_threads(1)
-    config = tiny.tiny_config(tiny.make_shards(home / "shards"), eval_img=32, name="run")
+    config = tiny.tiny_config(tiny.make_shards(home / "shards"), eval_img=32, name="run", tracker="tensorboard")
     config["metrics"] = {"extractor": "random-inception"}
     loaded = load_config(tiny.write_config(home / "input.yaml", config))
     run = Run(loaded, home / "run", torch.device("cpu"), check_data(loaded))
@@ -300,7 +300,7 @@ def resume(path: Path) -> None:
     main.has_checkpoints(path)
     forecast(path, 96)
     main.check_folder(run.config, path, [])
-    run.folder = RunFolder(path, tensorboard=False)
+    run.folder = RunFolder(path, run.config)
     run.checkpoint, run.step = None, 0
     run.folder.create()
     main.announce(run, run.resume())
