@@ -25,6 +25,7 @@ COMMANDS = {
     "upscale": ("sdtrain.commands.upscale", "enlarge images with a super-resolution student"),
     "import": ("sdtrain.commands.importing", "take over an official checkpoint"),
     "export": ("sdtrain.commands.exporting", "write a network for other tools"),
+    "speed": ("sdtrain.commands.speed", "time networks as they are used: latency, FLOPs, parameters, memory"),
     "bench": ("sdtrain.commands.bench", "time a configuration: seconds and memory per 1000 images"),
     "report": ("sdtrain.commands.report", "put the figures of runs into one page"),
     "config": ("sdtrain.commands.config_keys", "explain the keys of configurations: meaning, unit, type and default"),

@@ -281,10 +281,12 @@ def write_down(run: Run, plan: dict[str, Any] | None, used: dict[str, Any]) -> N
     import torch
 
     from sdtrain.config.compare import dump
+    from sdtrain.engine.origin import describe
     from sdtrain.engine.ranks import gather_objects, is_main
     from sdtrain.files import write_bytes
 
-    run.folder.note_environment(used, gather_objects(torch.get_num_threads()), run.engine.described())
+    threads, devices = zip(*gather_objects((torch.get_num_threads(), describe(run.device))), strict=True)
+    run.folder.note_environment(used, {"devices": sorted({*devices}), "threads": [*threads]}, run.engine.described())
     if is_main():
         with run.folder.writing(path := run.folder.path / "config.yaml"):
             write_bytes(path, dump(run.config).encode())

@@ -132,7 +132,7 @@ def test_a_page_of_csv_is_read_by_others_and_holds_no_formula(tmp_path):
     "words, sentence",
     [
         (["table1"], "say which runs fill it with --runs"),
-        (["table9", "--runs", "RUN"], "there is no table 'table9'"),
+        (["table9", "--runs", "RUN"], "there is no table or figure 'table9'"),
         (["sdakd-table2", "--runs", "RUN"], "none of these runs belongs to sdakd-table2"),
     ],
 )

@@ -367,7 +367,10 @@ def test_report_says_what_is_missing(tmp_path, capsys):
 
 
 REFUSALS = [
-    (["--out", "page.pdf"], "--out page.pdf ends in neither .md, .html, .tex, .csv (a page) nor .png (the curves)"),
+    (
+        ["--out", "page.pdf"],
+        "--out page.pdf ends in neither .md, .html, .tex, .csv (a page) nor .png, .svg (pictures alone)",
+    ),
     (["--out", "a.md", "--latents", "1"], "--latents must be at least 2, --batch at least 1"),
     (["--out", "a.md", "--smooth", "-2"], "--smooth -2: a running mean takes 2 points or more; 0 = none"),
     (

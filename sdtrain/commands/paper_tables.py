@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import statistics
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sdtrain.commands.papers import LAST, PAPERS, Paper, Words, wanted
+from sdtrain.commands.material import Material, missing_seeds
+from sdtrain.commands.papers import LAST, Paper, Words
 from sdtrain.commands.results import Row, Written, chosen, comparable, heading, printed
-from sdtrain.commands.source import config_of
 from sdtrain.commands.tables import Table
-from sdtrain.errors import ConfigError, RunError
 from sdtrain.metrics.protocol import conflicts, fingerprint
 
 RESULTS = ("G_ema", "student")
@@ -36,43 +36,24 @@ class Measured:
         return self.row.values[self.key]
 
 
-def paper_tables(names: Sequence[str], runs: Sequence[Written], notes: list[str]) -> list[Table]:
-    """The tables of these names, each followed by how its numbers were made; notes say what was left out.
-
-    Raises ConfigError for a table that there is not, RunError where no run belongs to any.
-    """
-    papers = [PAPERS[key] for name in names for key in wanted(name)]
-    configured = [(run, config) for run in runs if (config := configuration(run, notes)) is not None]
-    found = []
-    for paper in papers:
-        numbers = [one for run, config in configured for one in measured(paper, run, config, notes)]
-        if numbers:
-            kept = alike(paper, numbers, notes)
-            found += [table(paper, kept), origins(kept)]
-            uneven(paper, kept, notes)
-    if not found:
-        said = f"none of these runs belongs to {', '.join(names)}, or none is finished and evaluated"
-        raise RunError("; ".join([said, *notes]))
-    return found
+def paper_table(paper: Paper, material: Material) -> list[Table]:
+    """The table, and below it how its numbers were made; notes say what was left out. [] where no run belongs to it."""
+    notes = material.notes
+    lacking: dict[str, list[str]] = defaultdict(list)
+    numbers = [one for run, config in material.configured for one in measured(paper, run, config, lacking)]
+    for names in dict.fromkeys(map(tuple, lacking.values())):
+        columns = [column for column in lacking if tuple(lacking[column]) == names]
+        notes.append(f"not measured in {', '.join(names)}: {', '.join(columns)}; evaluate with these metrics")
+    if not numbers:
+        return []
+    kept = alike(paper, numbers, notes)
+    seeds = {words: {one.seed for one in kept if one.words == words} for words in {one.words for one in kept}}
+    missing_seeds({" ".join(words): found for words, found in seeds.items() if words != paper.teacher}, notes)
+    return [table(paper, kept), origins(kept)]
 
 
-def configuration(run: Written, notes: list[str]) -> Any:
-    """The configuration of a run that has ended, else None and a note."""
-    if run.unfinished:
-        notes.append(f"{run.name} is left out: it is unfinished ({run.seen_img:,} of {run.total_img:,} images)")
-        return None
-    try:
-        config = config_of(run.path) if run.path.is_dir() else None
-    except ConfigError as error:
-        notes.append(f"{run.name} is left out: {error}")
-        return None
-    if config is None:
-        notes.append(f"{run.name} is left out: without its config.yaml nobody knows which row it is")
-    return config
-
-
-def measured(paper: Paper, run: Written, config: Any, notes: list[str]) -> Iterator[Measured]:
-    """What a run has for this table."""
+def measured(paper: Paper, run: Written, config: Any, lacking: dict[str, list[str]]) -> Iterator[Measured]:
+    """What a run has for this table; `lacking` takes its name for each column that it has not."""
     words = paper.row_of(config)
     if words is None:
         return
@@ -85,7 +66,7 @@ def measured(paper: Paper, run: Written, config: Any, notes: list[str]) -> Itera
             elif row.network == "teacher" and paper.teacher:
                 yield Measured(paper.teacher, column, run, config.seed, row)
         if not rows:
-            notes.append(f"{run.name} has no {key} on {split}; evaluate it with this metric")
+            lacking[column].append(run.name)
 
 
 def alike(paper: Paper, numbers: list[Measured], notes: list[str]) -> list[Measured]:
@@ -103,16 +84,6 @@ def alike(paper: Paper, numbers: list[Measured], notes: list[str]) -> list[Measu
 
 def names_of(numbers: Sequence[Measured]) -> str:
     return ", ".join(dict.fromkeys(one.run.name for one in numbers))
-
-
-def uneven(paper: Paper, numbers: Sequence[Measured], notes: list[str]) -> None:
-    """Say which rows lack seeds that others have."""
-    seeds = {words: {one.seed for one in numbers if one.words == words} for words in {one.words for one in numbers}}
-    seeds.pop(paper.teacher or (), None)
-    every = set().union(*seeds.values())
-    for words, found in sorted(seeds.items()):
-        if missing := sorted(every - found):
-            notes.append(f"{' '.join(words)}: seeds {', '.join(map(str, missing))} are missing, which other rows have")
 
 
 def table(paper: Paper, numbers: Sequence[Measured]) -> Table:

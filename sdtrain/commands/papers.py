@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from sdtrain.errors import ConfigError
 from sdtrain.models.width import fraction
 
 Words = tuple[str, ...]
@@ -44,14 +43,21 @@ def sdgan_row(config: Any) -> Words | None:
     """(data set, model) of a run of SD-GAN, with +SD, +SD_L1 and the like."""
     if config.method != "sdgan":
         return None
+    data, model = setting(config)
+    return data, model + variant(config.sd)
+
+
+def setting(config: Any) -> tuple[str, str]:
+    """(data set, model) of a run of SD-GAN."""
     kind, place = config.model.generator.kind, str(config.data.train).lower()
     if kind == "fastgan" and config.model.discriminator.kind != "projected":
         kind = "FastGAN"
     data = next((name for part, name in DATA.items() if part in place), "other images")
-    return data, MODELS.get(kind, kind) + variant(config.sd)
+    return data, MODELS.get(kind, kind)
 
 
 def variant(sd: Any) -> str:
+    """What a run of SD-GAN adds to its baseline, such as +SD; "" is the baseline."""
     if not sd.alpha:
         return ""
     if sd.loss != "lpips-vgg":
@@ -112,6 +118,7 @@ def rows(columns: Words, text: str) -> dict[Words, Cells]:
 IMAGES = ("val/fid", "val/rfid", "val/precision", "val/recall")
 FACES = tuple(f"{split}/fid_{factor}" for split in ("val", "test") for factor in (64, 32, 16))
 PHOTOS = ("val/fid", "test/fid")
+VARIATION = ("weights/variation",)
 
 PAPERS = {
     "sdgan-table1": Paper(
@@ -136,6 +143,26 @@ PAPERS = {
             LSUN Church; ProjectedGAN = 2.11 5.725_+-_1.256 0.561 0.474
             LSUN Church; ProjectedGAN+SD = 1.91 1.917_+-_0.279 0.605 0.446
             LSUN Church; ProjectedGAN+SD_L1 = 2.18 2.950_+-_0.462 0.607 0.429
+            """,
+        ),
+        apart=1,
+    ),
+    "sdgan-table3": Paper(
+        "Table 3 of SD-GAN: average variation of generated samples between weights along training.",
+        ("Data", "Model"),
+        VARIATION,
+        sdgan_row,
+        rows(
+            VARIATION,
+            """
+            FFHQ; StyleGAN2-ADA = 0.375_+-_0.020
+            FFHQ; StyleGAN2-ADA+SD = 0.295_+-_0.028
+            FFHQ; ProjectedGAN = 0.470_+-_0.028
+            FFHQ; ProjectedGAN+SD = 0.411_+-_0.022
+            LSUN Church; StyleGAN2-ADA = 0.482_+-_0.016
+            LSUN Church; StyleGAN2-ADA+SD = 0.358_+-_0.033
+            LSUN Church; ProjectedGAN = 0.513_+-_0.030
+            LSUN Church; ProjectedGAN+SD = 0.472_+-_0.029
             """,
         ),
         apart=1,
@@ -206,15 +233,3 @@ PAPERS = {
         ),
     ),
 }
-
-
-def wanted(name: str) -> list[str]:
-    """The tables of a name: sdakd-table1, or table1 for both papers. Raises ConfigError for one that there is not."""
-    found = [key for key in PAPERS if name in (key, key.split("-")[1])]
-    if not found:
-        raise ConfigError(f"there is no table {name!r}: use {', '.join(PAPERS)}, or table1 for both papers")
-    return found
-
-
-def is_table(name: str) -> bool:
-    return any(name in (key, key.split("-")[1]) for key in PAPERS)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import io
 import itertools
 import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from sdtrain.commands.results import METRICS, RISING, Written, better, grouped, series
-from sdtrain.commands.tables import shortened
+from sdtrain.commands.tables import Table, one_line, shortened
 from sdtrain.files import write_bytes
 
 COLUMNS = 3
@@ -36,10 +37,31 @@ def new_figure(width: float, height: float) -> Any:
 
 
 def save(figure: Any, file: Path) -> None:
-    """Write a PNG whole; a link in its place is replaced, not followed. Raises OSError."""
-    data = io.BytesIO()
-    figure.savefig(data, dpi=110, format="png")
+    """Write a PNG or SVG whole; a link in its place is replaced, not followed. Raises OSError."""
+    data, form = io.BytesIO(), file.suffix.removeprefix(".")
+    figure.savefig(data, dpi=110, format=form, metadata={"Date": None} if form == "svg" else None)
     write_bytes(file, data.getbuffer())
+
+
+def sheet(table: Table) -> Any:
+    """A table as a picture."""
+    cells = [[one_line(cell) for cell in line] for line in (table.head, *table.rows)]
+    widths = [max(len(line[i]) for line in cells) + 2 for i in range(len(cells[0]))]
+    wide = max(0.085 * sum(widths), 4.0)
+    said = textwrap.wrap(one_line(table.caption), int(12 * wide))
+    figure = new_figure(wide, 0.26 * (len(cells) + len(said)) + 0.2)
+    ax = figure.subplots()
+    ax.axis("off")
+    ax.set_title("\n".join(said), fontsize=9, loc="left", parse_math=False)
+    shares = [width / sum(widths) for width in widths]
+    made = ax.table(cells, colWidths=shares, bbox=(0, 0, 1, 1), edges="horizontal", cellLoc="left")
+    made.auto_set_font_size(False)
+    made.set_fontsize(8)
+    for (row, column), cell in made.get_celld().items():
+        text = cell.get_text()
+        text.set_parse_math(False)
+        text.set(ha="left" if column < table.words else "right", weight="bold" if row == 0 else "normal")
+    return figure
 
 
 def curves(runs: Sequence[Written], file: Path, smooth: int | None, notes: list[str]) -> bool:
@@ -214,8 +236,8 @@ def count(images: float) -> str:
     return f"{images:g}"
 
 
-def quadrants(found: dict[str, Any], name: str, file: Path) -> None:
-    """Figure 6 and 9: worst L_SD above, best below; lowest D to the left, highest to the right."""
+def quadrants(found: dict[str, Any], name: str, values: bool = True) -> Any:
+    """Figure 9, without `values` Figure 6: worst L_SD above, best below; lowest D to the left, highest to the right."""
     figure = new_figure(14, 4.6)
     axes = figure.subplots(2, 9, width_ratios=[1] * 4 + [0.1] + [1] * 4)
     for ax in axes[:, 4]:  # a gap between the low and the high
@@ -224,11 +246,11 @@ def quadrants(found: dict[str, Any], name: str, file: Path) -> None:
     for row, part in zip(axes, ("worst", "best")):
         for ax, image, logit, distance in zip(row, *(found[part][key] for key in ("images", "logits", "distances"))):
             ax.imshow(image, interpolation="nearest")
-            ax.set(xticks=[], yticks=[], xlabel=f"D {logit:.3g}\nL_SD {distance:.3g}")
+            ax.set(xticks=[], yticks=[], xlabel=f"D {logit:.3g}\nL_SD {distance:.3g}" if values else "")
         row[0].set_ylabel(f"{part} L_SD", fontsize=12)
     axes[0][1].set_title("min D(x)", loc="right")
     axes[0][5].set_title("max D(x)", loc="right")
     text = figure.suptitle("")
     text.set_parse_math(False)
     text.set_text(f"{shortened([name], 80)[name]} at {count(found['seen_img'])} images: {found['num_latents']} latents")
-    save(figure, file)
+    return figure

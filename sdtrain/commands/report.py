@@ -1,9 +1,9 @@
 """`sdtrain report RUN [RUN ...]`: curves and tables from what runs have written.
 
-`sdtrain report table1 --runs RUN ...`: tables of the papers, filled.
+`sdtrain report table1 fig3 --runs RUN ...`: tables and figures of the papers, filled (`exhibits.py`, `pages.py`).
 
     PAGE.md, .html, .tex, .csv  the tables, with the pictures below in it (--out PAGE.png: the curves alone); report.md
-    PAGE.png               metrics and losses against images; runs whose names differ by seed become a mean with a band
+    PAGE.png, .svg         metrics and losses against images; runs whose names differ by seed become a mean with a band
     PAGE_interplay_RUN.png with --interplay: Figure 6 of SD-GAN, extremes of L_SD and D
 
 A table holds numbers of one split and one protocol, a row those of one evaluation.
@@ -20,9 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdtrain.commands import tables
-from sdtrain.commands.paper_tables import paper_tables
-from sdtrain.commands.papers import is_table, wanted
+from sdtrain.commands import exhibits, pages, plots, tables
+from sdtrain.commands.material import SHARES, Material, shares_of
 from sdtrain.commands.results import (
     FACTOR,
     METRICS,
@@ -36,20 +35,21 @@ from sdtrain.commands.results import (
     printed,
     read_runs,
 )
+from sdtrain.commands.speed_rows import sizes_of
 from sdtrain.commands.tables import Table
 from sdtrain.errors import EXIT_OK, ConfigError, UserError
 
-SHARES = "20,40,60,80,100"
 NAME_IN_FILE = 100  # characters of a run's name in the name of its picture
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    what = "run folders, or files of `sdtrain evaluate --json`; with --runs: tables of the papers, such as table1"
-    add("what", nargs="+", metavar="RUN|TABLE", help=what)
-    add("--runs", nargs="+", type=Path, metavar="RUN", help="the runs that fill the tables named before")
-    what = "PAGE.md (or PAGE), .html, .tex, .csv: a page; .png: the curves alone (default: report.md)"
-    add("--out", type=Path, default=Path("report.md"), metavar="PAGE", help=what)
+    what = "run folders, or files of `sdtrain evaluate --json`; with --runs: tables and figures of the papers, such as "
+    add("what", nargs="+", metavar="RUN|NAME", help=what + "table1, sdgan-fig3, or all that these runs can fill")
+    what = "the runs, or files of `sdtrain speed --json`, that fill the tables and figures named before"
+    add("--runs", nargs="+", type=Path, metavar="RUN", help=what)
+    what = "PAGE.md (or PAGE), .html, .tex, .csv: a page; .png, .svg: pictures alone (default: report.md, of all .html)"
+    add("--out", type=Path, metavar="PAGE", help=what)
     add("--smooth", type=int, metavar="POINTS", help="points of the running mean drawn over a curve; 0 = none")
     add("--no-smooth", action="store_const", const=0, dest="smooth", help="no running mean")
     add("--variation", action="store_true", help="Table 3: how much images still change between saved weights")
@@ -59,7 +59,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--interplay", action="store_true", help="Figure 6: images that L_SD and D like least and most")
     add("--interplay-latents", type=int, default=10_000, metavar="N", help="latents of --interplay (default: 10000)")
     add("--extremes", type=int, default=200, help="images kept at either end of L_SD (default: 200)")
-    add("--data", metavar="DATA", help="training set, for the classes of the runs (default: as each config.yaml says)")
+    what = "training set, for the classes of the runs; images of Figure 4 of SDAKD (default: as each config.yaml says)"
+    add("--data", metavar="DATA", help=what)
+    add("--size", default="64x64", help="input of photographs in Table 3 of SDAKD, height x width (default: 64x64)")
+    add("--passes", type=int, default=50, help="timed passes of Table 3 of SDAKD (default: 50)")
     add("--lpips", metavar="SOURCE", help="VGG16 of LPIPS: a path, `download` or `random` (default: as the run)")
     add("--batch", type=int, default=16, help="images at once (default: 16)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: a GPU where there is one)")
@@ -69,18 +72,21 @@ def run(args: argparse.Namespace) -> int:
     """Returns 0; raises ConfigError or RunError before anything is written."""
     check(args)
     runs, notes = read_runs(args.runs or [Path(run) for run in args.what])
-    found = paper_tables(args.what, runs, notes) if args.runs else tables_of_metrics(runs, notes)
-    if args.variation:
-        found += tables_of_variation(runs, args, notes)
-    extremes = of_each(runs, lambda run: interplay(run, args), notes) if args.interplay else []
-    pictures = draw(runs, extremes, args, notes)
+    if args.runs:
+        parts = exhibits.fill(args.what, Material(runs, args, notes))
+        files = pages.publish(parts, notes, args.out)
+        found = [block for part in parts for block in part.blocks if isinstance(block, Table)]
+    else:
+        found = tables_of_metrics(runs, notes)
+        found += tables_of_variation(runs, args, notes) if args.variation else []
+        extremes = of_each(runs, lambda run: interplay(run, args), notes) if args.interplay else []
+        files = draw(runs, extremes, args, notes)
+        if args.out.suffix in tables.PAGES:
+            pages.write(args.out, tables.PAGES[args.out.suffix](found, notes, files))
+            files = [args.out, *files]
     print(tables.markdown(found, ()))
     for note in notes:
         print(f"sdtrain: note: {tables.one_line(note)}", file=sys.stderr)
-    files = pictures
-    if args.out.suffix in tables.PAGES:
-        write(args.out, tables.PAGES[args.out.suffix](found, notes, pictures))
-        files = [args.out, *pictures]
     print(f"\nwritten: {', '.join(map(str, files))}")
     return EXIT_OK
 
@@ -89,15 +95,18 @@ def check(args: argparse.Namespace) -> None:
     """Raises ConfigError for everything that can be wrong with the arguments, before torch is imported."""
     for name in args.what:
         if args.runs:
-            wanted(name)
-        elif is_table(name) and not os.path.exists(name):
-            raise ConfigError(f"{name} is a table of a paper: say which runs fill it with --runs RUN ...")
+            exhibits.wanted(name)
+        elif exhibits.is_exhibit(name) and not os.path.exists(name):
+            raise ConfigError(f"{name} is of a paper: say which runs fill it with --runs RUN ...")
+    args.out = args.out or Path("report.html" if args.runs and exhibits.ALL in args.what else "report.md")
     if not args.out.suffix:
         args.out = args.out / "report.md" if os.path.isdir(args.out) else args.out.with_suffix(".md")
-    if args.out.suffix not in (*tables.PAGES, ".png"):
-        raise ConfigError(f"--out {args.out} ends in neither .md, .html, .tex, .csv (a page) nor .png (the curves)")
+    pages.check_out(args.out)
     if args.latents < 2 or args.batch < 1:
         raise ConfigError("--latents must be at least 2, --batch at least 1")
+    sizes_of(args.size)
+    if args.passes < 2:
+        raise ConfigError("--passes must be at least 2")
     if args.smooth is not None and args.smooth < 0:
         raise ConfigError(f"--smooth {args.smooth}: a running mean takes 2 points or more; 0 = none")
     shares_of(args.shares)
@@ -105,17 +114,6 @@ def check(args: argparse.Namespace) -> None:
         raise ConfigError(
             f"--extremes {args.extremes}: take at least 4, and at most half of the {args.interplay_latents} latents"
         )
-
-
-def shares_of(text: str) -> list[float]:
-    """'20,40' as [20.0, 40.0]. Raises ConfigError unless they are two or more rising shares of the whole."""
-    try:
-        shares = [float(part) for part in text.split(",")]
-    except ValueError:
-        shares = []
-    if len(shares) < 2 or sorted(set(shares)) != shares or not 0 < shares[0] <= shares[-1] <= 100:
-        raise ConfigError(f"--shares {text}: give two or more rising shares of training in percent, such as {SHARES}")
-    return shares
 
 
 # Tables
@@ -250,28 +248,16 @@ def draw(runs: list[Written], extremes: list[tuple[Written, Any]], args: Any, no
     """
     try:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        from sdtrain.commands import plots
-
-        curves = args.out.with_suffix(".png")
+        curves = args.out if args.out.suffix in pages.PICTURES else args.out.with_suffix(".png")
         files = [curves] if plots.curves(runs, curves, args.smooth, notes) else []
         names = tables.shortened([run.name for run, _ in extremes], NAME_IN_FILE)
         for run, found in extremes:
             name = re.sub(r"[^\w.-]+", "_", names[run.name], flags=re.ASCII)
             files.append(args.out.with_name(f"{args.out.stem}_interplay_{name}.png"))
-            plots.quadrants(found, run.name, files[-1])
+            plots.save(plots.quadrants(found, run.name), files[-1])
         return files
     except ImportError as error:
         notes.append(f"there are no pictures: {error}; install matplotlib")
     except OSError as error:
         raise ConfigError(f"--out {args.out}: cannot be written ({error.strerror}); name another file") from None
     return []
-
-
-def write(path: Path, page: str) -> None:
-    """Write the page. Raises ConfigError when that fails."""
-    from sdtrain.files import write_bytes
-
-    try:
-        write_bytes(path, (page + "\n").encode(errors="replace"))
-    except OSError as error:
-        raise ConfigError(f"--out {path} cannot be written ({error.strerror}); name another file") from None

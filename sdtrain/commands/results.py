@@ -28,6 +28,7 @@ FACTOR = re.compile(r"fid_(\d+)")
 DIGITS = {"kid": 5, "ssim_y": 4, "lpips": 4}
 SEED_OF_NAME = re.compile(r"[-_.]?seed[-_=]?\d+", re.IGNORECASE)
 WORDS = ("kind", "stage", "split", "weights", "method", "measured")
+PERF = ("sec_per_kimg", "peak_mem_gb", "data_wait_frac", "sec/evaluate")
 HUGE = 1e100  # no loss or metric is so large; sums of larger numbers overflow
 NUMBER, FINITE = "values that are no numbers", "values that are not finite"
 OBJECT, PLACE = "rows that are no JSON objects", "rows without a position, or with a stage or protocol that is none"
@@ -36,7 +37,7 @@ OBJECT, PLACE = "rows that are no JSON objects", "rows without a position, or wi
 def heading(key: str, more: str = "") -> str:
     """What stands over a column of this measurement."""
     factor = FACTOR.fullmatch(key)
-    name = f"FID x{factor[1]}" if factor else METRICS[key]
+    name = f"FID x{factor[1]}" if factor else METRICS.get(key, key)
     return f"{name}{more} {'up' if key in RISING else 'down'}"
 
 
@@ -70,6 +71,8 @@ class Written:
     total_img: int | None = None
     select_by: str | None = None  # what chose the weights of best/
     seen_img: int = 0
+    perf: dict[int, dict[str, float]] = field(default_factory=dict)  # images seen -> what a tick says of speed
+    speeds: list[dict[str, Any]] = field(default_factory=list)  # rows of `sdtrain speed --json`, as they are
 
     @property
     def group(self) -> str:
@@ -127,7 +130,7 @@ def read(path: Path, file: Path, name: str, notes: list[str]) -> list[Written]:
         found = [collect(Written(path, titles[about]), part, left_out) for about, part in subjects.items()]
     if left_out:
         notes.append(f"{name}: left out {', '.join(f'{what} ({count})' for what, count in left_out.items())}")
-    kept = [run for run in found if run.rows or run.curves]
+    kept = [run for run in found if run.rows or run.curves or run.speeds]
     if not kept:
         notes.append(f"{file} has no losses and no evaluations yet; wait for the first tick (log_img)")
     return kept
@@ -175,7 +178,11 @@ def collect(run: Written, rows: Iterable[dict[str, Any]], left_out: Counter[str]
     seen_img = run.seen_img
     for row in rows:
         seen_img = max(seen_img, row.get("seen_img", 0))
-        if row.get("kind") == "train":
+        if row.get("kind") == "perf" and "seen_img" in row:
+            run.perf[row["seen_img"]] = numbers(row, PERF.__contains__, left_out)
+        elif row.get("kind") == "speed":
+            run.speeds.append(row)
+        elif row.get("kind") == "train":
             stage = "" if row.get("stage") == "main" else row.get("stage", "")
             enter(run, "", stage, row["seen_img"], numbers(row, lambda key: "/" in key, left_out))
         elif row.get("kind") in ("eval", "baseline"):

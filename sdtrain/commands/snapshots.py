@@ -109,6 +109,8 @@ class Variation:
     at_shares: str
     at_images: str
     protocol: dict[str, Any]
+    per_latent: Tensor  # [latents], float64
+    folders: dict[float, Path]  # share -> weights
 
 
 def variation(run: Written, shares: Sequence[float], args: argparse.Namespace, notes: list[str]) -> Variation:
@@ -129,7 +131,8 @@ def variation(run: Written, shares: Sequence[float], args: argparse.Namespace, n
     values = torch.cat(parts)
     images = ", ".join(f"{position(folder):,}" for folder in folders.values())
     protocol = {"shares": listed(folders), "lpips weights": digest(lpips)}
-    return Variation(values.mean().item(), values.std(correction=0).item(), listed(folders), images, protocol)
+    mean, deviation = values.mean().item(), values.std(correction=0).item()
+    return Variation(mean, deviation, listed(folders), images, protocol, values, folders)
 
 
 def digest(net: torch.nn.Module) -> str:

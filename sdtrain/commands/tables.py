@@ -41,6 +41,24 @@ class Table:
     words: int = 1
 
 
+@dataclass(frozen=True)
+class Heading:
+    """What stands over the tables and pictures that follow."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A PNG beside the page, and what is said of it."""
+
+    file: Path
+    caption: str = ""
+
+
+Block = Table | Heading | Picture
+
+
 def one_line(text: str) -> str:
     """The text without line ends, and without halves of characters, which nobody can write or draw."""
     return BLANK.sub(" ", text.encode(errors="replace").decode()).strip()
@@ -58,31 +76,44 @@ def in_latex(text: str) -> str:
     return one_line(text).translate(IN_LATEX).replace("+-", r"$\pm$")
 
 
-def markdown(tables: Sequence[Table], notes: Sequence[str], pictures: Sequence[Path] = ()) -> str:
-    parts = []
-    for table in tables:
-        rule = ["---"] * table.words + ["---:"] * (len(table.head) - table.words)
-        cells = [[*map(in_markdown, line)] for line in (table.head, *table.rows)]
-        lines = [f"| {' | '.join(line)} |" for line in (cells[0], rule, *cells[1:])]
-        parts.append("\n".join([in_markdown(table.caption), "", *lines]))
+def markdown(blocks: Sequence[Block], notes: Sequence[str], pictures: Sequence[Path] = ()) -> str:
+    parts = [_in_markdown(block) for block in blocks]
     parts += ["\n".join(f"- {in_markdown(note)}" for note in notes)] if notes else []
-    parts += [f"![{in_markdown(file.stem)}]({quote(file.name)})" for file in pictures]
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, *(_in_markdown(Picture(file)) for file in pictures)])
 
 
-def as_html(tables: Sequence[Table], notes: Sequence[str], pictures: Sequence[Path] = ()) -> str:
+def _in_markdown(block: Block) -> str:
+    if isinstance(block, Heading):
+        return f"## {in_markdown(block.text)}"
+    if isinstance(block, Picture):
+        shown = f"![{in_markdown(block.file.stem)}]({quote(block.file.name)})"
+        return f"{shown}\n\n{in_markdown(block.caption)}" if block.caption else shown
+    rule = ["---"] * block.words + ["---:"] * (len(block.head) - block.words)
+    cells = [[*map(in_markdown, line)] for line in (block.head, *block.rows)]
+    lines = [f"| {' | '.join(line)} |" for line in (cells[0], rule, *cells[1:])]
+    return "\n".join([in_markdown(block.caption), "", *lines])
+
+
+def as_html(blocks: Sequence[Block], notes: Sequence[str], pictures: Sequence[Path] = ()) -> str:
     style = "body{font-family:sans-serif;margin:2em}td,th{padding:.2em .8em;border-bottom:1px solid #ccc}"
-    style += "td.n,th.n{text-align:right}caption{text-align:left}img{max-width:100%}div{overflow-x:auto}"
-    parts = ["<!DOCTYPE html>", *HEAD, f"<style>{style}</style>"]
-    for table in tables:
-        parts += ["<div><table>", f"<caption>{in_html(table.caption)}</caption>"]
-        parts += [_html_row(line, "td" if i else "th", table.words) for i, line in enumerate([table.head, *table.rows])]
-        parts.append("</table></div>")
+    style += "td.n,th.n{text-align:right}td.n{white-space:nowrap}td,th{vertical-align:top;min-width:4em}"
+    style += "img{max-width:100%}div{overflow-x:auto}"
+    style += "@media(max-width:40em){body{margin:.8em}}"
+    parts = ["<!DOCTYPE html>", *HEAD, f"<style>{style}</style>", *map(_in_html, blocks)]
     parts += ["<ul>", *(f"<li>{in_html(note)}</li>" for note in notes), "</ul>"] if notes else []
-    for file in pictures:  # inside the page, so that it can be sent as one file
-        data = base64.b64encode(file.read_bytes()).decode()
-        parts.append(f'<p><img src="data:image/png;base64,{data}" alt="{in_html(file.stem)}"></p>')
-    return "\n".join(parts)
+    return "\n".join([*parts, *(_in_html(Picture(file)) for file in pictures)])
+
+
+def _in_html(block: Block) -> str:
+    if isinstance(block, Heading):
+        return f"<h2>{in_html(block.text)}</h2>"
+    if isinstance(block, Picture):  # inside the page, so that it can be sent as one file
+        data = base64.b64encode(block.file.read_bytes()).decode()
+        said = f"<br>{in_html(block.caption)}" if block.caption else ""
+        return f'<p><img src="data:image/png;base64,{data}" alt="{in_html(block.file.stem)}">{said}</p>'
+    lines = [_html_row(line, "td" if i else "th", block.words) for i, line in enumerate([block.head, *block.rows])]
+    # a caption inside the table would be as wide as the table, and be cut off on a narrow screen
+    return "\n".join([f"<p>{in_html(block.caption)}</p>", "<div><table>", *lines, "</table></div>"])
 
 
 def _html_row(line: Sequence[str], tag: str, words: int) -> str:
@@ -90,11 +121,11 @@ def _html_row(line: Sequence[str], tag: str, words: int) -> str:
     return "<tr>" + "".join(f"<{tag}{kind}>{in_html(cell)}</{tag}>" for kind, cell in zip(kinds, line)) + "</tr>"
 
 
-def as_csv(tables: Sequence[Table], notes: Sequence[str], pictures: Sequence[Path] = ()) -> str:
+def as_csv(blocks: Sequence[Block], notes: Sequence[str], pictures: Sequence[Path] = ()) -> str:
     """Each table under its caption, with an empty line between; notes last. Pictures are files beside it."""
     out = io.StringIO()
     write = csv.writer(out, lineterminator="\n")
-    for table in tables:
+    for table in (block for block in blocks if isinstance(block, Table)):
         for line in ([table.caption], table.head, *table.rows, []):
             write.writerow(map(in_csv, line))
     write.writerows([in_csv(note)] for note in notes)
@@ -107,21 +138,27 @@ def in_csv(text: str) -> str:
     return f"'{text}" if FORMULA.match(text) else text
 
 
-def latex(tables: Sequence[Table], notes: Sequence[str], pictures: Sequence[Path] = ()) -> str:
+def latex(blocks: Sequence[Block], notes: Sequence[str], pictures: Sequence[Path] = ()) -> str:
     """To be \\input into a document that loads graphicx."""
-    parts = []
-    for table in tables:
-        lines = [" & ".join(map(in_latex, line)) + r" \\" for line in (table.head, *table.rows)]
-        columns = "l" * table.words + "r" * (len(table.head) - table.words)
-        body = [rf"\begin{{tabular}}{{{columns}}}", r"\hline", lines[0], r"\hline", *lines[1:], r"\hline"]
-        caption = rf"\caption{{{in_latex(table.caption)}}}"
-        parts.append("\n".join([r"\begin{table}", caption, *body, r"\end{tabular}", r"\end{table}"]))
+    parts = [_in_latex(block) for block in blocks]
     parts += ["\n\n".join(map(in_latex, notes))] if notes else []
-    parts += [rf"\includegraphics[width=\linewidth]{{\detokenize{{{file.name}}}}}" for file in pictures]
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, *(_in_latex(Picture(file)) for file in pictures)])
 
 
-PAGES: dict[str, Callable[[Sequence[Table], Sequence[str], Sequence[Path]], str]] = {
+def _in_latex(block: Block) -> str:
+    if isinstance(block, Heading):
+        return rf"\section*{{{in_latex(block.text)}}}"
+    if isinstance(block, Picture):
+        shown = rf"\includegraphics[width=\linewidth]{{\detokenize{{{block.file.name}}}}}"
+        return f"{shown}\n\n{in_latex(block.caption)}" if block.caption else shown
+    lines = [" & ".join(map(in_latex, line)) + r" \\" for line in (block.head, *block.rows)]
+    columns = "l" * block.words + "r" * (len(block.head) - block.words)
+    body = [rf"\begin{{tabular}}{{{columns}}}", r"\hline", lines[0], r"\hline", *lines[1:], r"\hline"]
+    caption = rf"\caption{{{in_latex(block.caption)}}}"
+    return "\n".join([r"\begin{table}", caption, *body, r"\end{tabular}", r"\end{table}"])
+
+
+PAGES: dict[str, Callable[[Sequence[Block], Sequence[str], Sequence[Path]], str]] = {
     ".md": markdown,
     ".html": as_html,
     ".tex": latex,

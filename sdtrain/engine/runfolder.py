@@ -170,9 +170,9 @@ class RunFolder:
             with self.writing(self.path / name):
                 write_json(self.path / name, value, default=str)
 
-    def note_environment(self, weights: dict[str, Any], threads: list[int], engine: dict[str, Any]) -> None:
+    def note_environment(self, weights: dict[str, Any], ranks: dict[str, Any], engine: dict[str, Any]) -> None:
         """Add this start to environment.json; earlier starts are kept."""
-        used = {**environment(weights, threads), "engine": engine, "launcher": said()}
+        used = {**environment(weights, ranks), "engine": engine, "launcher": said()}
         self.write_json(starts.FILE, {"starts": [*self._starts(), used]})
 
     def note_finished(self) -> None:
@@ -200,8 +200,8 @@ class RunFolder:
         self._rows, self._trackers = None, []
 
 
-def environment(weights: dict[str, Any], threads: list[int]) -> dict[str, Any]:
-    """What this start runs on; `threads` of each rank."""
+def environment(weights: dict[str, Any], ranks: dict[str, Any]) -> dict[str, Any]:
+    """What this start runs on; `ranks`: the devices of all of them, and the threads of each."""
     import platform
     from importlib.metadata import PackageNotFoundError, version
 
@@ -219,7 +219,7 @@ def environment(weights: dict[str, Any], threads: list[int]) -> dict[str, Any]:
         "host": platform.node(),
         "world_size": world(),
         "cores": cores(),
-        "threads": threads,
+        **ranks,
         "packages": {name: installed(name) for name in packages},
         "git_commit": git_commit(),
         "float32": described(),

@@ -1,0 +1,254 @@
+"""Networks in every form that `sdtrain speed` measures, and the passes that take turns."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import importlib
+import itertools
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sdtrain.activations import Watch
+from sdtrain.commands.exporting import SUPER_RESOLUTION, export_onnx
+from sdtrain.commands.source import config_of, file_of
+from sdtrain.commands.speed_rows import Asked, new_row
+from sdtrain.commands.variants import Clock
+from sdtrain.engine.origin import describe
+from sdtrain.engine.ranks import pick_device
+from sdtrain.errors import ConfigError
+from sdtrain.interop.loading import load_network
+from sdtrain.interop.network import Network
+from sdtrain.rng import generator
+from sdtrain.terminal import clip
+
+FACTOR = 16.0  # GCFSR's condition, which costs the same whatever it is
+# what a compiler, an exporter or a kernel raises for a network that it cannot take
+UNABLE = (RuntimeError, ValueError, TypeError, LookupError, NotImplementedError, ImportError, OSError, AssertionError)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A network under the name that tables give it."""
+
+    name: str
+    network: Network
+
+
+@dataclass
+class Case:
+    """One network in one form."""
+
+    subject: Subject
+    size: str
+    precision: str
+    backend: str
+    threads: int
+    run: Callable[[], Tensor]
+    clock: Clock
+    seconds: list[float] = field(default_factory=list)
+    about: dict[str, Any] = field(default_factory=dict)
+
+    def row(self) -> dict[str, Any]:
+        found = self.subject.network
+        what = {"name": self.subject.name, "kind": found.kind, "options": found.options}
+        where = {"size": self.size, "precision": self.precision, "backend": self.backend, "threads": self.threads}
+        return {**what, **where, "clock": self.clock.name, **self.about, "seconds": self.seconds}
+
+
+def subjects_of(sources: Sequence[Path]) -> list[Subject]:
+    """The generators of files and runs; the teacher of a run of super-resolution comes before it, once.
+
+    Raises WeightsError for what holds none.
+    """
+    found: list[Subject] = []
+    for path in sources:
+        network = load_network(file_of(path, "ema"))
+        if network.player != "Generator":
+            raise ConfigError(f"{path} holds a discriminator; give the file of a generator")
+        teacher = teacher_of(path, network) if path.is_dir() else None
+        if teacher and not any(alike(teacher, one.network) for one in found):
+            found.append(Subject(f"teacher of {path.name}", teacher))
+        found.append(Subject(str(path), network))
+    return found
+
+
+def alike(one: Network, other: Network) -> bool:
+    """Whether two networks are of one shape."""
+    return all(getattr(one, key) == getattr(other, key) for key in ("kind", "resolution", "typed_options"))
+
+
+def teacher_of(run: Path, student: Network) -> Network | None:
+    """The network that the configuration of a run describes, with any weights; None where the run's own is that one."""
+    config = config_of(run)
+    if config is None or not hasattr(config, "student"):
+        return None
+    options = config.model.generator
+    module = importlib.import_module(f"sdtrain.models.{student.kind}.networks")
+    with torch.random.fork_rng(devices=[]):
+        net = module.Generator(options, resolution=student.resolution)
+    told = {key: value for key, value in dataclasses.asdict(options).items() if key != "kind"}
+    teacher = replace(student, state=net.state_dict(), options=told, source={}, note=None)
+    return None if alike(teacher, student) else teacher
+
+
+@torch.inference_mode()
+def measure(subjects: Sequence[Subject], asked: Asked, notes: list[str]) -> dict[str, Any]:
+    """A row of `--json`. Cases that cannot be made are noted; raises ConfigError where none can."""
+    device = pick_device(asked.device)
+    threads = asked.threads or (torch.get_num_threads(),)
+    before = torch.get_num_threads()
+    try:
+        cases = [case for subject in subjects for case in cases_of(subject, asked, device, threads, notes)]
+        if not cases:
+            raise ConfigError("; ".join(["nothing can be measured", *notes]))
+        for number in range(asked.warmup + asked.passes):
+            for case in cases:
+                torch.set_num_threads(case.threads)
+                seconds, _ = case.clock.time(case.run)
+                if number >= asked.warmup:
+                    case.seconds.append(seconds)
+    finally:
+        torch.set_num_threads(before)
+    return new_row(asked, describe(device), torch.__version__, [case.row() for case in cases])
+
+
+def cases_of(
+    subject: Subject, asked: Asked, device: torch.device, threads: Sequence[int], notes: list[str]
+) -> list[Case]:
+    """Every form of one network; each has done one pass, compared with eager fp32."""
+    net = subject.network.build().requires_grad_(False).to(device)
+    cases = []
+    for size in sizes_of(subject.network, net, asked.sizes):
+        inputs = inputs_of(subject.network, net, size, asked.batch, device)
+        torch.set_num_threads(threads[0])
+        with torch.inference_mode(False), torch.no_grad(), Watch() as seen:  # inference mode hides what is inside
+            expected = net(*inputs)
+        about = {"parameters": sum(p.numel() for p in net.parameters()), "flops": seen.flops}
+        for precision, backend, count in itertools.product(asked.precisions, asked.backends, threads):
+            torch.set_num_threads(count)
+            try:
+                run = FORMS[backend](subject.network, net, inputs, precision)
+                made = run()
+            except torch.OutOfMemoryError:
+                notes.append(f"{subject.name} at {text_of(size)} does not fit into the memory of {describe(device)}")
+                continue
+            except UNABLE as error:
+                why = clip(str(error).partition("\n")[0] or type(error).__name__, 160)
+                notes.append(f"{subject.name}: {backend} in {precision} is left out: {why}")
+                continue
+            case = Case(subject, text_of(size), precision, backend, count, run, Clock(device))
+            worst = (made.float() - expected.float()).abs().max() / expected.float().abs().max().clamp(min=1e-12)
+            case.about = {**about, "difference": float(worst), "memory": memory_of(case, net, device)}
+            cases.append(case)
+    return cases
+
+
+def sizes_of(network: Network, net: Any, sizes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The inputs of a network that takes any; else its own. Raises ConfigError for one that it cannot fold."""
+    if network.kind not in SUPER_RESOLUTION or network.kind == "gcfsr":
+        own = int(network.resolution or net.resolution)
+        return [(own, own)]
+    fold = 4 // net.scale if network.kind == "rrdbnet" else 1
+    if odd := [size for size in sizes if any(side % fold for side in size)]:
+        raise ConfigError(f"--size {text_of(odd[0])}: a network of scale {net.scale} takes multiples of {fold}")
+    return list(sizes)
+
+
+def text_of(size: tuple[int, int]) -> str:
+    return f"{size[0]}x{size[1]}"
+
+
+def inputs_of(network: Network, net: Any, size: tuple[int, int], batch: int, device: torch.device) -> tuple[Any, ...]:
+    """Noise of the shape that the generator takes."""
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(batch, *shape, generator=generator("speed", *shape)).to(device)
+
+    if network.kind == "gcfsr":
+        return normal(3, *size).tanh(), FACTOR
+    if network.kind in SUPER_RESOLUTION:
+        return (normal(3, *size).sigmoid(),)
+    labels = [torch.eye(network.num_classes, device=device)[[0] * batch]] if network.num_classes else []
+    return (normal(int(net.z_dim)), *labels)
+
+
+# The forms
+
+
+def eager(network: Network, net: nn.Module, inputs: Sequence[Any], precision: str) -> Callable[[], Tensor]:
+    net, inputs = converted(net, inputs, precision)
+    return lambda: net(*inputs)
+
+
+def channels_last(network: Network, net: nn.Module, inputs: Sequence[Any], precision: str) -> Callable[[], Tensor]:
+    net, inputs = converted(net, inputs, precision)
+    last = {"memory_format": torch.channels_last}
+    net = copy.deepcopy(net).to(**last)  # type: ignore[call-overload]
+    inputs = [x.contiguous(**last) if isinstance(x, Tensor) and x.ndim == 4 else x for x in inputs]
+    return lambda: net(*inputs)
+
+
+def compiled(network: Network, net: nn.Module, inputs: Sequence[Any], precision: str) -> Callable[[], Tensor]:
+    """For this shape and number of threads alone."""
+    net, inputs = converted(net, inputs, precision)
+    torch._dynamo.reset()
+    made = torch.compile(copy.deepcopy(net), dynamic=False)
+    return lambda: made(*inputs)
+
+
+def onnx(network: Network, net: nn.Module, inputs: Sequence[Any], precision: str) -> Callable[[], Tensor]:
+    """ONNX Runtime on the file that `sdtrain export` writes; inputs and outputs lie on the host."""
+    if precision != "fp32":
+        raise ValueError(f"the exported graph is of fp32, not {precision}")
+    import onnxruntime
+
+    wanted = "CUDAExecutionProvider" if inputs[0].device.type == "cuda" else "CPUExecutionProvider"
+    if wanted not in onnxruntime.get_available_providers():
+        raise ValueError(f"this onnxruntime has no {wanted}")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3
+    with tempfile.TemporaryDirectory() as folder, torch.inference_mode(False):
+        file = export_onnx(network, Path(folder) / "network.onnx")
+        session = onnxruntime.InferenceSession(str(file), options, providers=[wanted])
+    named = {one.name: x.cpu().numpy() for one, x in zip(session.get_inputs(), inputs)}
+    device = inputs[0].device
+    return lambda: torch.from_numpy(session.run(None, named)[0]).to(device)
+
+
+FORMS = {"eager": eager, "channels-last": channels_last, "compiled": compiled, "onnx": onnx}
+
+
+def converted(net: nn.Module, inputs: Sequence[Any], precision: str) -> tuple[nn.Module, Sequence[Any]]:
+    """Weights and images in the arithmetic asked for."""
+    if precision == "fp32":
+        return net, inputs
+    made = copy.deepcopy(net).to(torch.bfloat16)
+    return made, [x.to(torch.bfloat16) if isinstance(x, Tensor) else x for x in inputs]
+
+
+def memory_of(case: Case, net: nn.Module, device: torch.device) -> int | None:
+    """Bytes of the weights and the most that one pass holds beside them; None where nobody can tell."""
+    width = 2 if case.precision == "bf16" else 4
+    weights = sum(t.numel() for t in (*net.parameters(), *net.buffers())) * width
+    if case.backend == "onnx":
+        return None
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        case.run()
+        torch.cuda.synchronize(device)
+        return weights + torch.cuda.max_memory_allocated(device) - before
+    if case.backend == "compiled":  # its buffers are not seen by the dispatcher
+        return None
+    with torch.inference_mode(False), torch.no_grad(), Watch() as seen:
+        case.run()
+    return weights + seen.peak
