@@ -68,6 +68,8 @@ class VGGFeatures(Frozen):
             out = x.float()
             if self.imagenet_norm:
                 out = (out - self.mean) / self.std
+            if out.is_cpu:  # a tenth less time there
+                out = out.contiguous(memory_format=torch.channels_last)
             return dict(self.features.maps(out, self.layers))
 
 

@@ -106,7 +106,7 @@ class FusedLeakyReLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C, H, W] -> the same shape."""
-        return F.leaky_relu(x + self.bias.view(1, -1, 1, 1), 0.2).mul(SQRT2)
+        return F.leaky_relu_(torch.add(self.bias.view(1, -1, 1, 1) * SQRT2, x, alpha=SQRT2), 0.2)
 
 
 def conv_layer(
@@ -172,7 +172,7 @@ class Condition(NamedTuple):
     def __call__(self, x: Tensor) -> Tensor:
         """[N, C, H, W] -> the same shape."""
         a, b = unit_scales(self.s1, self.s2)
-        return a[:, :, None, None] * x + b[:, :, None, None] * self.shift
+        return torch.addcmul(b[:, :, None, None] * self.shift, a[:, :, None, None], x)
 
 
 class StyleConv(nn.Module):
