@@ -61,7 +61,7 @@ def costs(trainer: Trainer) -> dict[str, dict[str, Cost]]:
         plain = torch.compiler.set_stance("force_eager")
         with warnings.catch_warnings(), plain, FakeTensorMode(allow_non_fake_inputs=True):
             warnings.simplefilter("ignore")
-            return _counted(trainer, blank_chunk(trainer))
+            return _counted(trainer, trainer.blank())
     finally:
         _forget_cached()
 
@@ -156,15 +156,6 @@ class Inside(AbstractContextManager):
         if torch.is_grad_enabled():  # otherwise nothing is kept, and nothing computed again
             self.largest = max(self.largest, self.seen.now - self.start[0])
             self.flops += self.seen.flops - self.start[1]
-
-
-def blank_chunk(trainer: Trainer) -> Chunk:
-    """A chunk of the shapes that a step of this rank sees, without images."""
-    builder, draws = trainer.builder, trainer.draws(tuple(range(trainer.ghosts_at_once)))
-    side, classes = builder.resolution, len(builder.class_counts)
-    real = torch.zeros(draws.num_samples, 3, side, side, device=trainer.device)
-    labels = torch.zeros(draws.num_samples, classes, device=trainer.device) if classes else None
-    return trainer.method.blank(Chunk(step=0, seen_img=0, real=real, labels=labels, draws=draws))
 
 
 def _prepass(phase: Phase, x: Chunk) -> None:

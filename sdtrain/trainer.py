@@ -98,8 +98,9 @@ class Trainer:
     def chunks(self, batch: Batch) -> list[Chunk]:
         """This rank's share of the global batch, cut into pieces of `ghosts_at_once` ghosts, on the device."""
         at_once, size = self.ghosts_at_once, self.ghosts_at_once * self.config.ghost_batch
-        lq = None if batch.lq is None else batch.lq.to(self.device, non_blocking=True)
-        images = batch.images.to(self.device, non_blocking=True)
+        # bytes go over as they lie in memory, and become planes there
+        lq = None if batch.lq is None else batch.lq.to(self.device, non_blocking=True).contiguous()
+        images = batch.images.to(self.device, non_blocking=True).contiguous()
         labels = None if batch.labels is None else batch.labels.to(self.device, non_blocking=True)
         made = []
         for i, first in enumerate(range(0, len(self.ghosts), at_once)):
@@ -114,6 +115,14 @@ class Trainer:
             )
             made.append(self.method.prepare(chunk, self.stage))
         return made
+
+    def blank(self) -> Chunk:
+        """A chunk of the shapes that this rank sees in a step, without images."""
+        draws = self.draws(tuple(range(self.ghosts_at_once)))
+        num, side, classes = draws.num_samples, self.builder.resolution, len(self.builder.class_counts)
+        real = torch.zeros(num, 3, side, side, device=self.device)
+        labels = torch.zeros(num, classes, device=self.device) if classes else None
+        return self.method.blank(Chunk(step=0, seen_img=0, real=real, labels=labels, draws=draws))
 
     def draws(self, ghosts: tuple[int, ...]) -> Draws:
         c = self.config

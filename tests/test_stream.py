@@ -20,15 +20,18 @@ import torch
 from conftest import REPO
 from PIL import Image
 from test_pack import damage_byte, loose_tar, packed, png
+from tiny import tiny_config, write_config
 
+from sdtrain.config.load import load_config
 from sdtrain.data.read.dataset import Dataset, open_dataset
 from sdtrain.data.read.decoder import Decoder
 from sdtrain.data.read.order import flipped, hashed, order, permutation, substitute
 from sdtrain.data.read.patterns import expand
 from sdtrain.data.read.pool import Pool, WorkerError, requests_of
-from sdtrain.data.read.reader import iterate, read_all, read_image
+from sdtrain.data.read.reader import iterate, planes_of, read_all, read_image
 from sdtrain.data.read.stream import Batch, Stream
 from sdtrain.errors import DataError
+from sdtrain.trainer import Trainer
 
 SIDE = 8
 NUM = 40
@@ -503,3 +506,24 @@ def test_pipe_sources_are_read_through_the_cache(clean: Path, tmp_path: Path) ->
     assert read_all(dataset)[:, 0, 0, 4].tolist() == list(range(20))
     with pytest.raises(DataError, match="^fetching pipe:cat /nowhere.tar into .* failed"):
         open_dataset("pipe:cat /nowhere.tar", cache=tmp_path / "cache", allow_pipe=True)
+
+
+def test_pixels_are_the_same_in_planes_and_as_decoded() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, 2 * 4 * 4 * 3 + 5, dtype=np.uint8)
+    planes, decoded = (planes_of(pixels, 2, 4, as_decoded) for as_decoded in (False, True))
+    assert planes.is_contiguous() and torch.equal(planes, decoded)
+    assert np.array_equal(decoded.permute(0, 2, 3, 1).contiguous().flatten().numpy(), pixels[: 2 * 4 * 4 * 3])
+    assert decoded.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_chunks_are_the_same_whichever_way_images_lie_in_memory(tmp_path: Path) -> None:
+    file = write_config(tmp_path / "tiny.yaml", tiny_config(tmp_path))
+    trainer = Trainer(load_config(file, []), torch.device("cpu"), 32, num_samples=48)
+    trainer.enter(trainer.method.stages[0])
+    images = torch.randint(0, 256, (16, 3, 32, 32), dtype=torch.uint8)
+    chunks = [
+        trainer.chunks(Batch(step=0, images=given, labels=None, indices=torch.arange(16)))
+        for given in (images, images.contiguous(memory_format=torch.channels_last))
+    ]
+    for one, other in zip(*chunks, strict=True):
+        assert torch.equal(one.real, other.real) and one.real.stride() == other.real.stride()

@@ -95,10 +95,8 @@ def warm_up(trainer: Trainer) -> None:
 
 
 def _call_once(trainer: Trainer) -> None:
-    from sdtrain.activations import blank_chunk
-
     engine, method, before = trainer.engine, trainer.method, trainer.method.state()
-    x = blank_chunk(trainer)
+    x = trainer.blank()
     try:
         for phase in method.phases(trainer.stage, 0):
             if phase.fp32 or phase.prepass is not None:  # second derivatives, which no part has

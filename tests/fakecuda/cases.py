@@ -105,7 +105,7 @@ def side_of(config: Any) -> int:
 def batch_for(trainer: Trainer) -> Batch:
     config, feed = trainer.config, trainer.method.feed
     side = feed.crop or side_of(config)
-    images = torch.zeros(config.batch_size, 3, side, side, dtype=torch.uint8)
+    images = torch.zeros(config.batch_size, side, side, 3, dtype=torch.uint8).permute(0, 3, 1, 2)  # as on a GPU
     return Batch(step=0, images=images, labels=None, indices=torch.zeros(0, dtype=torch.int64))
 
 

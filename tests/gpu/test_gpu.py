@@ -133,7 +133,7 @@ def test_batches_lie_in_pinned_memory(place: Path):
     dataset = open_dataset(str(place / "shards"))
     with Stream(dataset, seed=0, batch_size=BATCH, ghost_batch=4, ghosts=range(4), workers=0) as stream:
         batch = next(stream)
-    assert batch.images.is_pinned()
+    assert batch.images.is_pinned() and batch.images.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(batch.images.to("cuda", non_blocking=True).cpu(), batch.images)
 
 

@@ -16,9 +16,15 @@ from sdtrain.errors import DataError
 AHEAD = 2
 
 
-def planes_of(pixels: np.ndarray, num: int, side: int) -> Tensor:
-    """Copy decoded bytes [num * side * side * 3] out of a slot as uint8 [num, 3, side, side], pinned where CUDA is."""
-    images = torch.empty(num, 3, side, side, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+def planes_of(pixels: np.ndarray, num: int, side: int, as_decoded: bool = False) -> Tensor:
+    """Copy decoded bytes [num * side * side * 3] out of a slot as uint8 [num, 3, side, side], pinned where CUDA is.
+
+    `as_decoded`: the channels of a pixel stay side by side in memory, and whoever wants planes separates them.
+    """
+    pin = torch.cuda.is_available()
+    shape = (num, side, side, 3) if as_decoded else (num, 3, side, side)
+    images = torch.empty(shape, dtype=torch.uint8, pin_memory=pin)
+    images = images.permute(0, 3, 1, 2) if as_decoded else images
     interleaved = pixels[: num * side * side * 3].reshape(num, side, side, 3)
     np.copyto(images.numpy(), interleaved.transpose(0, 3, 1, 2))
     return images

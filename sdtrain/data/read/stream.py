@@ -28,7 +28,7 @@ SUBSTITUTES = 64
 class Batch:
     """The share of one step that some ghosts own, in the order of the ghosts.
 
-    images  uint8 [N, 3, H, W], pinned when CUDA is present; N = len(ghosts) * ghost_batch
+    images  uint8 [N, 3, H, W], when CUDA is present pinned and channels last; N = len(ghosts) * ghost_batch
     labels  float32 one-hot [N, num_classes], or None for a data set without labels
     indices int64 [N]: which samples these are (a substitute's own number where one stands in)
     lq      uint8 [N, 3, H / scale, W / scale] for paired data, else None
@@ -226,9 +226,10 @@ class Stream:
     def _batch(self, step: int, slot: int, indices: np.ndarray) -> Batch:
         data, num, side = self._pool.slot(slot), len(indices), self.side
         cut = num * 3 * side * side
-        images = planes_of(data[:cut], num, side)
+        as_decoded = torch.cuda.is_available()  # a GPU separates planes in no time, a CPU best while it copies
+        images = planes_of(data[:cut], num, side, as_decoded)
         lq_side = side // self.scale
-        lq = planes_of(data[cut:], num, lq_side) if self.paired else None
+        lq = planes_of(data[cut:], num, lq_side, as_decoded) if self.paired else None
         return Batch(step, images, one_hot(self.dataset, indices), torch.from_numpy(indices), lq)
 
 
