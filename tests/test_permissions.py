@@ -103,6 +103,8 @@ def commands(run: Path) -> dict[str, list[object]]:
         "bench": ["bench", "--cfg", run / "config.yaml", "--steps", 1, "--resolution", 32, "--variants", "baseline"],
         "variation": ["report", run, "--variation", "--latents", 2, "--out", run.parent / "report.md"],
         "interplay": ["report", run, "--interplay", "--out", run.parent / "report.md"],
+        "table 3": ["report", "sdgan-table3", "--runs", run, "--latents", 2, "--out", run.parent / "report.md"],
+        "figure 9": ["report", "sdgan-fig9", "--runs", run, "--out", run.parent / "report.md"],
         "doctor": ["doctor", "--cfg", run / "config.yaml"],
         "export": ["export", run, "--out", run.parent / "exported"],
     }

@@ -11,7 +11,7 @@ from sdtrain.commands.material import Material
 from sdtrain.commands.pages import Figure, Part
 from sdtrain.commands.paper_tables import paper_table
 from sdtrain.commands.papers import PAPERS
-from sdtrain.commands.tables import Table
+from sdtrain.commands.tables import Table, one_line
 from sdtrain.errors import ConfigError, RunError, UserError
 
 ALL = "all"
@@ -101,5 +101,5 @@ def fill(names: Sequence[str], material: Material) -> list[Part]:
             missing.append(f"none of these runs belongs to {key}, or none is finished and evaluated")
     material.notes[:] = dict.fromkeys([*missing, *material.notes])
     if not parts:
-        raise RunError("; ".join(material.notes))
+        raise RunError("; ".join(map(one_line, material.notes)))  # names of runs may hold line ends
     return parts

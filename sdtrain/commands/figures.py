@@ -18,8 +18,8 @@ from sdtrain.commands.tables import Table
 
 DISTILLED = ("", "+SD_L1", "+SD")  # what Figure 3 compares; the others are ablations
 COLOURS = {"": "C0", "+SD_L1": "C1", "+SD": "C2", "+SD without T": "C3", "+SD_L2": "C4", "+SD_MS-SSIM": "C5"}
-# (data, model) -> share of the baseline's images after which +SD had reached its FID, as printed below Figure 3
-SHARE_PRINTED = {("FFHQ", "ProjectedGAN"): "~32%", ("LSUN Church", "ProjectedGAN"): "~39%"}
+# (data, model) -> share of the baseline's images after which +SD had reached its FID, as printed beside Figure 3
+SHARE_PRINTED = {("FFHQ at 256 px", "ProjectedGAN"): "~32%", ("LSUN Church at 256 px", "ProjectedGAN"): "~39%"}
 
 
 @dataclass(frozen=True)
@@ -148,8 +148,8 @@ def best_values(number: str, curves: Sequence[Curve]) -> Table:
         if base and one.variant:
             reached = next((x for x, mean, _ in one.points if mean <= base.best[1]), None)
             share = "never" if reached is None else f"{reached / base.best[0]:.0%}"
-        if one.variant == "+SD":
-            printed_share = SHARE_PRINTED.get((one.data.split(" at ")[0], one.model), "-")
+        if one.variant == "+SD" and number == "Figure 3":
+            printed_share = SHARE_PRINTED.get(one.place, "-")
         seeds = str(len(one.runs))
         lines.append([*one.place, one.name, printed("fid", value), f"{images:,}", seeds, share, printed_share])
     head = [

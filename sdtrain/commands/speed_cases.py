@@ -98,7 +98,6 @@ def teacher_of(run: Path, student: Network) -> Network | None:
     return None if alike(teacher, student) else teacher
 
 
-@torch.inference_mode()
 def measure(subjects: Sequence[Subject], asked: Asked, notes: list[str]) -> dict[str, Any]:
     """A row of `--json`. Cases that cannot be made are noted; raises ConfigError where none can."""
     device = pick_device(asked.device)
@@ -111,7 +110,8 @@ def measure(subjects: Sequence[Subject], asked: Asked, notes: list[str]) -> dict
         for number in range(asked.warmup + asked.passes):
             for case in cases:
                 torch.set_num_threads(case.threads)
-                seconds, _ = case.clock.time(case.run)
+                with torch.inference_mode():
+                    seconds, _ = case.clock.time(case.run)
                 if number >= asked.warmup:
                     case.seconds.append(seconds)
     finally:
@@ -128,14 +128,15 @@ def cases_of(
     for size in sizes_of(subject.network, net, asked.sizes):
         inputs = inputs_of(subject.network, net, size, asked.batch, device)
         torch.set_num_threads(threads[0])
-        with torch.inference_mode(False), torch.no_grad(), Watch() as seen:  # inference mode hides what is inside
+        with torch.no_grad(), Watch() as seen:  # inference mode hides what is inside
             expected = net(*inputs)
         about = {"parameters": sum(p.numel() for p in net.parameters()), "flops": seen.flops}
         for precision, backend, count in itertools.product(asked.precisions, asked.backends, threads):
             torch.set_num_threads(count)
             try:
                 run = FORMS[backend](subject.network, net, inputs, precision)
-                made = run()
+                with torch.inference_mode():
+                    made = run()
             except torch.OutOfMemoryError:
                 notes.append(f"{subject.name} at {text_of(size)} does not fit into the memory of {describe(device)}")
                 continue
@@ -215,7 +216,7 @@ def onnx(network: Network, net: nn.Module, inputs: Sequence[Any], precision: str
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
-    with tempfile.TemporaryDirectory() as folder, torch.inference_mode(False):
+    with tempfile.TemporaryDirectory() as folder:
         file = export_onnx(network, Path(folder) / "network.onnx")
         session = onnxruntime.InferenceSession(str(file), options, providers=[wanted])
     named = {one.name: x.cpu().numpy() for one, x in zip(session.get_inputs(), inputs)}
@@ -244,11 +245,12 @@ def memory_of(case: Case, net: nn.Module, device: torch.device) -> int | None:
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        case.run()
+        with torch.inference_mode():
+            case.run()
         torch.cuda.synchronize(device)
         return weights + torch.cuda.max_memory_allocated(device) - before
     if case.backend == "compiled":  # its buffers are not seen by the dispatcher
         return None
-    with torch.inference_mode(False), torch.no_grad(), Watch() as seen:
+    with torch.no_grad(), Watch() as seen:
         case.run()
     return weights + seen.peak

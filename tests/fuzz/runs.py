@@ -32,7 +32,20 @@ from fuzz.configs import as_yaml  # noqa: E402
 from fuzz.harness import Inputs  # noqa: E402
 from fuzz.mutate import NAMES, changed, damaged, odd  # noqa: E402
 from sdtrain import main  # noqa: E402
-from sdtrain.commands import eval_rows, evaluate, importing, report, results, sample, snapshots, source, tables  # noqa: E402  # noqa: E402
+from sdtrain.commands import (  # noqa: E402
+    eval_rows,
+    evaluate,
+    exhibits,
+    importing,
+    pages,
+    report,
+    results,
+    sample,
+    snapshots,
+    source,
+    tables,
+)
+from sdtrain.commands.material import Material  # noqa: E402
 from sdtrain.config.load import load_config  # noqa: E402
 from sdtrain.engine.runfolder import RunFolder  # noqa: E402
 from sdtrain.errors import UserError  # noqa: E402
@@ -43,6 +56,15 @@ from sdtrain.run import Run  # noqa: E402
 PROTOCOL = {"metrics": ["fid"], "num_fake": 100, "num_real": 50, "real_hash": "x", "latents_seed": 0}
 TRAIN = {"kind": "train", "seen_img": 32, "stage": "main", "G/adv": 0.5, "D/real": 1.5, "G/sd": 0.1}
 EVAL = {"kind": "eval", "seen_img": 32, "split": "val", "weights": "ema", "fid": 60.5, "rfid": 3.0, "rfid_std": 0.1}
+
+
+def timed(num_feat: int) -> dict[str, Any]:
+    """A case of `sdtrain speed`."""
+    condition = {"size": "8x8", "precision": "fp32", "backend": "eager", "threads": 1, "clock": "wall time"}
+    what = {"name": f"{num_feat}.pth", "kind": "rrdbnet", "options": {"num_feat": num_feat, "num_grow_ch": 32}}
+    return {**what, **condition, "parameters": 9, "flops": num_feat, "seconds": [0.1, 0.2, 0.1]}
+
+
 ROWS: tuple[dict[str, Any], ...] = (
     TRAIN,
     {"kind": "perf", "seen_img": 32, "sec_per_kimg": 2.5, "sec/evaluate": 1.0, "peak_mem_gb": 0.5},
@@ -50,9 +72,14 @@ ROWS: tuple[dict[str, Any], ...] = (
     {**EVAL, "bicubic": {"psnr_y": 30.0, "fid": 1.0}, "psnr_y": 31.0, "stage": "student", "protocol": PROTOCOL},
     {"kind": "baseline", "method": "bicubic", "split": "test", "fid_16": 50.0, "psnr_y": 20.1, "protocol": PROTOCOL},
     {"kind": "eval", "measured": "photos", "fid": 2.5, "kid": 0.001, "precision": 0.5, "protocol": PROTOCOL},
+    {"kind": "speed", "setup": {"device": "CPU", "torch": "2.15", "batch": 1}, "cases": [timed(64), timed(32)]},
 )
 PLAN = {"name": "x", "select_by": "rfid", "stages": [{"name": "main", "end_img": 96, "trains": ["G"]}], "warnings": []}
-ENVIRONMENT = {"starts": [{"time": "2026-01-01", "world_size": 1, "packages": {"torch": "2.10"}, "weights": {}}]}
+ENGINE = {"name": "ddp", "precision": "fp32", "summation": "exact", "device": "cpu"}
+ENVIRONMENT = {
+    "starts": [{"time": "2026-01-01", "world_size": 1, "packages": {"torch": "2.10"}, "weights": {}, "engine": ENGINE}]
+}
+NAMED = ("sdgan-table1", "sdgan-table2", "sdgan-fig3", "sdgan-fig5", "sdakd-table3")  # of rows alone
 
 
 @cache
@@ -141,7 +168,11 @@ def figures(chance: Random, folder: Path) -> Path:
         (run / "metrics.jsonl").write_bytes(text_of_rows(chance))
         tree = changed(chance, PLAN) if chance.random() < 0.5 else PLAN
         (run / "plan.json").write_text(json.dumps(tree), errors="replace")
-        place = chance.choice(("img_000000032", "img_99999999999999999999", "img_\u00b2", "img_-1"))
+        if chance.random() < 0.5:  # a run that named tables and figures take
+            shutil.copy(ORIGINAL / "config.yaml", run)
+            tree = changed(chance, ENVIRONMENT) if chance.random() < 0.5 else ENVIRONMENT
+            (run / "environment.json").write_text(json.dumps(tree), errors="replace")
+        place = chance.choice(("img_000000096", "img_99999999999999999999", "img_\u00b2", "img_-1"))
         (run / "checkpoints" / place).mkdir(parents=True, exist_ok=True)
         for marker in run.glob("checkpoints/*"):
             (marker / "complete.json").write_text('{"files": []}')
@@ -159,6 +190,12 @@ def read_figures(folder: Path) -> None:
         return
     found, notes = results.read_runs(runs)
     made = report.tables_of_metrics(found, notes)
+    try:
+        parts = exhibits.fill(NAMED, Material(found, arguments(report, "x"), notes))
+        made += [block for part in parts for block in part.blocks if isinstance(block, tables.Table)]
+        made += [block.points for part in parts for block in part.blocks if isinstance(block, pages.Figure)]
+    except UserError as error:
+        assert "\n" not in str(error).strip(), "more than one line"
     for suffix, render in tables.PAGES.items():
         page = render(made, notes, [Path(__file__)])
         page.encode(errors="replace")
