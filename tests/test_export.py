@@ -18,6 +18,7 @@ import pytest
 import torch
 from conftest import GOLDEN
 from PIL import Image
+from tiny import make_shards
 from torch import Tensor, nn
 
 from sdtrain.cli import main
@@ -97,7 +98,7 @@ def attention() -> Network:
 
 
 def baseline() -> Network:
-    options = r3gan.GeneratorOptions(z_dim=8, widths=(16, 16), cardinality=(4, 4), blocks=(1, 1))
+    options = r3gan.GeneratorOptions(z_dim=8, widths=(16, 16), groups=(4, 4), blocks=(1, 1))
     return network_of(r3gan.Generator(options, resolution=8), options, 8)
 
 
@@ -122,8 +123,9 @@ LONG: dict[str, tuple[Callable[[], Network], set[str]]] = {
     "GCFSR blind": (lambda: faces(blind=True), PHOTO_FORMS),
     "StyleGAN2 of 3 classes": (lambda: style(3), GAN_FORMS | {"onnx-fp16", "pkl"}),
     "StyleNAT": (attention, GAN_FORMS),
-    "R3GAN": (baseline, GAN_FORMS),
+    "R3GAN": (baseline, GAN_FORMS - {"onnx"}),
 }
+LEFT_OUT = {"R3GAN": {"onnx"}}  # it doubles by the gradient of a convolution, which torch writes no ONNX of
 MATRIX = [*KINDS, *(pytest.param(name, marks=pytest.mark.slow) for name in LONG)]
 
 
@@ -139,7 +141,7 @@ def test_every_file_of_an_export_gives_its_consumer_the_network_of_training(name
     make, forms = (KINDS | LONG)[name]
     to, proof = exported(make(), tmp_path)
     rows = proof["artefacts"]
-    assert {row["form"] for row in rows} == forms and proof["left_out"] == {}
+    assert {row["form"] for row in rows} == forms and proof["left_out"].keys() == LEFT_OUT.get(name, set())
     assert {row["consumer"] for row in rows if "unproven" in row} <= {"stylegan2-ada-pytorch"}
     for row in rows:
         assert sha256_of_file(to / row["file"]) == row["sha256"] and (to / row["file"]).stat().st_size == row["bytes"]
@@ -156,7 +158,7 @@ def snippets_run(to: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each snippet of the card, as somebody in the folder would run it."""
     monkeypatch.chdir(to)
     blocks = re.findall(r"```python\n(.*?)```", (to / "README.md").read_text(), re.S)
-    assert len(blocks) >= 4
+    assert len(blocks) >= 3
     for block in blocks:
         made: dict[str, Any] = {}
         exec(block, made)
@@ -239,10 +241,23 @@ def test_blocks_in_float16_are_said_as_the_official_program_says_them():
 
 
 def test_an_8_bit_graph_is_calibrated_and_its_loss_is_in_the_proof(tmp_path):
-    _, proof = exported(compact(), tmp_path, "--format", "onnx", "--format", "onnx-int8")
+    shards = str(make_shards(tmp_path / "shards", samples=3))
+    _, proof = exported(compact(), tmp_path, "--format", "onnx", "--format", "onnx-int8", "--calibrate", shards)
     plain, small = proof["artefacts"]
     assert small["form"] == "onnx-int8" and all(20 < result["psnr"] < 80 for result in small["cases"].values())
     assert all(result["psnr"] is None or result["psnr"] > 100 for result in plain["cases"].values())
+
+
+def test_pictures_that_are_named_are_compared_on_and_a_folder_without_any_is_refused(tmp_path, capsys):
+    (tmp_path / "photos").mkdir()
+    for i, size in enumerate([(50, 40), (100, 90)]):
+        Image.new("RGB", size, (40 * i, 90, 120)).save(tmp_path / "photos" / f"{i}.png")
+    _, proof = exported(compact(), tmp_path, "--format", "safetensors", "--images", str(tmp_path / "photos"))
+    assert proof["inputs"] == "pictures of photos"
+    assert list(proof["artefacts"][0]["cases"]) == ["lq 1 x 3 x 40 x 50", "lq 2 x 3 x 40 x 50"]
+    words = ("--to", tmp_path / "f", "--images", tmp_path / "export")
+    (tmp_path / "export" / "preview.png").unlink()
+    assert "holds no pictures; name a folder of PNG" in refused(capsys, tmp_path / "net.safetensors", *words)
 
 
 # What cannot be

@@ -107,11 +107,12 @@ def commands(run: Path) -> dict[str, list[object]]:
         "figure 9": ["report", "sdgan-fig9", "--runs", run, "--out", run.parent / "report.md"],
         "doctor": ["doctor", "--cfg", run / "config.yaml"],
         "export": ["export", run, "--out", run.parent / "exported"],
+        "export all": ["export", run, "--to", run.parent / "all", "--unfinished", "--format", "safetensors"],
     }
 
 
 NAMES = list(commands(Path("run")))
-WITHOUT_DATA = ("doctor", "export")
+WITHOUT_DATA = ("doctor", "export", "export all")
 REFUSALS = ("a run folder, which may come from anyone", "anyone, so nothing is fetched or run for it")
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
 from sdtrain.errors import ConfigError, WeightsError
+from sdtrain.interop.budget import quoted
 from sdtrain.interop.network import Network
 from sdtrain.release.outward import FACE, PHOTOS, Outward, in_order
 
@@ -82,15 +83,23 @@ def pt2_bytes(program: ExportedProgram) -> bytes:
     """The program as `torch.export.load` reads it, without the example inputs."""
     data = io.BytesIO()
     program.example_inputs = None
-    torch.export.save(program, data)
+    with quietly():
+        torch.export.save(program, data)
     return data.getvalue()
 
 
 def onnx_bytes(outward: Outward, program: ExportedProgram) -> bytes:
     """The program as an ONNX file, `image` its output, with what it is among its metadata."""
     names = list(outward.names)
-    with torch.no_grad(), quietly():
-        made = torch.onnx.export(program, (), dynamo=True, input_names=names, output_names=["image"], verbose=False)
+    try:
+        with torch.no_grad(), quietly():
+            made = torch.onnx.export(program, (), dynamo=True, input_names=names, output_names=["image"], verbose=False)
+    except Exception as error:  # what torch's exporter raises has no common base
+        why = re.search(r"No ONNX function found for [^.]*", str(error)) or re.search(r"\S[^\n]*", str(error))
+        reason = why[0] if why else type(error).__name__
+        raise WeightsError(
+            f"torch has no ONNX for this {outward.kind} ({quoted(reason)}); use official or pt2"
+        ) from error
     assert made is not None
     model = made.model_proto
     said = {"kind": outward.kind, "scale": outward.scale, "fold": outward.fold, "range": [outward.lowest, 1.0]}

@@ -24,6 +24,7 @@ from sdtrain.tasks.sr_pictures import headed, strip
 
 SHOWN = (*PHOTOS, FACE)  # kinds that are shown pictures
 SIZES = ((48, 64), (96, 72))  # height and width of the two cases, where pictures are that large
+LEAST = 8  # pixels of a side
 MOST = 64  # pictures that are read
 SPLITS = ("test", "val")
 COLUMNS = 4
@@ -40,10 +41,15 @@ def held_back(source: Path, folder: Path | None) -> tuple[list[Tensor], str]:
     for split in SPLITS:
         path = source / "inputs" / f"{split}.safetensors"
         if path.is_file():
-            found = [x for x in read_tensors(path).values() if x.dtype == torch.uint8 and x.ndim == 3 and len(x) == 3]
+            found = [x for x in read_tensors(path).values() if is_shown(x)]
             if found:
                 return found[:MOST], f"the inputs that the run measures on ({split})"
     return [smooth_noise(i) for i in range(4)], "smooth noise, for want of a run's inputs (say --images FOLDER)"
+
+
+def is_shown(x: Tensor) -> bool:
+    """Whether it is a picture uint8 [3, h, w], large enough for every network."""
+    return x.dtype == torch.uint8 and x.ndim == 3 and len(x) == 3 and min(x.shape[1:]) >= LEAST
 
 
 def read_pictures(folder: Path) -> list[Tensor]:
@@ -127,8 +133,8 @@ def _earliest(source: Path, network: Network) -> Iterator[Outward]:
     found = complete(source / "snapshots") if source.is_dir() else []
     for folder in found[:1]:
         path = folder / f"{network.role}.safetensors"
-        if path.is_file():
-            yield Outward(load_network(path, network.role)).eval()
+        if path.is_file() and (first := load_network(path, network.role)).resolution == network.resolution:
+            yield Outward(first).eval()
 
 
 def _samples(outward: Outward) -> Tensor:
