@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import importlib
 import itertools
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from sdtrain.activations import Watch
-from sdtrain.commands.exporting import SUPER_RESOLUTION, export_onnx
 from sdtrain.commands.source import config_of, file_of
 from sdtrain.commands.speed_rows import Asked, new_row
 from sdtrain.commands.variants import Clock
@@ -25,10 +23,11 @@ from sdtrain.engine.ranks import pick_device
 from sdtrain.errors import ConfigError
 from sdtrain.interop.loading import load_network
 from sdtrain.interop.network import Network
+from sdtrain.release.graphs import onnx_bytes, require_onnx, trace
+from sdtrain.release.outward import PHOTOS, Outward, in_order
 from sdtrain.rng import generator
 from sdtrain.terminal import clip
 
-FACTOR = 16.0  # GCFSR's condition, which costs the same whatever it is
 # what a compiler, an exporter or a kernel raises for a network that it cannot take
 UNABLE = (RuntimeError, ValueError, TypeError, LookupError, NotImplementedError, ImportError, OSError, AssertionError)
 
@@ -123,10 +122,10 @@ def cases_of(
     subject: Subject, asked: Asked, device: torch.device, threads: Sequence[int], notes: list[str]
 ) -> list[Case]:
     """Every form of one network; each has done one pass, compared with eager fp32."""
-    net = subject.network.build().requires_grad_(False).to(device)
+    net = Outward(subject.network).eval().to(device)
     cases = []
-    for size in sizes_of(subject.network, net, asked.sizes):
-        inputs = inputs_of(subject.network, net, size, asked.batch, device)
+    for size in sizes_of(net, asked.sizes):
+        inputs = inputs_of(net, size, asked.batch, device)
         torch.set_num_threads(threads[0])
         with torch.no_grad(), Watch() as seen:  # inference mode hides what is inside
             expected = net(*inputs)
@@ -151,14 +150,12 @@ def cases_of(
     return cases
 
 
-def sizes_of(network: Network, net: Any, sizes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+def sizes_of(net: Outward, sizes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     """The inputs of a network that takes any; else its own. Raises ConfigError for one that it cannot fold."""
-    if network.kind not in SUPER_RESOLUTION or network.kind == "gcfsr":
-        own = int(network.resolution or net.resolution)
-        return [(own, own)]
-    fold = 4 // net.scale if network.kind == "rrdbnet" else 1
-    if odd := [size for size in sizes if any(side % fold for side in size)]:
-        raise ConfigError(f"--size {text_of(odd[0])}: a network of scale {net.scale} takes multiples of {fold}")
+    if net.kind not in PHOTOS:
+        return [(net.side, net.side)]
+    if odd := [size for size in sizes if any(side % net.fold for side in size)]:
+        raise ConfigError(f"--size {text_of(odd[0])}: a network of scale {net.scale} takes multiples of {net.fold}")
     return list(sizes)
 
 
@@ -166,18 +163,10 @@ def text_of(size: tuple[int, int]) -> str:
     return f"{size[0]}x{size[1]}"
 
 
-def inputs_of(network: Network, net: Any, size: tuple[int, int], batch: int, device: torch.device) -> tuple[Any, ...]:
-    """Noise of the shape that the generator takes."""
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(batch, *shape, generator=generator("speed", *shape)).to(device)
-
-    if network.kind == "gcfsr":
-        return normal(3, *size).tanh(), FACTOR
-    if network.kind in SUPER_RESOLUTION:
-        return (normal(3, *size).sigmoid(),)
-    labels = [torch.eye(network.num_classes, device=device)[[0] * batch]] if network.num_classes else []
-    return (normal(int(net.z_dim)), *labels)
+def inputs_of(net: Outward, size: tuple[int, int], batch: int, device: torch.device) -> tuple[Tensor, ...]:
+    """Noise of the shapes that the network takes."""
+    picture = torch.rand(batch, 3, *size, generator=generator("speed", *size))
+    return tuple(x.to(device) for x in in_order(net.names, net.inputs(batch, "speed", picture)))
 
 
 # The forms
@@ -216,9 +205,8 @@ def onnx(network: Network, net: nn.Module, inputs: Sequence[Any], precision: str
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
-    with tempfile.TemporaryDirectory() as folder:
-        file = export_onnx(network, Path(folder) / "network.onnx")
-        session = onnxruntime.InferenceSession(str(file), options, providers=[wanted])
+    require_onnx()
+    session = onnxruntime.InferenceSession(onnx_bytes(*trace(network)), options, providers=[wanted])
     named = {one.name: x.cpu().numpy() for one, x in zip(session.get_inputs(), inputs)}
     device = inputs[0].device
     return lambda: torch.from_numpy(session.run(None, named)[0]).to(device)
