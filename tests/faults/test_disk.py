@@ -44,11 +44,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_shards(folder / "shards", samples=24)
     clock = {"batch_size": 8, "total_img": END, "log_img": 8, "save_img": 8, "eval_img": 16, "sample_img": 8}
     metrics = {"names": ["rfid"], "num_fake": 12, "seeds": 1, "tap": 64, "select_by": "rfid", "batch_size": 4}
-    more = {
-        "metrics": metrics,
-        "snapshots": [0.5],
-        "tracker": ["tensorboard", *(["wandb"] if importlib.util.find_spec("wandb") else [])],
-    }
+    more = {"metrics": metrics, "snapshots": [0.5], "tracker": "tensorboard"}
     write_config(folder / "tiny.yaml", tiny_config(folder / "shards", **clock, **more))
     return folder
 
@@ -58,7 +54,9 @@ def job(place: Path, out: Path, **wishes: Any) -> dict[str, Any]:
 
 
 def filled(place: Path, name: str) -> dict[str, Any]:
-    return job(place, place / f"run_{name}", full=WRITES[name.removesuffix("2")][0], ranks=1 + name.endswith("2"))
+    wishes = {"full": WRITES[name.removesuffix("2")][0], "ranks": 1 + name.endswith("2")}
+    filled_up = job(place, place / f"run_{name}", **wishes)
+    return {**filled_up, "args": [*filled_up["args"], *(["--set", "tracker=wandb"] if name == "wandb" else [])]}
 
 
 @pytest.fixture(scope="module")
