@@ -107,6 +107,7 @@ def test_a_plan_says_what_would_be_compiled_and_compiles_nothing(tmp_path: Path)
     assert not torch._dynamo.utils.counters["stats"]
 
 
+@pytest.mark.slow
 def test_a_missing_compiler_ends_a_run_before_its_first_step_with_one_sentence(tmp_path: Path) -> None:
     write_config(tmp_path / "tiny.yaml", tiny_config(make_shards(tmp_path / "shards")))
     env = {"CXX": "/absent/g++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "SDTRAIN_CPU": "1"}

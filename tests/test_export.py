@@ -106,10 +106,7 @@ PHOTO_FORMS = {"safetensors", "official", "onnx", "onnx-fp16", "pt2"}
 GAN_FORMS = {"safetensors", "official", "onnx", "pt2"}
 KINDS: dict[str, tuple[Callable[[], Network], set[str]]] = {
     "SRVGG": (compact, PHOTO_FORMS),
-    "GCFSR": (faces, PHOTO_FORMS),
-    "StyleGAN2": (style, GAN_FORMS | {"onnx-fp16", "pkl"}),
     "FastGAN": (fast, GAN_FORMS),
-    "FastGAN of 3 classes": (lambda: fast(3), GAN_FORMS),
     "RRDBNet 1/4 scaled x2": (lambda: student("1/4", "scaled", 2), PHOTO_FORMS | {"spandrel"}),
 }
 LONG: dict[str, tuple[Callable[[], Network], set[str]]] = {
@@ -120,6 +117,9 @@ LONG: dict[str, tuple[Callable[[], Network], set[str]]] = {
         )
         for C, growth, scale in WIDTHS
     },
+    "GCFSR": (faces, PHOTO_FORMS),
+    "StyleGAN2": (style, GAN_FORMS | {"onnx-fp16", "pkl"}),
+    "FastGAN of 3 classes": (lambda: fast(3), GAN_FORMS),
     "GCFSR blind": (lambda: faces(blind=True), PHOTO_FORMS),
     "StyleGAN2 of 3 classes": (lambda: style(3), GAN_FORMS | {"onnx-fp16", "pkl"}),
     "StyleNAT": (attention, GAN_FORMS),
@@ -240,6 +240,7 @@ def test_blocks_in_float16_are_said_as_the_official_program_says_them():
     assert b"num_fp16_res\x94K\x00" in snapshot_bytes(style())
 
 
+@pytest.mark.slow
 def test_an_8_bit_graph_is_calibrated_and_its_loss_is_in_the_proof(tmp_path):
     shards = str(make_shards(tmp_path / "shards", samples=3))
     _, proof = exported(compact(), tmp_path, "--format", "onnx", "--format", "onnx-int8", "--calibrate", shards)

@@ -29,10 +29,10 @@ LAUNCHES = {
     "Real-ESRGAN / teacher": 1470,
     "Real-ESRGAN / supervised": 1230,
     "Real-ESRGAN / adversarial": 1550,
-    "GCFSR / teacher_pixel": 480,
-    "GCFSR / teacher": 1520,
+    "GCFSR / teacher_pixel": 483,
+    "GCFSR / teacher": 1533,
     "GCFSR / supervised": 1000,
-    "GCFSR / adversarial": 1690,
+    "GCFSR / adversarial": 1699,
 }
 MOST_WAITS = 2  # the flags of the step before, and the numbers that steer the next one
 MOST_COPIES = 60
