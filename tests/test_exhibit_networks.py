@@ -124,6 +124,13 @@ def test_two_runs_side_by_side_have_the_same_latents_whatever_their_seeds(pair, 
     assert len(sheets[0].images) == 12 and "trained from scratch" in figure.caption
 
 
+def test_two_distilled_runs_are_set_side_by_side_where_there_is_no_baseline(pair, tmp_path):
+    other = altered(pair[0], tmp_path / "l2", sd__loss="l2")
+    (figure,) = evolution.figure12(material(pair[0], other, altered(pair[0], tmp_path / "again", seed=8)))
+    heads = {ax.get_title() for ax in figure.draw().axes}
+    assert heads == {"StyleGAN2-ADA+SD_L1 (sd)", "StyleGAN2-ADA+SD_L2 (l2)"}
+
+
 def test_runs_that_draw_from_unlike_latents_are_not_shown_beside_each_other(pair, tmp_path, monkeypatch):
     other = altered(pair[0], tmp_path / "other")
     real = evolution.Source.latents

@@ -90,7 +90,7 @@ def first_seeds(found: Iterable[Item]) -> list[Item]:
     """Of runs (run, configuration, ...) that differ by seed the one of the smallest."""
     kept: dict[tuple[str, ...], Item] = {}
     for item in sorted(found, key=lambda item: item[1].seed):
-        kept.setdefault((*place(item[1]), variant(item[1].sd)), item)
+        kept.setdefault((*place(item[1]), variant(item[1].sd), str(is_fine_tuned(item[1]))), item)
     return list(kept.values())
 
 
@@ -164,14 +164,13 @@ def lines_of(found: dict[str, Any]) -> list[list[str]]:
 
 
 def figure12(material: Material) -> list[Figure]:
-    """The baseline and a distilled run on the same latents; those that were fine-tuned, and those from scratch."""
-    found = sorted(material.of("sdgan"), key=lambda item: item[1].seed)
+    """A baseline, or what stands for it, and each other variant on the same latents: fine-tuned, or from scratch."""
+    found = first_seeds(material.of("sdgan"))
     figures = []
     for here in dict.fromkeys((*place(config), is_fine_tuned(config)) for _, config in found):
         alike = [item for item in found if (*place(item[1]), is_fine_tuned(item[1])) == here]
-        base = next((item for item in alike if not item[1].sd.alpha), None)
-        others = {variant(config.sd): (run, config) for run, config in reversed(alike) if config.sd.alpha}
-        figures += [pair(material, base, other) for other in others.values() if base]
+        base, *others = sorted(alike, key=lambda item: item[1].sd.alpha > 0)
+        figures += [pair(material, base, other) for other in others]
     return [figure for figure in figures if figure]
 
 
