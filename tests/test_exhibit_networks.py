@@ -60,6 +60,8 @@ def test_table_3_is_the_measured_variation_in_the_row_of_its_configuration(pair)
     rows = {row[1]: row[2:] for row in table.rows if row[0] == "other images"}
     assert set(rows) == {"StyleGAN2-ADA", "StyleGAN2-ADA+SD_L1"} and rows["StyleGAN2-ADA"][1] == "-"
     expected = evolution.variations(asked)[0][2]
+    (row,) = evolution.measured(asked.runs[0], expected).rows
+    assert row.values == {"variation": expected.mean, "variation_std": expected.deviation}
     assert rows["StyleGAN2-ADA"][0] == f"{expected.mean:.3f} +- {expected.deviation:.3f}"
     assert ["FFHQ", "ProjectedGAN", "-", "0.470 +- 0.028"] in table.rows
     assert "LPIPS between consecutive weights at 20,40,60,80,100 % of training, 6 latents" in table.caption
@@ -122,6 +124,27 @@ def test_two_runs_side_by_side_have_the_same_latents_whatever_their_seeds(pair, 
     assert len(sheets[0].images) == 12 and "trained from scratch" in figure.caption
 
 
+def test_two_distilled_runs_are_set_side_by_side_where_there_is_no_baseline(pair, tmp_path):
+    other = altered(pair[0], tmp_path / "l2", sd__loss="l2")
+    (figure,) = evolution.figure12(material(pair[0], other, altered(pair[0], tmp_path / "again", seed=8)))
+    heads = {ax.get_title() for ax in figure.draw().axes}
+    assert heads == {"StyleGAN2-ADA+SD_L1 (sd)", "StyleGAN2-ADA+SD_L2 (l2)"}
+
+
+def test_runs_that_draw_from_unlike_latents_are_not_shown_beside_each_other(pair, tmp_path, monkeypatch):
+    other = altered(pair[0], tmp_path / "other")
+    real = evolution.Source.latents
+    wider = lambda self, k: (real(self, k)[0].repeat(1, 1 + (other in self.file.parents)), None)  # noqa: E731
+    monkeypatch.setattr(evolution.Source, "latents", wider)
+    monkeypatch.setattr(evolution.Source, "__call__", lambda self, k: torch.zeros(len(k), 3, 8, 8))
+    asked = material(pair[1], other)
+    assert evolution.figure12(asked) == []
+    assert (
+        "Figure 12 of SD-GAN: base and other draw from unlike latents, and are not shown beside each other"
+        in asked.notes
+    )
+
+
 def test_a_run_without_weights_is_a_sentence_and_the_others_are_shown(pair, tmp_path):
     empty = altered(pair[0], tmp_path / "empty", seed=3)
     for name in ("checkpoints", "snapshots", "best"):
@@ -172,6 +195,15 @@ def test_figure_4_of_sdakd_has_inputs_teacher_students_by_width_and_the_truth(st
 
 def equal(whole: Any, part: Any, y: int, x: int) -> bool:
     return np.array_equal(whole[y : y + len(part), x : x + len(part)], part)
+
+
+def test_inputs_that_a_run_has_not_stored_are_made_elsewhere(students, tmp_path):
+    run = altered(students[0], tmp_path / "bare")
+    shutil.rmtree(run / "inputs")
+    (figure,) = strip_sheet.figure4(material(run))
+    (stored,) = strip_sheet.figure4(material(students[0]))
+    images = [[ax.get_images()[0].get_array() for ax in one.draw().axes] for one in (figure, stored)]
+    assert all(np.array_equal(a, b) for a, b in zip(*images, strict=True)) and not (run / "inputs").exists()
 
 
 def test_figure_4_goes_without_a_teacher_that_is_gone_and_says_so(students, tmp_path):

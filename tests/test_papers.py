@@ -63,6 +63,12 @@ def test_seeds_are_averaged_and_those_that_a_row_lacks_are_named(tmp_path):
     assert "FFHQ ProjectedGAN: seeds 1, 2 are missing, which other rows have" in text
 
 
+def test_a_mean_over_runs_that_share_a_seed_is_told(tmp_path):
+    runs = [configured(gan(tmp_path / f"a{n}", [3.0 + n]), "sdgan_projected", sd__alpha=1.0 + n) for n in range(2)]
+    text = page(tmp_path, "table1", "--runs", *runs)
+    assert "FFHQ ProjectedGAN+SD is a mean over a0, a1, of which some share a seed" in text
+
+
 def test_numbers_that_were_measured_otherwise_are_left_out_with_the_reason(tmp_path):
     two = [configured(gan(tmp_path / f"run{n}", [3.0 + n]), "sdgan_projected", seed=n) for n in range(2)]
     odd = configured(gan(tmp_path / "odd", [1.0], num_fake=7), "sdgan_projected_baseline")

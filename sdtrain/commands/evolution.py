@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from sdtrain.commands import image_sheets, plots, snapshots
 from sdtrain.commands.figures import is_fine_tuned, place
@@ -89,7 +90,7 @@ def first_seeds(found: Iterable[Item]) -> list[Item]:
     """Of runs (run, configuration, ...) that differ by seed the one of the smallest."""
     kept: dict[tuple[str, ...], Item] = {}
     for item in sorted(found, key=lambda item: item[1].seed):
-        kept.setdefault((*place(item[1]), variant(item[1].sd)), item)
+        kept.setdefault((*place(item[1]), variant(item[1].sd), str(is_fine_tuned(item[1]))), item)
     return list(kept.values())
 
 
@@ -163,29 +164,34 @@ def lines_of(found: dict[str, Any]) -> list[list[str]]:
 
 
 def figure12(material: Material) -> list[Figure]:
-    """The baseline and a distilled run on the same latents; those that were fine-tuned, and those from scratch."""
-    found = sorted(material.of("sdgan"), key=lambda item: item[1].seed)
+    """A baseline, or what stands for it, and each other variant on the same latents: fine-tuned, or from scratch."""
+    found = first_seeds(material.of("sdgan"))
     figures = []
     for here in dict.fromkeys((*place(config), is_fine_tuned(config)) for _, config in found):
         alike = [item for item in found if (*place(item[1]), is_fine_tuned(item[1])) == here]
-        base = next((item for item in alike if not item[1].sd.alpha), None)
-        others = {variant(config.sd): (run, config) for run, config in reversed(alike) if config.sd.alpha}
-        figures += [pair(material, base, other) for other in others.values() if base]
+        base, *others = sorted(alike, key=lambda item: item[1].sd.alpha > 0)
+        figures += [pair(material, base, other) for other in others]
     return [figure for figure in figures if figure]
 
 
 def pair(material: Material, base: Configured, other: Configured) -> Figure | None:
-    """None, and a note, where the two have unlike latents or no weights."""
+    """None where one of the two has no weights, or where they do not draw from the same latents, which is noted."""
     seed, args = base[1].seed, material.args
     data, model = place(base[1])
 
-    def side_by_side(run: Written) -> ImageRow:
+    def side_by_side(run: Written) -> tuple[ImageRow, Tensor]:
         source = Source(run.path, pick_device(args.device), seed=seed, data=args.data, batch_size=args.batch)
         added = variant(base[1].sd if run is base[0] else other[1].sd)
-        return ImageRow(f"{model}{added} ({run.name})", source(range(SIDE_BY_SIDE)))
+        chosen = range(SIDE_BY_SIDE)
+        return ImageRow(f"{model}{added} ({run.name})", source(chosen)), source.latents(chosen)[0]
 
-    sheets = [sheet for _, _, sheet in material.each([base, other], side_by_side)]
-    if len(sheets) < 2:
+    found = [made for _, _, made in material.each([base, other], side_by_side)]
+    if len(found) < 2:
+        return None
+    sheets, latents = zip(*found, strict=True)
+    if latents[0].shape != latents[1].shape:
+        said = f"{base[0].name} and {other[0].name} draw from unlike latents, and are not shown beside each other"
+        material.notes.append(f"Figure 12 of SD-GAN: {said}")
         return None
     how = "fine-tuned" if is_fine_tuned(base[1]) else "trained from scratch"
     said = f"Figure 12 of SD-GAN: {data}, {how}: the same {SIDE_BY_SIDE} latents (seed {seed}) in both runs."

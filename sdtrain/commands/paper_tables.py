@@ -47,6 +47,7 @@ def paper_table(paper: Paper, material: Material) -> list[Table]:
     if not numbers:
         return []
     kept = alike(paper, numbers, notes)
+    repeated(paper, kept, notes)
     seeds = {words: {one.seed for one in kept if one.words == words} for words in {one.words for one in kept}}
     missing_seeds({" ".join(words): found for words, found in seeds.items() if words != paper.teacher}, notes)
     return [table(paper, kept), origins(kept)]
@@ -80,6 +81,14 @@ def alike(paper: Paper, numbers: list[Measured], notes: list[str]) -> list[Measu
             why = conflicts(parts[0][0].row.protocol, part[0].row.protocol)
             notes.append(f"{place[0]} of {names_of(part)} is left out, measured otherwise: {'; '.join(why[:2])}")
     return kept
+
+
+def repeated(paper: Paper, numbers: Sequence[Measured], notes: list[str]) -> None:
+    """Say which rows are means over runs that share a seed: they may differ in more than chance."""
+    for words in dict.fromkeys(one.words for one in numbers):
+        runs = {one.run.name: one.seed for one in numbers if one.words == words}
+        if words != paper.teacher and len(set(runs.values())) < len(runs):
+            notes.append(f"{' '.join(words)} is a mean over {', '.join(runs)}, of which some share a seed")
 
 
 def names_of(numbers: Sequence[Measured]) -> str:

@@ -62,20 +62,18 @@ def base_of(case: dict[str, Any], cases: Sequence[dict[str, Any]]) -> dict[str, 
 def table(row: dict[str, Any], how: str) -> Table:
     """A line a case; speed-up and FLOPs ratio are against the first network of its kind under the same condition."""
     cases, setup = row["cases"], row["setup"]
-    head = ["Network", "input", "precision", "backend", "threads", "M parameters", "GFLOP", "FLOPs ratio"]
-    head += ["ms", "quartiles", "images/s", "MB", "difference", "speed-up"]
+    head = ["Network", "input", "precision", "backend", "threads", "ms", "quartiles", "images/s", "speed-up"]
+    head += ["GFLOP", "FLOPs ratio", "M parameters", "MB", "difference"]
     lines = []
     for case in cases:
         base = base_of(case, cases)
         assert base is not None  # at least the case itself
-        quarters = statistics.quantiles(case["seconds"], n=4)
+        low, middle, high = statistics.quantiles(case["seconds"], n=4)
         line = [case["name"], case["size"], case["precision"], case["backend"], str(case["threads"])]
-        line += [f"{case['parameters'] / 1e6:.3f}", f"{case['flops'] / 1e9:.3f}", ratio(base["flops"], case["flops"])]
-        line += [f"{1000 * statistics.median(case['seconds']):.3f}"]
-        line += [f"{1000 * quarters[0]:.3f} to {1000 * quarters[2]:.3f}"]
-        line += [f"{setup['batch'] / statistics.median(case['seconds']):.2f}"]
-        line += ["-" if case["memory"] is None else f"{case['memory'] / 1e6:.1f}"]
-        line += [f"{case['difference']:.1e}", f"{speed_up(case, base):.2f}x"]
+        line += [f"{1000 * middle:.3f}", f"{1000 * low:.3f} to {1000 * high:.3f}"]
+        line += [f"{setup['batch'] / middle:.2f}", f"{speed_up(case, base):.2f}x"]
+        line += [f"{case['flops'] / 1e9:.3f}", ratio(base["flops"], case["flops"]), f"{case['parameters'] / 1e6:.3f}"]
+        line += ["-" if case["memory"] is None else f"{case['memory'] / 1e6:.1f}", f"{case['difference']:.1e}"]
         lines.append(line)
     clocks = " and ".join(dict.fromkeys(case["clock"] for case in cases))
     said = (
