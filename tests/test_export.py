@@ -150,7 +150,7 @@ def test_every_file_of_an_export_gives_its_consumer_the_network_of_training(name
             assert result["max"] <= (0.05 if row["form"] == "onnx-fp16" else 1e-5), row
     if name.startswith(("RRDBNet", "SRVGG")):
         assert "spandrel" in {row["consumer"] for row in rows}
-    assert Image.open(to / "preview.png").size[0] > 32
+    assert Image.open(to / "preview.png").size[0] >= 32
     snippets_run(to, monkeypatch)
 
 
