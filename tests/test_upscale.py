@@ -330,7 +330,7 @@ def test_what_is_cheap_to_see_is_said_before_a_network_is_read(
         run(tmp_path / "a.png", "--model", model, "--out", out)
     place = tmp_path / "file"
     assert str(caught.value) == f"--out {out}: {place} cannot be written (Not a directory); choose another folder"
-    with pytest.raises(WeightsError, match=r"^--model .*absent does not exist; give a run folder, a .pth or a .safe"):
+    with pytest.raises(WeightsError, match=r"^--model .*absent does not exist; give a run folder, .pth, .safe"):
         run(tmp_path / "a.png", "--model", tmp_path / "absent", "--out", tmp_path / "out")
 
 
