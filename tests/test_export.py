@@ -353,6 +353,7 @@ def test_a_run_that_has_not_ended_and_a_folder_that_is_none_are_refused(tmp_path
     (["--out", "f", "--licence", "mit"], "--licence: of no use here"),
     (["--to", "e", "--dry-run"], "--dry-run: of no use here"),
     (["--to", "e", "--role", "D"], "--to is for generators"),
+    (["--to", "e", "--layout", "legacy"], "--layout legacy is for one file: take it with --out FILE"),
     (["--push", "face"], "--push 'face' is no repository; give OWNER/NAME"),
 ])  # fmt: skip
 def test_options_that_do_not_go_together_are_one_sentence(words, said, capsys):
