@@ -96,6 +96,8 @@ def check(args: argparse.Namespace) -> None:
     unused += ["--dry-run"] if args.dry_run and not args.push else []
     if unused:
         raise ConfigError(f"{', '.join(unused)}: of no use here; see sdtrain export --help for what goes with --to")
+    if args.to is not None and args.layout != "current":
+        raise ConfigError("--layout legacy is for one file: take it with --out FILE, and --to without it")
     if args.to is not None and args.role == "D":
         raise ConfigError("--to is for generators; write a discriminator with --role D --out FILE")
 
