@@ -88,7 +88,7 @@ def fill(names: Sequence[str], material: Material) -> list[Part]:
     Raises RunError where they can fill nothing.
     """
     keys = list(dict.fromkeys(key for name in names for key in wanted(name)))
-    parts, missing = [], []
+    parts, missing, empty = [], [], []
     for key in keys:
         try:
             blocks = list(EXHIBITS[key].make(material))
@@ -98,7 +98,9 @@ def fill(names: Sequence[str], material: Material) -> list[Part]:
         if blocks:
             parts.append(Part(key, EXHIBITS[key].title, blocks))
         else:
-            missing.append(f"none of these runs belongs to {key}, or none is finished and evaluated")
+            empty.append(key)
+    if empty:
+        missing.append(f"none of these runs belongs to {', '.join(empty)}, or none is finished and evaluated")
     material.notes[:] = dict.fromkeys([*missing, *material.notes])
     if not parts:
         raise RunError("; ".join(map(one_line, material.notes)))  # names of runs may hold line ends
