@@ -1,4 +1,4 @@
-"""`sdtrain upscale`: pictures and folders in, larger pictures out.
+"""`sdtrain upscale`: pictures and folders in, larger pictures out; of tar shards see upscale_shards.py.
 
     OUT/
       NAME.png             one a picture, in the sub-folders of its input folder; complete or absent
@@ -32,7 +32,11 @@ RESULT_BYTES = 60  # a pixel: float32 as the network gives it, weighed, clipped 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "inputs", nargs="+", type=Path, metavar="INPUT", help="pictures and folders (searched with sub-folders)"
+        "inputs",
+        nargs="+",
+        type=Path,
+        metavar="INPUT",
+        help="pictures and folders (with sub-folders), or one data set of shards",
     )
     parser.add_argument(
         "--model",
@@ -65,6 +69,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Returns 0, or 2 when a picture was refused; raises ConfigError or WeightsError before anything is written."""
     _check(args)
+    if is_dataset(args.inputs):
+        from sdtrain.commands import upscale_shards
+
+        return upscale_shards.run(args, Upscaler.of(args))
     jobs = find_jobs(args.inputs, args.out)
     upscaler = Upscaler.of(args)
     refused = _work(jobs, upscaler)
@@ -92,6 +100,12 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError(f"--overlap {args.overlap} is more than half of --tile {args.tile}; make the tiles larger")
     if reason := why_unwritable(args.out):
         raise ConfigError(f"--out {args.out}: {reason}; choose another folder")
+
+
+def is_dataset(inputs: list[Path]) -> bool:
+    """Whether the inputs are one data set: a folder that holds tars, or a pattern of tars."""
+    source = inputs[0]
+    return len(inputs) == 1 and (source.suffix == ".tar" or source.is_dir() and any(source.glob("*.tar")))
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from sdtrain.errors import EXIT_OK, EXIT_USER_ERROR, DataError
 from sdtrain.files import sweep
 
 if TYPE_CHECKING:
-    from sdtrain.data.pack.packing import Job
+    from sdtrain.data.pack.packing import Job, ShardJob
     from sdtrain.data.pack.shaping import Shape
     from sdtrain.data.pack.sources import SourceFile
 
@@ -126,7 +126,7 @@ def _pack(args: argparse.Namespace) -> int:
     out, shape = Path(args.out), _shape(args)
     jobs = plan_jobs(Path(args.source), out, files, shape, _num_shards(args, files, shape))
     _refuse_other_shards(out, jobs[0].plan, args.overwrite)
-    if manifest := _complete(out, jobs):
+    if manifest := complete(out, jobs):
         shutil.rmtree(out / MARKERS, ignore_errors=True)  # a crash in the last moment left it
         print(f"{out} is complete already and its digests are right; nothing to do")
     else:
@@ -221,12 +221,12 @@ def _num_shards(args: argparse.Namespace, files: list[SourceFile], shape: Shape)
 
 
 def _refuse_other_shards(out: Path, plan: str, overwrite: bool) -> None:
-    other = _other_plan(out, plan)
+    other = other_plan(out, plan)
     if other and not overwrite:
         raise DataError(f"{out} holds {other}; choose another folder, or replace it with --overwrite")
 
 
-def _other_plan(out: Path, plan: str) -> str:
+def other_plan(out: Path, plan: str) -> str:
     """What stands in the way in `out`: shards made by another plan, in words, or ""."""
     plans = {_plan_in(path) for path in (*(out / ".pack").glob("*.json"), *out.glob("manifest.json"))}
     if plans - {plan}:
@@ -244,7 +244,7 @@ def _plan_in(path: Path) -> str:
         return "damaged"
 
 
-def _complete(out: Path, jobs: list[Job]) -> dict[str, Any]:
+def complete(out: Path, jobs: Sequence[ShardJob]) -> dict[str, Any]:
     """The manifest of a folder that this very plan has filled and whose digests are right, else {}."""
     from sdtrain.data.read.manifest import read_manifest
     from sdtrain.data.read.remote import verified

@@ -47,15 +47,11 @@ _counter: Any = None
 
 
 @dataclass(frozen=True)
-class Job:
-    """One shard: which files of the source, numbered from `first`."""
+class ShardJob:
+    """One shard of those that fill `out`; `plan` is a digest of all that its bytes depend on."""
 
     number: int
-    first: int
-    files: tuple[SourceFile, ...]
-    source: str
     out: str
-    shape: Shape
     plan: str
 
     @property
@@ -68,6 +64,16 @@ class Job:
         return Path(self.out) / MARKERS / f"{self.number:06d}.json"
 
 
+@dataclass(frozen=True)
+class Job(ShardJob):
+    """A shard of files of the source, numbered from `first`."""
+
+    first: int
+    files: tuple[SourceFile, ...]
+    source: str
+    shape: Shape
+
+
 def plan_jobs(source: Path, out: Path, files: Sequence[SourceFile], shape: Shape, num_shards: int) -> list[Job]:
     """Cut the files into runs of nearly equal length. The cut depends on the source and the choices alone."""
     listing = [(f.name, f.size, f.label) for f in files]
@@ -77,7 +83,8 @@ def plan_jobs(source: Path, out: Path, files: Sequence[SourceFile], shape: Shape
     plan = hashlib.sha256(json.dumps([listing, choices, num_shards]).encode()).hexdigest()
     cuts = [len(files) * n // num_shards for n in range(num_shards + 1)]
     bounds = list(zip(cuts, cuts[1:], strict=False))
-    return [Job(n, a, tuple(files[a:b]), str(source), str(out), shape, plan) for n, (a, b) in enumerate(bounds)]
+    same: dict[str, Any] = {"out": str(out), "plan": plan, "source": str(source), "shape": shape}
+    return [Job(number=n, first=a, files=tuple(files[a:b]), **same) for n, (a, b) in enumerate(bounds)]
 
 
 def estimated_bytes(files: Sequence[SourceFile], shape: Shape) -> float:
@@ -133,7 +140,7 @@ def _add(writer: ShardWriter, key: str, made: list[tuple[str, bytes]], label: in
     return len(made)
 
 
-def finished(job: Job) -> dict[str, Any] | None:
+def finished(job: ShardJob) -> dict[str, Any] | None:
     """The marker of a job that was completed earlier and whose shard is intact, else None."""
     try:
         marker = read_json(job.marker)

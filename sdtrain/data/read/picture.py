@@ -35,7 +35,11 @@ class Picture:
 
 def read_picture(path: str | Path, limits: PictureLimits = LIMITS) -> Picture:
     """Read a picture, turned upright. Raises ImageRejected with the reason, or OSError."""
-    data = read_file(path, limits)
+    return picture_of(read_file(path, limits), limits)
+
+
+def picture_of(data: bytes, limits: PictureLimits = LIMITS) -> Picture:
+    """The picture in the bytes of a file, turned upright. Raises ImageRejected with the reason."""
     image, notes = decode_image(data, limits)
     if "16-bit" in notes:
         return _sixteen_bits(data, turned="EXIF rotation" in notes)
@@ -87,12 +91,16 @@ def _turn(values: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def write_picture(path: str | Path, picture: Picture) -> None:
-    """Write a PNG of the picture's depth, with its alpha channel; atomic."""
+    """Write a PNG as `png_of`; atomic."""
+    write_bytes(Path(path), png_of(picture))
+
+
+def png_of(picture: Picture) -> bytes:
+    """A PNG of the picture's depth, with its alpha channel."""
     layers = [picture.rgb] if picture.alpha is None else [picture.rgb, picture.alpha[..., None]]
     top = 2**picture.bits - 1
     values = (np.concatenate(layers, axis=2).clip(0, 1) * top).round()
-    data = _encode_png_16(values) if picture.bits == 16 else _encode_png_8(values, picture.icc_profile)
-    write_bytes(Path(path), data)
+    return _encode_png_16(values) if picture.bits == 16 else _encode_png_8(values, picture.icc_profile)
 
 
 def _encode_png_8(values: np.ndarray, profile: bytes | None) -> bytes:
