@@ -108,6 +108,7 @@ def test_r3gan_with_self_distillation_is_the_same_on_2_ranks_and_goes_on_bit_for
     assert not unequal(tensors(tmp_path / "one", end), tensors(tmp_path / "parts", end))
 
 
+@pytest.mark.slow
 def test_every_teacher_learns_the_same_on_2_ranks_and_each_option_changes_what_it_says(tmp_path: Path) -> None:
     short = {"total_img": 3 * BATCH, "save_img": 3 * BATCH, "sd__alpha": 0.25}
     configs = {name: configured(tmp_path, **short, **changes) for name, changes in TEACHERS.items()}
@@ -121,6 +122,7 @@ def test_every_teacher_learns_the_same_on_2_ranks_and_each_option_changes_what_i
     assert len({values[-1] for values in L_SD.values()}) == 4
 
 
+@pytest.mark.slow
 def test_ada_serves_any_generator(tmp_path: Path) -> None:
     ada = {"augment": {"kind": "ada", "p": 0.3, "interval": 2, "speed_img": 2000}, "sd__alpha": 0.25}
     config = configured(tmp_path, {}, **ada, log_img=16)

@@ -28,8 +28,9 @@ class CpuAdam(torch.optim.Adam):
             numbers = [[p.detach().view(-1) for p in moved], [p.grad.reshape(-1) for p in moved], *averages]
             rests = [[t[len(t) - len(t) % FULL :] for t in tensors] for tensors in numbers]
             padded = [[F.pad(t, (0, -len(t) % FULL)) for t in tensors] for tensors in rests]
-            _move(group, padded, [step.clone() for step in steps])
-            _move(group, [[t[: len(t) - len(t) % FULL] for t in tensors] for tensors in numbers], steps)
+            bad: Tensor | None = getattr(self, "found_inf", None)
+            _move(group, padded, [step.clone() for step in steps], bad)
+            _move(group, [[t[: len(t) - len(t) % FULL] for t in tensors] for tensors in numbers], steps, bad)
             for i in (0, 2, 3):
                 for rest, full in zip(rests[i], padded[i], strict=True):
                     rest.copy_(full[: len(rest)])
@@ -42,10 +43,10 @@ class CpuAdam(torch.optim.Adam):
         return state
 
 
-def _move(group: dict[str, Any], numbers: list[list[Tensor]], steps: list[Tensor]) -> None:
-    """Parameters, gradients and both averages, [numbers] each; counts of steps []. Changed in place."""
+def _move(group: dict[str, Any], numbers: list[list[Tensor]], steps: list[Tensor], bad: Tensor | None) -> None:
+    """Parameters, gradients and both averages, [numbers] each; counts of steps []. In place, unless `bad` [] is 1."""
     params, grads, averages, squares = numbers
     beta1, beta2 = group["betas"]
     own = {"lr": group["lr"], "beta1": beta1, "beta2": beta2, "eps": group["eps"]}
     unused: dict[str, Any] = {"amsgrad": False, "weight_decay": 0.0, "maximize": False}
-    adam(params, grads, averages, squares, [], steps, fused=True, **own, **unused)
+    adam(params, grads, averages, squares, [], steps, fused=True, found_inf=bad, **own, **unused)
