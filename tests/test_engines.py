@@ -199,6 +199,7 @@ def test_accelerate_starts_ranks_with_a_backend_for_each_kind_of_memory(
     assert asked == {"cpu": device == "cpu", "backend": backend, "timeout": wait}
 
 
+@pytest.mark.slow
 def test_stylegan2_with_path_lengths_and_r1_is_the_same_sharded_and_goes_on_from_ddp(tmp_path: Path) -> None:
     tree, (half, end) = METHODS["stylegan2"](tmp_path, 2)
     config, engines = write_config(tmp_path / "run.yaml", tree), [e for e in ("fsdp2", "zero2") if e in ENGINES]

@@ -87,6 +87,7 @@ def test_every_logged_loss_of_20_steps_is_the_same_on_1_and_2_ranks(tmp_path: Pa
         assert len(p) > 2 if name == "moving" else not p
 
 
+@pytest.mark.slow
 def test_stylenat_is_the_same_on_2_ranks_and_goes_on_bit_for_bit(tmp_path: Path) -> None:
     config, end = configured(tmp_path, STYLENAT), STEPS * BATCH
     run_all(tmp_path, [job(config, "one"), job(config, "parts", f"total_img={6 * BATCH}"), job(config, "parts")])
@@ -97,6 +98,7 @@ def test_stylenat_is_the_same_on_2_ranks_and_goes_on_bit_for_bit(tmp_path: Path)
     assert not unequal(tensors(tmp_path / "one", end), tensors(tmp_path / "parts", end))
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 def test_r3gan_with_self_distillation_is_the_same_on_2_ranks_and_goes_on_bit_for_bit(tmp_path: Path) -> None:
     config, end = configured(tmp_path, R3GAN), STEPS * BATCH
