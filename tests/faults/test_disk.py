@@ -128,6 +128,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(tmp_path)], check=True)
 
 
+@pytest.mark.slow
 def test_a_real_disk_that_is_full_in_a_step_is_told_and_the_run_goes_on_later(
     place: Path, small_disk: Path, full: dict[str, list[dict[str, Any]]]
 ) -> None:

@@ -41,7 +41,8 @@ def alone(place: Path) -> Path:
     return place / "alone"
 
 
-@pytest.mark.parametrize("worlds", [[4, 2, 1], pytest.param([4, 2, 3, 1], marks=pytest.mark.slow)], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("worlds", [[4, 2, 1], [4, 2, 3, 1]], ids=str)
 def test_each_step_on_another_number_of_ranks_is_the_run_of_one_rank_bit_for_bit(
     place: Path, alone: Path, worlds: list[int]
 ) -> None:
