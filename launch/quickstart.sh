@@ -2,7 +2,7 @@
 # From nothing to a trained generator on the CPU: set up, pack real photographs, train on 2 ranks, evaluate, say where to
 # look. Needs Python, pip and git only. Run again, it goes on from the last checkpoint instead of starting over.
 #
-#   bash launch/quickstart.sh          SD-GAN with StyleGAN2's networks, configs/quickstart.yaml; five minutes on two cores
+#   bash launch/quickstart.sh          SD-GAN with StyleGAN2's networks, configs/quickstart.yaml; seven minutes on two cores
 #   bash launch/quickstart.sh sdakd    the same for configs/quickstart_sdakd.yaml
 #
 #   data/NAME/crops/     a face, a cat, a cup and a rocket, from the photographs that scikit-image ships (sdakd: photos/)

@@ -145,7 +145,6 @@ def curve(folder: Path, values: list[float], cfg: str, total: int | None = None,
 
 
 def made(name: str, *runs: Path) -> tuple[list[Any], list[str]]:
-
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     found, notes = read_runs(runs)

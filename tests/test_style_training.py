@@ -99,7 +99,6 @@ def test_stylenat_is_the_same_on_2_ranks_and_goes_on_bit_for_bit(tmp_path: Path)
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_r3gan_with_self_distillation_is_the_same_on_2_ranks_and_goes_on_bit_for_bit(tmp_path: Path) -> None:
     config, end = configured(tmp_path, R3GAN), STEPS * BATCH
     run_all(tmp_path, [job(config, "one"), job(config, "parts", f"total_img={6 * BATCH}"), job(config, "parts")])

@@ -61,9 +61,8 @@ def words(source: Path, student: Path, out: Path) -> list[str]:
 
 def digests(out: Path) -> dict[str, str]:
     """Of every file that is there, hidden ones too."""
-    return {
-        p.relative_to(out).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in out.rglob("*") if p.is_file()
-    }
+    files = (path for path in out.rglob("*") if path.is_file())
+    return {file.relative_to(out).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
 @pytest.fixture(scope="module")

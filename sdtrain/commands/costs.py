@@ -152,11 +152,9 @@ def filled(costs: Sequence[Cost], columns: dict[tuple[str, str], str]) -> Table:
                 lines[name] += [shown(here, name, quantity), PUBLISHED.get((model, name), "--")[quantity]]
     said = (
         "Table 2 of SD-GAN: what training takes. Seconds per 1000 images: median over ticks after the first; memory: "
-    )
-    said += (
         "the most that a rank has held before the first evaluation (on a CPU: of the whole process), the paper's is "
+        "an average. Letters say where it was measured."
     )
-    said += "an average. Letters say where it was measured."
     return Table(said, head, list(lines.values()), 1)
 
 

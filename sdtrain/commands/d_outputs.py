@@ -16,14 +16,13 @@ from typing import Any
 from sdtrain.commands import plots
 from sdtrain.commands.material import Configured, Material, missing_seeds
 from sdtrain.commands.pages import Figure
-from sdtrain.commands.papers import method_of
+from sdtrain.commands.papers import BACKBONES, method_of
 from sdtrain.commands.results import Written
 from sdtrain.commands.tables import Table
 from sdtrain.errors import RunError
 from sdtrain.files import read_json
 from sdtrain.models.width import fraction
 
-BACKBONES = {"gcfsr": "GCFSR", "rrdbnet": "Real-ESRGAN"}
 BINS = 20
 NAME = re.compile(r"d_outputs_([0-9]{1,18})\.json")
 
@@ -44,8 +43,7 @@ class Outputs:
 
 def figure2(material: Material) -> list[Table | Figure]:
     """DCD and DCD with modified adversarial training, judged by the teacher's discriminator."""
-    found = [(run, config) for run, config in material.of("dcd")]
-    return drawn(material, "Figure 2", found, lambda config: (method_of(config) or "DCD", ("D_T",)))
+    return drawn(material, "Figure 2", list(material.of("dcd")), lambda config: (method_of(config) or "DCD", ("D_T",)))
 
 
 def figure3(material: Material) -> list[Table | Figure]:
@@ -70,11 +68,8 @@ def drawn(
             outputs.append(outputs_of(run, config, *arm(config)))
         except RunError as problem:
             material.notes.append(f"{number}: {run.name} is left out: {problem}")
-    kept = [
-        one
-        for here in dict.fromkeys(one.place for one in outputs)
-        for one in even(number, outputs, here, material.notes)
-    ]
+    places = dict.fromkeys(one.place for one in outputs)
+    kept = [one for here in places for one in even(number, outputs, here, material.notes)]
     if not kept:
         return []
     said = f"{number} of SDAKD: outputs of discriminators on images of the student, at the end of training."

@@ -35,7 +35,7 @@ def table3(material: Material) -> list[Table]:
     if not runs:
         return []
     args = material.args
-    table, origins = paper_table(PAPERS["sdgan-table3"], replace(material, runs=runs, notes=material.notes))
+    table, origins = paper_table(PAPERS["sdgan-table3"], replace(material, runs=runs))
     how = (
         f" LPIPS between {args.pairs.replace('_', ' ')} weights at {args.shares} % of training, {args.latents} latents;"
     )
@@ -150,9 +150,8 @@ def figures_of_interplay(material: Material, number: str, values: bool) -> list[
         data, model = place(config)
         said = (
             f"{number} of SD-GAN: {model}{variant(config.sd)}, {data} ({run.name}). Left to right: D(x) rises; above: "
+            f"largest L_SD, below: smallest.{' Under each image: D(x), L_SD.' * values}"
         )
-        said += "largest L_SD, below: smallest."
-        said += " Under each image: D(x), L_SD." if values else ""
         points = Table(said, ["L_SD is", "latent", "D(x)", "L_SD"], lines_of(found), 1)
         figures.append(Figure(said, partial(plots.quadrants, found, run.name, values), points))
     return figures

@@ -10,17 +10,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sdtrain.commands.results import Row, chosen, printed, read_runs
-from sdtrain.commands.results import heading as heading_of
+from sdtrain.commands.results import Row, chosen, heading, printed, read_runs
 from sdtrain.commands.source import config_of, position_of
 from sdtrain.commands.tables import Table, in_markdown, markdown, one_line
 from sdtrain.config.compare import to_tree
 from sdtrain.errors import RunError
 from sdtrain.files import read_json
 from sdtrain.interop.architectures import NAMES, title
-from sdtrain.interop.network import Network
+from sdtrain.interop.network import PHOTOS, Network
 from sdtrain.release.names import FORMS
-from sdtrain.release.outward import FACE, PHOTOS, Outward
+from sdtrain.release.outward import FACE, Outward
 
 PICTURE = "preview.png"
 NO_LICENCE = (
@@ -77,9 +76,7 @@ def facts(source: Path, file: Path, network: Network) -> list[list[str]]:
     found = {
         "architecture": NAMES.get(network.kind, network.kind),
         "options": words(network.options or {}),
-        "weights": f"{network.role} of {source.name}/{file.name}"
-        if source.is_dir()
-        else f"{network.role} of {file.name}",
+        "weights": f"{network.role} of {f'{source.name}/' * source.is_dir()}{file.name}",
         "numbers": f"{numbers:,}",
     }
     position = position_of(file)
@@ -116,7 +113,7 @@ def measured(source: Path, file: Path) -> tuple[list[Table], list[str]]:
         return [], [none]
     keys = list(dict.fromkeys(key for row in ours for key in row.values if not key.endswith("_std")))
     rows = [[who(row), *(printed(key, row.values[key]) if key in row.values else "-" for key in keys)] for row in ours]
-    table = Table(f"Measured on {split}:", ["", *(label(key) for key in keys)], rows)
+    table = Table(f"Measured on {split}:", ["", *(heading(key) for key in keys)], rows)
     return [table], [f"protocol: {json.dumps(row.protocol)}" for row in ours if row.protocol][:1]
 
 
@@ -137,13 +134,6 @@ def who(row: Row) -> str:
     return f"{row.network}{f' ({row.stage})' if row.stage else ''}{place}"
 
 
-def label(key: str) -> str:
-    try:
-        return heading_of(key)
-    except KeyError:
-        return key
-
-
 def files(proof: dict[str, Any]) -> Table:
     """A row a file and consumer; the differences are the largest over the cases."""
     rows = []
@@ -151,11 +141,13 @@ def files(proof: dict[str, Any]) -> Table:
         results = list(row["cases"].values())
         psnrs = [result["psnr"] for result in results if result["psnr"] is not None]
         values = (
-            [f"{max(r['max'] for r in results):.1e}", f"{max(r['mean'] for r in results):.1e}"]
-            if results
-            else ["-", "-"]
+            ["-", "-", row["unproven"]]
+            if not results
+            else [
+                *(f"{max(result[key] for result in results):.1e}" for key in ("max", "mean")),
+                f"{min(psnrs):.1f} dB" if psnrs else "equal",
+            ]
         )
-        values += [f"{min(psnrs):.1f} dB" if psnrs else "equal"] if results else [row["unproven"]]
         rows.append([row["file"], FORMS[row["form"]].content, f"{row['bytes'] / 1e6:.2f}", row["consumer"], *values])
     caption = f"Compared with the network of training on {proof['inputs']}:"
     head = ["file", "what", "MB", "opened by", "largest difference", "mean", "PSNR"]
@@ -244,7 +236,6 @@ def as_numpy(outward: Outward, of_form: dict[str, str]) -> list[str]:
         inputs += ['inputs = {name: numpy.random.randn(*size).astype("float32") for name, size in sizes.items()}']
         inputs += ['inputs["truncation_psi"] = numpy.float32([0.7])'] if outward.truncates else []
         inputs += ['inputs["factor"] = numpy.float32([16])'] if outward.kind == FACE else []
-        inputs += (
-            [f'inputs["c"] = numpy.eye({outward.num_classes}, dtype="float32")[:1]'] if outward.num_classes else []
-        )
+        one_hot = f'numpy.eye({outward.num_classes}, dtype="float32")[:1]'
+        inputs += [f'inputs["c"] = {one_hot}'] if outward.num_classes else []
     return [*first, *inputs, "image = session.run(None, inputs)[0]"]

@@ -38,12 +38,12 @@ from sdtrain.engine.positions import saved_img
 from sdtrain.errors import EXIT_OK, ConfigError, RunError, UserError
 from sdtrain.files import sync_folder, why_unwritable, write_bytes, write_json
 from sdtrain.interop.loading import file_of_run, load_network
-from sdtrain.interop.network import Network
+from sdtrain.interop.network import PHOTOS, Network
 from sdtrain.interop.super_resolution import pad_growth_to_32
 from sdtrain.metrics.sr_metrics import to_uint8
 from sdtrain.release import pictures
 from sdtrain.release.forms import Release, needs_padding, opens_in_spandrel
-from sdtrain.release.outward import PHOTOS, Outward
+from sdtrain.release.outward import Outward
 from sdtrain.release.proof import cases_of, lines_of, prove
 
 PROOF, CARD = "export.json", "README.md"
@@ -66,14 +66,11 @@ def run(args: argparse.Namespace) -> int:
         release.require(form)
     require_room(args.to.parent, network, forms)
     with fresh_folder(args.to) as folder:
-        about: dict[str, Any] = {
+        proof: dict[str, Any] = {
             "sdtrain": __version__,
             "torch": torch.__version__,
             "network": network.card,
             "source": network.source,
-        }
-        proof: dict[str, Any] = {
-            **about,
             "inputs": where if network.kind in pictures.SHOWN else "latents and noise",
             "artefacts": [],
             "left_out": {},
@@ -84,14 +81,10 @@ def run(args: argparse.Namespace) -> int:
         write_json(folder / PROOF, proof)
         page = card(args.to.name, args.source, file, network, outward, proof, args.licence)
         write_bytes(folder / CARD, page.encode())
-    print(
-        "\n".join(
-            [*lines_of(proof["artefacts"]), *(f"left out {form}: {why}" for form, why in proof["left_out"].items())]
-        )
-    )
-    print(
-        f"{args.to}: {network.role} of {args.source}, compared on {proof['inputs']}; {CARD} says how to load each file"
-    )
+    left_out = (f"left out {form}: {why}" for form, why in proof["left_out"].items())
+    whole = f"{network.role} of {args.source}, compared on {proof['inputs']}"
+    print(*lines_of(proof["artefacts"]), *left_out, sep="\n")
+    print(f"{args.to}: {whole}; {CARD} says how to load each file")
     return EXIT_OK
 
 

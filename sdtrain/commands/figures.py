@@ -1,7 +1,4 @@
-"""Figures of the papers from what runs have written: FID over images (SD-GAN 3 to 5), outputs of D (SDAKD 2 and 3).
-
-Nothing here needs torch.
-"""
+"""Figures of the papers from what runs have written: FID over images (SD-GAN 3 to 5). Free of torch."""
 
 from __future__ import annotations
 
@@ -85,8 +82,8 @@ def drawn(material: Material, number: str, what: str, found: Sequence[Configured
         return []
     said = (
         f"{number} of SD-GAN: FID {what} (log scale); dashed: the best of each. A band is one standard deviation over "
+        "seeds (n - 1)."
     )
-    said += "seeds (n - 1)."
     return [best_values(number, curves), Figure(said, lambda: panels(curves), all_points(curves))]
 
 

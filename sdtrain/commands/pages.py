@@ -7,7 +7,6 @@ PAGE.png, PAGE.svg           the only table or figure, as a picture; of several 
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,10 +67,9 @@ def publish(parts: Sequence[Part], notes: list[str], out: Path) -> list[Path]:
 
 def named(blocks: Sequence[Table | Figure], part: Part) -> list[tuple[Table | Figure, str]]:
     """Each block with the name of its picture: that of the part, numbered where it has several figures."""
-    count = sum(isinstance(block, Figure) for block in blocks)
-    numbers = itertools.count(1)
-    name = lambda block: f"{part.name}_{next(numbers)}" if isinstance(block, Figure) and count > 1 else part.name  # noqa: E731
-    return [(block, name(block)) for block in blocks]
+    figures = [block for block in blocks if isinstance(block, Figure)]
+    names = {id(figure): f"{part.name}_{number}" for number, figure in enumerate(figures, 1)} if figures[1:] else {}
+    return [(block, names.get(id(block), part.name)) for block in blocks]
 
 
 def placed(block: Table | Figure, name: str, out: Path, notes: list[str]) -> list[Table | Picture]:

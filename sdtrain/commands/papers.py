@@ -17,6 +17,7 @@ Words = tuple[str, ...]
 Cells = Mapping[str, str]  # "val/fid" -> as printed
 
 MODELS = {"stylegan2": "StyleGAN2-ADA", "stylenat": "StyleNAT", "fastgan": "ProjectedGAN"}
+BACKBONES = {"gcfsr": "GCFSR", "rrdbnet": "Real-ESRGAN", "srvgg": "SRVGG"}
 DATA = {"ffhq": "FFHQ", "church": "LSUN Church"}  # by what the path of the training set contains
 LAST = ("", "naive", "adversarial", "online")  # stages whose network is the result
 

@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from sdtrain.commands.export_card import PICTURE
 from sdtrain.commands.export_folder import CARD, PROOF
 from sdtrain.errors import ConfigError, RunError
 from sdtrain.files import read_json, sha256_of_file
@@ -63,4 +64,4 @@ def whole(folder: Path) -> list[str]:
         if Path(name).name != name or path.is_symlink() or not path.is_file() or sha256_of_file(path) != digest:
             raise RunError(f"{folder}: {name!r:.99} is not the file that {PROOF} speaks of; export again")
     cards = {f"{Path(name).stem}.json" for name in digests}
-    return sorted(path.name for path in folder.iterdir() if path.name in {CARD, PROOF, "preview.png", *digests, *cards})
+    return sorted(path.name for path in folder.iterdir() if path.name in {CARD, PROOF, PICTURE, *digests, *cards})

@@ -22,9 +22,9 @@ from sdtrain.engine.origin import describe
 from sdtrain.engine.ranks import pick_device
 from sdtrain.errors import ConfigError
 from sdtrain.interop.loading import load_network
-from sdtrain.interop.network import Network
+from sdtrain.interop.network import PHOTOS, Network
 from sdtrain.release.graphs import onnx_bytes, require_onnx, trace
-from sdtrain.release.outward import PHOTOS, Outward, in_order
+from sdtrain.release.outward import Outward, in_order
 from sdtrain.rng import generator
 from sdtrain.terminal import clip
 
@@ -172,20 +172,20 @@ def inputs_of(net: Outward, size: tuple[int, int], batch: int, device: torch.dev
 # The forms
 
 
-def eager(network: Network, net: nn.Module, inputs: Sequence[Any], precision: str) -> Callable[[], Tensor]:
+def eager(network: Network, net: nn.Module, inputs: Sequence[Tensor], precision: str) -> Callable[[], Tensor]:
     net, inputs = converted(net, inputs, precision)
     return lambda: net(*inputs)
 
 
-def channels_last(network: Network, net: nn.Module, inputs: Sequence[Any], precision: str) -> Callable[[], Tensor]:
+def channels_last(network: Network, net: nn.Module, inputs: Sequence[Tensor], precision: str) -> Callable[[], Tensor]:
     net, inputs = converted(net, inputs, precision)
     last = {"memory_format": torch.channels_last}
     net = copy.deepcopy(net).to(**last)  # type: ignore[call-overload]
-    inputs = [x.contiguous(**last) if isinstance(x, Tensor) and x.ndim == 4 else x for x in inputs]
+    inputs = [x.contiguous(**last) if x.ndim == 4 else x for x in inputs]
     return lambda: net(*inputs)
 
 
-def compiled(network: Network, net: nn.Module, inputs: Sequence[Any], precision: str) -> Callable[[], Tensor]:
+def compiled(network: Network, net: nn.Module, inputs: Sequence[Tensor], precision: str) -> Callable[[], Tensor]:
     """For this shape and number of threads alone."""
     net, inputs = converted(net, inputs, precision)
     torch._dynamo.reset()
@@ -193,7 +193,7 @@ def compiled(network: Network, net: nn.Module, inputs: Sequence[Any], precision:
     return lambda: made(*inputs)
 
 
-def onnx(network: Network, net: nn.Module, inputs: Sequence[Any], precision: str) -> Callable[[], Tensor]:
+def onnx(network: Network, net: nn.Module, inputs: Sequence[Tensor], precision: str) -> Callable[[], Tensor]:
     """ONNX Runtime on the file that `sdtrain export` writes; inputs and outputs lie on the host."""
     if precision != "fp32":
         raise ValueError(f"the exported graph is of fp32, not {precision}")
@@ -215,12 +215,12 @@ def onnx(network: Network, net: nn.Module, inputs: Sequence[Any], precision: str
 FORMS = {"eager": eager, "channels-last": channels_last, "compiled": compiled, "onnx": onnx}
 
 
-def converted(net: nn.Module, inputs: Sequence[Any], precision: str) -> tuple[nn.Module, Sequence[Any]]:
+def converted(net: nn.Module, inputs: Sequence[Tensor], precision: str) -> tuple[nn.Module, Sequence[Tensor]]:
     """Weights and images in the arithmetic asked for."""
     if precision == "fp32":
         return net, inputs
     made = copy.deepcopy(net).to(torch.bfloat16)
-    return made, [x.to(torch.bfloat16) if isinstance(x, Tensor) else x for x in inputs]
+    return made, [x.to(torch.bfloat16) for x in inputs]
 
 
 def memory_of(case: Case, net: nn.Module, device: torch.device) -> int | None:

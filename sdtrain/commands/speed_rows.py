@@ -78,9 +78,9 @@ def table(row: dict[str, Any], how: str) -> Table:
     clocks = " and ".join(dict.fromkeys(case["clock"] for case in cases))
     said = (
         f"{setup['device']}, torch {setup['torch']}, batch {setup['batch']}, {clocks}; {how} A FLOP is an addition or "
+        "a multiplication; MB: weights and the most that one pass holds; difference: the largest from eager fp32, "
+        "beside the largest number; speed-up: median over rounds, against the first network of the same kind."
     )
-    said += "a multiplication; MB: weights and the most that one pass holds; difference: the largest from eager fp32, "
-    said += "beside the largest number; speed-up: median over rounds, against the first network of the same kind."
     return Table(said, head, lines, 4)
 
 

@@ -9,13 +9,13 @@ from fractions import Fraction
 from typing import Any
 
 from sdtrain.commands.material import Material, has_weights
+from sdtrain.commands.papers import BACKBONES
 from sdtrain.commands.results import HUGE
 from sdtrain.commands.speed_rows import CONDITION, Asked, ratio, sizes_of, speed_up
 from sdtrain.commands.tables import Table
 from sdtrain.errors import UserError
 
 WIDTH = {"gcfsr": "narrow", "rrdbnet": "num_feat", "srvgg": "num_feat"}
-NAMES = {"gcfsr": "GCFSR", "rrdbnet": "Real-ESRGAN", "srvgg": "SRVGG"}
 FULL = {"gcfsr": 1.0, "rrdbnet": 64, "srvgg": 64}
 PUBLISHED = {
     "gcfsr": {"1": "1.00x", "1/2": "1.98x", "1/4": "3.43x", "1/8": "4.35x"},
@@ -105,7 +105,7 @@ def filled(cases: Sequence[dict[str, Any]], condition: tuple[str, ...], notes: l
         return None
     if widest["options"][WIDTH[kind]] < FULL[kind]:
         notes.append(
-            f"Table 3 of SDAKD: the widest {NAMES[kind]} is {widest['name']} with {WIDTH[kind]} "
+            f"Table 3 of SDAKD: the widest {BACKBONES[kind]} is {widest['name']} with {WIDTH[kind]} "
             f"{widest['options'][WIDTH[kind]]:g}, the paper's has {FULL[kind]:g}; C is the share of the former"
         )
     lines = []
@@ -149,4 +149,4 @@ def width(case: dict[str, Any], widest: dict[str, Any]) -> str:
 def describe(condition: tuple[str, ...]) -> str:
     kind, device, torch, batch, clock, size, precision, backend, threads = condition
     how = f"{precision}, {backend}, {threads} thread(s), batch {batch}, {clock}, torch {torch}"
-    return f"{NAMES[kind]}, input {size}, {device}, {how}"
+    return f"{BACKBONES[kind]}, input {size}, {device}, {how}"

@@ -4,7 +4,8 @@
     OUT/shard-000000.tar ..., index.npz, manifest.json    all of them, once the last rank has done its last
 
 Shard N is rank N mod WORLD_SIZE's; ranks never wait for each other, so they may be started and killed at any time. A
-shard depends on its input, the network and the settings alone: its bytes are the same after any number of starts.
+shard depends on its input, the network and the settings alone: on machines alike, with as many threads, its bytes are
+the same after any number of starts.
 """
 
 from __future__ import annotations
@@ -53,12 +54,16 @@ def run(args: argparse.Namespace, upscaler: Upscaler) -> int:
     refuse_other(args.out, dataset, jobs[0].plan)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     with written_to(args.out):
-        (args.out / MARKERS).mkdir(parents=True, exist_ok=True)
-        if not complete(args.out, jobs):
+        manifest = complete(args.out, jobs)
+        if not manifest:
+            (args.out / MARKERS).mkdir(parents=True, exist_ok=True)
             mine = [job for job in jobs if job.number % world == rank]
             for job in progress([job for job in mine if finished(job) is None], rank):
                 enlarge(job, dataset, upscaler)
-        manifest = publish(args.out, jobs, dataset, upscaler)
+            manifest = publish(args.out, jobs, dataset, upscaler)
+        if manifest:  # a crash in the last moment may have left these
+            shutil.rmtree(args.out / MARKERS, ignore_errors=True)
+            (args.out / LOCK).unlink(missing_ok=True)
     return told(args.out, manifest, len(jobs))
 
 
@@ -148,16 +153,13 @@ def publish(out: Path, jobs: Sequence[Job], dataset: Dataset, upscaler: Upscaler
     """Let the shards take their places, once all are there: one rank does, whichever comes last. {} before that."""
     with open(out / LOCK, "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the system takes it from a process that dies
-        manifest = complete(out, jobs)
-        markers = [marker for job in jobs if not manifest and (marker := finished(job))]
-        if len(markers) == len(jobs):
-            about: dict[str, Any] = {"plan": jobs[0].plan, "source": dataset.hash, "model": upscaler.path.name}
-            about |= {"resolution": side_of(dataset, upscaler)}
-            manifest = finish(out, markers, about, dataset.label_names)
-        if manifest:
-            shutil.rmtree(out / MARKERS, ignore_errors=True)
-            (out / LOCK).unlink(missing_ok=True)
-        return manifest
+        if not all(job.marker.is_file() for job in jobs):
+            return complete(out, jobs)  # what another rank may have published
+        markers = [marker for job in jobs if (marker := finished(job))]
+        if len(markers) < len(jobs):
+            return {}
+        about: dict[str, Any] = {"plan": jobs[0].plan, "source": dataset.hash, "model": upscaler.path.name}
+        return finish(out, markers, about | {"resolution": side_of(dataset, upscaler)}, dataset.label_names)
 
 
 def side_of(dataset: Dataset, upscaler: Upscaler) -> int | None:

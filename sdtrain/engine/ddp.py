@@ -23,9 +23,8 @@ from sdtrain.engine.player import BasePlayer, Span
 from sdtrain.engine.ranks import sum_over_ranks, world
 from sdtrain.engine.sums import SumPlayer
 
-RENAMED = (
-    "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
-)  # since torch 2.15, which warns
+# torch 2.15 has renamed it, and warns of the old name
+RENAMED = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
 OWN_BUFFERS: dict[str, Any] = {"forward_sync_buffers" if RENAMED else "broadcast_buffers": False}
 
 

@@ -35,6 +35,7 @@ from sdtrain.interop.tensor_file import read_description
 
 Player = Literal["Generator", "Discriminator"]
 PLAYERS = ("Generator", "Discriminator")
+PHOTOS = ("rrdbnet", "srvgg")  # kinds that enlarge photographs of any size
 # what torch and Python raise for sizes that make no sense, as -1 channels or 7 groups of 8
 UNBUILDABLE = (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, AttributeError, AssertionError)
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from sdtrain.errors import ConfigError, WeightsError
 from sdtrain.interop.budget import open_weights, quoted
+from sdtrain.interop.network import PHOTOS
 
-PHOTOS = ("rrdbnet", "srvgg")
 SCALES = (1, 2, 3, 4, 8)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from sdtrain.errors import WeightsError
 from sdtrain.files import write_bytes, write_json
 from sdtrain.interop.architectures import title
-from sdtrain.interop.network import Network
+from sdtrain.interop.network import PHOTOS, Network
 from sdtrain.interop.super_resolution import SPANDREL_GROWTH, pad_growth_to_32
 
 
@@ -33,7 +33,7 @@ def export_student(network: Network, path: str | Path, form: Literal["pth", "spa
     """
     path, options = Path(path), dataclasses.asdict(network.typed_options)
     if form == "spandrel":
-        if network.kind not in ("rrdbnet", "srvgg"):
+        if network.kind not in PHOTOS:
             raise WeightsError(f"a {title(network)} opens in no other tool; export it as pth or safetensors")
         if network.kind == "rrdbnet":
             network = dataclasses.replace(network, state=pad_growth_to_32(network.state))

@@ -12,18 +12,17 @@ from torch.export import ExportedProgram
 
 from sdtrain.errors import WeightsError
 from sdtrain.files import write_bytes, write_json
-from sdtrain.interop.network import Network, misfits, require_fit, save_network
+from sdtrain.interop.network import PHOTOS, Network, misfits, require_fit, save_network
 from sdtrain.interop.pth import export_student, save_pth
 from sdtrain.interop.super_resolution import SPANDREL_GROWTH
 from sdtrain.models.stylenat.networks import to_legacy
 from sdtrain.release import graphs
 from sdtrain.release.names import FORMS
-from sdtrain.release.outward import FACE, PHOTOS, Outward
+from sdtrain.release.outward import FACE, Outward
 from sdtrain.release.snapshot import require_stylegan2, snapshot_bytes
 
 Layout = Literal["current", "legacy"]
 SUPER_RESOLUTION = (*PHOTOS, FACE, "unet_sn")
-WHOLE_SIDES = ("rrdbnet", "srvgg")
 
 
 class Release:
@@ -62,7 +61,7 @@ class Release:
             graphs.require_onnx(*(["onnxruntime"] if form == "onnx-int8" else []))
         if form == "onnx-fp16":
             graphs.require_half(self.network)
-        if form == "onnx-int8" and kind not in WHOLE_SIDES:
+        if form == "onnx-int8" and kind not in PHOTOS:
             raise WeightsError(f"format onnx-int8 is for RRDBNet and SRVGGNetCompact, this is {kind}; use onnx")
         if form == "pkl":
             require_stylegan2(self.network)

@@ -23,8 +23,8 @@ from torch.export import Dim, ExportedProgram
 
 from sdtrain.errors import ConfigError, WeightsError
 from sdtrain.interop.budget import quoted
-from sdtrain.interop.network import Network
-from sdtrain.release.outward import FACE, PHOTOS, Outward, in_order
+from sdtrain.interop.network import PHOTOS, Network
+from sdtrain.release.outward import FACE, Outward, in_order
 
 TRACED = 2  # samples
 HALVES = (*PHOTOS, FACE, "stylegan2")  # whose float16 is known to be good: the others norm and attend in float32

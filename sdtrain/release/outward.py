@@ -17,10 +17,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from sdtrain.interop.network import Network
+from sdtrain.interop.network import PHOTOS, Network
 from sdtrain.rng import Draws, generator
 
-PHOTOS = ("rrdbnet", "srvgg")
 FACE = "gcfsr"
 LQ_SIDE, JUDGED = 32, 256  # where an architecture does not say a side
 FACTOR = 16.0  # of the faces that GCFSR is shown here

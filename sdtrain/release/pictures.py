@@ -16,9 +16,9 @@ from sdtrain.data.read.picture import read_picture
 from sdtrain.engine.positions import complete
 from sdtrain.errors import ConfigError, UserError
 from sdtrain.interop.loading import load_network, read_tensors
-from sdtrain.interop.network import Network
+from sdtrain.interop.network import PHOTOS, Network
 from sdtrain.metrics.sr_metrics import to_uint8
-from sdtrain.release.outward import FACE, PHOTOS, Outward, in_order
+from sdtrain.release.outward import FACE, Outward, in_order
 from sdtrain.rng import generator
 from sdtrain.tasks.sr_pictures import headed, strip
 

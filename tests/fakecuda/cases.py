@@ -121,16 +121,20 @@ def pictures(number: int, side: int) -> torch.Tensor:
     return torch.zeros(number, 3, side, side, dtype=torch.uint8)
 
 
-def sampling(device: str = "cuda") -> None:
+# What is done with networks beside training. Each checks shapes, places and types, and returns what it has made.
+
+
+def sampling(device: str = "cuda") -> list[torch.Tensor]:
     from sdtrain.models.fastgan.networks import Generator, GeneratorOptions
     from sdtrain.sampling import sampler
 
     G = Generator(GeneratorOptions(z_dim=16, ngf=2, num_embeddings=2), resolution=32, num_classes=2).to(device)
     images = sampler(G, seed=0, class_counts=(3, 5), device=device, batch_size=2)(range(3))
     assert images.shape == (3, 3, 32, 32) and images.device.type == "cpu"
+    return [images]
 
 
-def features(device: str = "cuda") -> None:
+def features(device: str = "cuda") -> list[torch.Tensor]:
     from sdtrain.metrics.features import random_inception
     from sdtrain.metrics.sums import FeatureSums
 
@@ -139,40 +143,49 @@ def features(device: str = "cuda") -> None:
         found = net(pictures(2, 32).to(device))
     assert found.dtype == torch.float32 and found.shape == (2, 64)
     sums = FeatureSums(64, device).add(found).merge(FeatureSums(64, device).add(found))
-    assert {t.device.type for t in sums.moments(ddof=1)} == {device} and sums.count == 4
+    moments = sums.moments(ddof=1)
+    assert {t.device.type for t in moments} == {device} and sums.count == 4
+    return [found, *moments]
 
 
-def restoration_metrics(device: str = "cuda") -> None:
+def restoration_metrics(device: str = "cuda") -> list[torch.Tensor]:
     from sdtrain.metrics.sr_metrics import psnr_y, ssim_y
 
     x, y = (torch.zeros(2, 3, 32, 32, device=device) for _ in range(2))
-    assert len(psnr_y(x, y)) == len(ssim_y(x, y)) == 2
+    found = [psnr_y(x, y), ssim_y(x, y)]
+    assert [len(values) for values in found] == [2, 2]
+    return found
 
 
-def precision_and_recall(device: str = "cuda") -> None:
+def precision_and_recall(device: str = "cuda") -> list[torch.Tensor]:
     from sdtrain.metrics.prc import distances
 
     x, y = (torch.zeros(8, 16, device=device) for _ in range(2))
-    assert distances(x, y, half=False).shape == (8, 8)
+    found = distances(x, y, half=False)
+    assert found.shape == (8, 8)
+    return [found]
 
 
-def perceptual_distance(device: str = "cuda") -> None:
+def perceptual_distance(device: str = "cuda") -> list[torch.Tensor]:
     from sdtrain.losses.perceptual import LPIPS
 
     x, y = (torch.zeros(2, 3, 32, 32, device=device) for _ in range(2))
-    for dtype in (torch.float32, torch.bfloat16):
-        assert LPIPS(None, trunk_dtype=dtype).to(device)(x, y).dtype == torch.float32
+    found = [LPIPS(None, trunk_dtype=dtype).to(device)(x, y) for dtype in (torch.float32, torch.bfloat16)]
+    assert {values.dtype for values in found} == {torch.float32}
+    return found
 
 
-def upscale(device: str = "cuda") -> None:
+def upscale(device: str = "cuda") -> list[torch.Tensor]:
     from sdtrain.interop.tiled import enlarge
     from sdtrain.models.srvgg.networks import Generator, GeneratorOptions
 
     net = Generator(GeneratorOptions(num_feat=4, num_conv=1), resolution=0, num_classes=0).to(device).eval()
-    assert enlarge(net, torch.zeros(3, 24, 20), scale=4, tile=16, overlap=4, device=device).shape == (3, 96, 80)
+    large = enlarge(net, torch.zeros(3, 24, 20), scale=4, tile=16, overlap=4, device=device)
+    assert large.shape == (3, 96, 80)
+    return [large]
 
 
-USES: dict[str, Callable[..., None]] = {
+USES: dict[str, Callable[..., list[torch.Tensor]]] = {
     use.__name__: use
     for use in (sampling, features, restoration_metrics, precision_and_recall, perceptual_distance, upscale)
 }

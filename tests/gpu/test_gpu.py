@@ -99,17 +99,8 @@ def test_a_run_with_compiled_parts_has_the_first_losses_of_a_plain_one_and_its_n
 
 
 def test_bench_measures_every_variant_on_the_device(place: Path):
-    options = [
-        "--cfg",
-        str(place / "tiny.yaml"),
-        "--steps",
-        "1",
-        "--device",
-        DEVICE,
-        "--json",
-        str(place / "bench.json"),
-    ]
-    done = run_python("-m", "sdtrain.cli", "bench", *options, timeout=600)
+    places = ["--cfg", str(place / "tiny.yaml"), "--json", str(place / "bench.json")]
+    done = run_python("-m", "sdtrain.cli", "bench", *places, "--steps", "1", "--device", DEVICE, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "sd-l1" in done.stdout and json.loads((place / "bench.json").read_text().splitlines()[-1])
 

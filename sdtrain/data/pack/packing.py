@@ -18,9 +18,10 @@ import shutil
 import signal
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -159,25 +160,52 @@ def run_jobs(jobs: Sequence[Job], num_processes: int, advance: Callable[[int], N
         return [_run_here(job, advance) for job in jobs]
     context = get_context("spawn")
     counter = context.Value("q", 0)
-    pool = ProcessPoolExecutor(min(num_processes, len(jobs)), context, initializer=start_worker, initargs=(counter,))
+    with signals_noted() as signals:
+        pool = ProcessPoolExecutor(
+            min(num_processes, len(jobs)), context, initializer=start_worker, initargs=(counter,)
+        )
+        try:
+            futures = [pool.submit(run_job, job) for job in jobs]
+            _follow(futures, counter, advance, signals)
+            return [future.result() for future in futures]
+        except BrokenProcessPool:
+            raise DataError(
+                "a packing process was killed, perhaps for want of memory; take fewer --workers, finished shards are "
+                "kept"
+            ) from None
+        except BaseException:
+            counter.value = STOP
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def signals_noted() -> Iterator[list[int]]:
+    """SIGINT and SIGTERM are put down in the list, for a loop that looks there at a moment of its own.
+
+    Python would raise KeyboardInterrupt between any two instructions, and one that has just taken a lock of the pool
+    never gives it back: the pool then waits for ever.
+    """
+    signals: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield signals
+        return
+    before = {n: signal.signal(n, lambda number, _: signals.append(number)) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
-        futures = [pool.submit(run_job, job) for job in jobs]
-        _follow(futures, counter, advance)
-        return [future.result() for future in futures]
-    except BrokenProcessPool:
-        raise DataError(
-            "a packing process was killed, perhaps for want of memory; take fewer --workers, finished shards are kept"
-        ) from None
-    except BaseException:
-        counter.value = STOP
-        raise
+        yield signals
     finally:
-        pool.shutdown(cancel_futures=True)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def _follow(futures: list[Future[dict[str, Any]]], counter: Any, advance: Callable[[int], None]) -> None:
+def _follow(
+    futures: list[Future[dict[str, Any]]], counter: Any, advance: Callable[[int], None], signals: list[int]
+) -> None:
     waiting, seen = set(futures), 0
     while waiting:
+        if signals:
+            raise KeyboardInterrupt
         done, waiting = wait(waiting, timeout=POLL_SEC, return_when=FIRST_COMPLETED)
         advance(counter.value - seen)
         seen = counter.value

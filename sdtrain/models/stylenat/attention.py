@@ -108,10 +108,8 @@ def axis_plan(length: int, kernel: int, dilation: int, tile: int = TILE, device:
     queries = torch.tensor([t.queries for t in tiles])
     place = torch.empty(length, dtype=torch.int64)
     place[queries.flatten()] = torch.arange(queries.numel())
-    keys, tables = (
-        torch.tensor([t.keys for t in tiles]),
-        tuple(_pairs(torch.tensor(p), kernel, device) for p in patterns),
-    )
+    keys = torch.tensor([t.keys for t in tiles])
+    tables = tuple(_pairs(torch.tensor(p), kernel, device) for p in patterns)
     return AxisPlan(queries.to(device), keys.to(device), tables, spans, place.to(device))
 
 
