@@ -90,7 +90,7 @@ def _watched(trainer: Trainer, phase: Phase, x: Chunk, blocks: Sequence[nn.Modul
     with engine.fence(phase):
         open_phase(*modules)
         _prepass(phase, x)
-        next_chunk(*modules)
+        next_chunk(*modules, ghosts=x.draws.ghosts)
         with Watch() as seen, Inside(seen, blocks) as inside:
             loss = engine.loss(phase, x)
             held = seen.now

@@ -21,6 +21,7 @@ from sdtrain.config.options import Augment, SelfDistillation
 from sdtrain.contracts import Engine, Method, Net
 from sdtrain.engine.ema import freeze
 from sdtrain.engine.shared import shared_weights
+from sdtrain.errors import ConfigError
 from sdtrain.models.ghost import set_ghost_batch, settle_spectral_norms
 from sdtrain.models.recompute import recompute
 from sdtrain.rng import Draws, seed_of
@@ -64,6 +65,11 @@ class Builder:
         name_of = schema.model(section.kind).feature_weights
         if role == "discriminator" and name_of:
             more = {**more, "feature_weights": self.weights(name_of(section), self.config.weights.features)}
+        if (own := getattr(section, "own_norms", 1)) not in (1, self.config.num_ghosts):
+            raise ConfigError(
+                f"model.{role}.own_norms {own} is not the number of ghosts, batch_size / ghost_batch = "
+                f"{self.config.num_ghosts}; set it to that, or to 1 for one batch norm that all ghosts share"
+            )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_of(self.config.seed, "init", name))
             made = getattr(networks, role.capitalize())(

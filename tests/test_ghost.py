@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sdtrain.models.ghost import (
     GhostBatchNorm2d,
+    OwnBatchNorm2d,
     Sigma,
     SpectralConv2d,
     SpectralConvTranspose2d,
@@ -57,6 +58,37 @@ def test_ghost_batch_norm_equals_one_batch_norm_a_device() -> None:
     for name in ("running_mean", "running_var"):
         torch.testing.assert_close(getattr(norm, name), sum(getattr(d, name) for d in devices) / 4)
     assert norm.num_batches_tracked == 1
+
+
+def test_own_batch_norms_are_one_module_a_ghost_however_ghosts_are_cut() -> None:
+    torch.manual_seed(0)
+    splits = [nn.BatchNorm2d(3) for _ in range(4)]
+    for split in splits:
+        nn.init.normal_(split.weight)
+        nn.init.normal_(split.bias)
+    whole, cut = OwnBatchNorm2d(3, 4), OwnBatchNorm2d(3, 4)
+    whole.bns, cut.bns = (nn.ModuleList(copy.deepcopy(splits)) for _ in range(2))
+    x = numbers(8, 3, 4, 4)
+    wanted = torch.cat([split(part) for split, part in zip(splits, x.chunk(4), strict=True)])
+    out = whole(x)
+    open_phase(cut)
+    for ghosts in ((2,), (0, 1), (3,)):  # in the order of ranks, not of ghosts
+        next_chunk(cut, ghosts=ghosts)
+        rows = torch.cat([x[2 * g : 2 * g + 2] for g in ghosts])
+        made = cut(rows)
+        assert torch.equal(made, torch.cat([wanted[2 * g : 2 * g + 2] for g in ghosts]))
+        made.square().sum().backward()
+    close_phase(cut)
+    (wanted.square().sum() + out.square().sum()).backward()
+    assert torch.equal(out, wanted)
+    for own in (whole, cut):
+        for i, split in enumerate(splits):
+            ours = own.bns[i]
+            torch.testing.assert_close(ours.state_dict(), split.state_dict())
+            torch.testing.assert_close([p.grad for p in ours.parameters()], [p.grad for p in split.parameters()])
+    assert torch.equal(cut.eval()(x), splits[0].eval()(x))
+    with pytest.raises(ValueError, match="9 samples, which is not a multiple of its 4 ghosts"):
+        whole.train()(numbers(9, 3, 4, 4))
 
 
 def test_a_batch_with_a_ragged_last_ghost_is_refused() -> None:

@@ -43,6 +43,11 @@ def made(kind: str) -> tuple[nn.Module, object, int | None]:
             architecture="skip", channel_base=256, channel_max=16), 32),
         "fastgan G": lambda: (fastgan.Generator, fastgan.GeneratorOptions(z_dim=8, ngf=4), 128),
         "fastgan lite 256 G": lambda: (fastgan.Generator, fastgan.GeneratorOptions(z_dim=8, ngf=4, lite=True), 256),
+        "fastgan of own norms G": lambda: (
+            fastgan.Generator,
+            fastgan.GeneratorOptions(z_dim=8, ngf=4, lite=True, own_norms=3),
+            64,
+        ),
         "fastgan 64 G": lambda: (fastgan.Generator, fastgan.GeneratorOptions(z_dim=8, ngf=4), 64),
         "projected D": lambda: (projected.Discriminator, projected.DiscriminatorOptions(
             separable=True, patch=True, num_discs=2), 256),
@@ -54,7 +59,7 @@ def made(kind: str) -> tuple[nn.Module, object, int | None]:
 
 
 KINDS = [
-    "stylegan2 G", "stylegan2 D", "fastgan G", "fastgan lite 256 G", "fastgan 64 G",
+    "stylegan2 G", "stylegan2 D", "fastgan G", "fastgan lite 256 G", "fastgan of own norms G", "fastgan 64 G",
     "projected D", "stylenat G", "stylenat D",
 ]  # fmt: skip
 

@@ -13,6 +13,7 @@ from tiny import make_shards, tiny_config, write_config
 
 from sdtrain import plan as planning
 from sdtrain.config.load import load_config
+from sdtrain.errors import ConfigError
 from sdtrain.main import main
 from sdtrain.outlook import forecast, render_forecast
 from sdtrain.plan import make_plan, render
@@ -86,6 +87,12 @@ def test_a_plan_says_how_many_classes_condition_the_networks(shards: Path, tmp_p
     text = planned(tmp_path, tiny_config(folder, **SENSIBLE, **three))
     assert "epochs, conditional, 3 classes\n" in text
     assert "conditional" not in planned(tmp_path, tiny_config(folder, **SENSIBLE, data__labels=False))
+
+
+def test_batch_norms_of_each_ghost_are_as_many_as_there_are_ghosts(shards: Path, tmp_path: Path) -> None:
+    message = "own_norms 3 is not the number of ghosts, batch_size / ghost_batch = 4; set it to that, or to 1"
+    with pytest.raises(ConfigError, match=message):
+        planned(tmp_path, tiny_config(shards, **SENSIBLE, model__generator__own_norms=3))
 
 
 def test_the_forecast_is_that_of_the_newest_rows_of_the_run_folder(tmp_path: Path) -> None:

@@ -142,6 +142,7 @@ def test_images_and_state_of_the_generator_do_not_depend_on_chunks(num_classes: 
     [
         (GeneratorOptions(), 48, 0, "cannot make 48 pixels"),
         (GeneratorOptions(ngf=1), 128, 0, "no channels left at 256 pixels; set ngf >= 2"),
+        (GeneratorOptions(own_norms=2), 64, 5, "own_norms 2 is for generators without classes"),
         (GeneratorOptions(num_embeddings=4), 64, 5, "num_embeddings 4 but the data has 5 classes"),
     ],
 )

@@ -6,6 +6,7 @@ where it stood between two lazy penalties, or an option of the teacher could do 
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -179,3 +180,16 @@ def test_the_losses_are_the_same_on_4_ranks(tmp_path: Path) -> None:
     for ranks in (1, 4):
         run_all(tmp_path, [job(config, f"world{ranks}")], ranks)
     assert worst(rows(tmp_path / "world1"), rows(tmp_path / "world4"))[0] < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("summation", ["exact", "fast"])
+def test_batch_norms_of_each_ghost_learn_the_same_on_2_ranks(tmp_path: Path, summation: str) -> None:
+    own = {"model__generator__own_norms": 4, "batch_size": BATCH, "ghost_batch": 2, "summation": summation}
+    config = configured(tmp_path, {}, **own, log_img=BATCH, total_img=6 * BATCH, save_img=6 * BATCH)
+    for ranks in (1, 2):
+        run_all(tmp_path, [job(config, f"own{ranks}")], ranks)
+    assert worst(rows(tmp_path / "own1"), rows(tmp_path / "own2"))[0] < 1e-4
+    weights = tensors(tmp_path / "own2", 6 * BATCH)
+    norms = [weights[f"G:synthesis.init.init.1.bns.{i}.weight"] for i in range(4)]
+    assert not any((a == b).all() for a, b in itertools.combinations(norms, 2))  # all have learned

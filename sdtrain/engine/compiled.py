@@ -103,7 +103,7 @@ def _call_once(trainer: Trainer) -> None:
                 continue
             with engine.fence(phase):
                 open_phase(engine.layers)
-                next_chunk(engine.layers)
+                next_chunk(engine.layers, ghosts=x.draws.ghosts)
                 loss, _ = engine.loss(phase, x)
                 torch.autograd.grad(loss, engine.players[phase.player].leaves, allow_unused=True)
                 close_phase(engine.layers, apply=False)

@@ -167,7 +167,7 @@ class PhaseEngine(ABC):
         total = sum(chunk.draws.num_samples for chunk in chunks)
         for i, chunk in enumerate(chunks):
             PULSE.beat()
-            next_chunk(self.layers)
+            next_chunk(self.layers, ghosts=chunk.draws.ghosts)
             weight = chunk.draws.num_samples / total
             with player.chunk(phase, last=i == len(chunks) - 1):
                 loss, terms = self.loss(phase, chunk)
@@ -180,6 +180,7 @@ class PhaseEngine(ABC):
         means, total = Meter(), sum(chunk.draws.num_samples for chunk in chunks)
         for chunk in chunks:
             open_phase(self.layers)
+            next_chunk(self.layers, ghosts=chunk.draws.ghosts)
             # a penalty's prepass takes derivatives itself (path lengths), so it needs the graph while it runs
             with torch.no_grad() if not phase.fp32 else torch.enable_grad(), self.autocast(not phase.fp32):
                 terms = phase.prepass(chunk)

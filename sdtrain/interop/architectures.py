@@ -72,10 +72,12 @@ def fastgan_generator(state: State) -> dict[str, Any]:
     last = state["synthesis.to_big.weight_orig"].shape[1]
     widths = {r: _conv_out(state, r) // 2 for r in levels}
     embed = state.get("synthesis.embed.weight")
-    lite = "synthesis.feat_8.2.weight" in state and state["synthesis.feat_8.2.weight"].numel() > 1
+    own_norms = len(numbers(state, r"synthesis\.init\.init\.1\.bns\.(\d+)\.")) or 1
+    norm = "synthesis.feat_8.2.bns.0.weight" if own_norms > 1 else "synthesis.feat_8.2.weight"
+    lite = norm in state and state[norm].numel() > 1  # the noise that stands there otherwise has one number
     if embed is not None:
         lite = "synthesis.feat_8.conv.weight_orig" in state
-    options = {"z_dim": first.shape[0], "ngf": first.shape[1] // 32, "lite": lite}
+    options = {"z_dim": first.shape[0], "ngf": first.shape[1] // 32, "lite": lite, "own_norms": own_norms}
     # the network of 128 pixels owns the level of 256 too; the last convolution tells which level it reads
     resolution = next((r for r in levels if r >= 32 and r >= levels[-1] // 2 and widths[r] == last), levels[-1])
     if levels[-1] <= 64:

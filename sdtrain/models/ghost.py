@@ -35,6 +35,7 @@ class Advancing(nn.Module):
     _pass: int = 0
     _again: bool = False  # a block computes again what it has not kept: nothing new is seen
     _settled: Tensor | None = None  # what is worked out once a phase
+    _ghosts: Sequence[int] | None = None  # of the global batch, that the chunk holds; None = all
 
     def _enter(self) -> list[Tensor] | None:
         """The ledger entry of the pass this forward belongs to (empty for its first chunk), None outside a phase."""
@@ -105,9 +106,10 @@ def open_phase(*nets: Nets) -> None:
         layer._ledger, layer._pass, layer._settled = [], 0, None
 
 
-def next_chunk(*nets: Nets) -> None:
+def next_chunk(*nets: Nets, ghosts: Sequence[int] | None = None) -> None:
+    """`ghosts`: those of the global batch that the chunk holds; None = all."""
     for layer in advancing_layers(*nets):
-        layer._pass = 0
+        layer._pass, layer._ghosts = 0, ghosts
 
 
 def close_phase(*nets: Nets, sum_over_ranks: SumOverRanks | None = None, apply: bool = True) -> None:
@@ -117,7 +119,7 @@ def close_phase(*nets: Nets, sum_over_ranks: SumOverRanks | None = None, apply: 
         sum_over_ranks([tensor for layer in layers for tensor in layer._sums()])
     ledgers = [layer._ledger or [] for layer in layers]
     for layer in layers:
-        layer._ledger, layer._pass, layer._settled = None, 0, None
+        layer._ledger, layer._pass, layer._settled, layer._ghosts = None, 0, None, None
     for entries in zip_longest(*ledgers) if apply else []:
         pairs = zip(layers, entries, strict=True)
         move(step for layer, entry in pairs if entry is not None for step in layer._moves(entry))
@@ -174,6 +176,44 @@ class GhostBatchNorm2d(Advancing, nn.BatchNorm2d):
             *towards_means(entry, self.running_mean, self.running_var, self.momentum),
             (self.num_batches_tracked, None, 1),
         ]
+
+
+class OwnBatchNorm2d(Advancing):
+    """A batch norm for each ghost of the global batch, with an affine transform and running statistics of its own.
+
+    So the authors of SD-GAN have it (`gbn_splits` in their fork of ProjectedGAN, specs/projected_gan.md section 2):
+    unlike on as many devices, which share the transform. In evaluation the first stands for all. Official names.
+    """
+
+    def __init__(self, num_channels: int, num_ghosts: int) -> None:
+        super().__init__()
+        self.bns = nn.ModuleList(nn.BatchNorm2d(num_channels) for _ in range(num_ghosts))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise [N, C, H, W]; raises ValueError in training unless N is a multiple of the ghosts in it."""
+        norms: list[Any] = list(self.bns)
+        eps = norms[0].eps
+        if not self.training:
+            first = norms[0]
+            return F.batch_norm(x, first.running_mean, first.running_var, first.weight, first.bias, False, 0.0, eps)
+        here = range(len(norms)) if self._ghosts is None else self._ghosts
+        if len(x) % len(here):
+            raise ValueError(f"batch norm got {len(x)} samples, which is not a multiple of its {len(here)} ghosts")
+        # all are in the graph: a data-parallel reducer waits for every gradient
+        weights, biases = (torch.stack([getattr(norm, name) for norm in norms]).unbind() for name in ("weight", "bias"))
+        seen = torch.zeros(len(norms), 2, x.shape[1], device=x.device)
+        parts = zip(here, x.split(len(x) // len(here)), strict=True)
+        out = [F.batch_norm(p, seen[g, 0], seen[g, 1], weights[g], biases[g], True, 1.0, eps) for g, p in parts]
+        self._record([seen])
+        return out[0] if len(out) == 1 else torch.cat(out)
+
+    def _moves(self, entry: list[Tensor]) -> list[Move]:
+        moves: list[Move] = []
+        for norm, (mean, var) in zip(self.bns, entry[0], strict=True):
+            own: Any = norm
+            moves += [(own.running_mean, mean.to(own.running_mean), own.momentum)]
+            moves += [(own.running_var, var.to(own.running_var), own.momentum), (own.num_batches_tracked, None, 1)]
+        return moves
 
 
 def set_ghost_batch(net: nn.Module, ghost_batch: int) -> None:

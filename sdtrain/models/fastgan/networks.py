@@ -23,6 +23,7 @@ from sdtrain.models.ghost import (
     Advancing,
     GhostBatchNorm2d,
     Move,
+    OwnBatchNorm2d,
     SpectralConv2d,
     SpectralConvTranspose2d,
     SpectralLinear,
@@ -104,6 +105,11 @@ class ConditionalBatchNorm2d(Advancing):
         return towards_means(entry, self.stored_mean, self.stored_var, self.momentum)
 
 
+def batch_norm(num_channels: int, own_norms: int) -> Advancing:
+    """One for all ghosts, or one for each of `own_norms`."""
+    return OwnBatchNorm2d(num_channels, own_norms) if own_norms > 1 else GhostBatchNorm2d(num_channels)
+
+
 class UpConv2d(SpectralConv2d):
     """Nearest upsampling by two, then a 3x3 convolution without bias."""
 
@@ -120,10 +126,10 @@ class UpConv2d(SpectralConv2d):
 class InitLayer(nn.Module):
     """z [N, z_dim] -> [N, channels, 4, 4]."""
 
-    def __init__(self, z_dim: int, num_channels: int) -> None:
+    def __init__(self, z_dim: int, num_channels: int, own_norms: int = 1) -> None:
         super().__init__()
         conv = SpectralConvTranspose2d(z_dim, 2 * num_channels, 4, bias=False)
-        self.init = nn.Sequential(conv, GhostBatchNorm2d(2 * num_channels), GLU())
+        self.init = nn.Sequential(conv, batch_norm(2 * num_channels, own_norms), GLU())
 
     def forward(self, z: Tensor) -> Tensor:
         """z [N, z_dim] -> [N, num_channels, 4, 4]."""
@@ -137,10 +143,10 @@ class UpBlock(nn.Sequential):
     1 conv, 2 norm in the lite block. 0 is the upsampling, which the first convolution does.
     """
 
-    def __init__(self, c_in: int, c_out: int, lite: bool = False) -> None:
+    def __init__(self, c_in: int, c_out: int, lite: bool = False, own_norms: int = 1) -> None:
         def stage(conv: nn.Module) -> list[nn.Module]:
             noise = [] if lite else [NoiseInjection()]
-            return [conv, *noise, GhostBatchNorm2d(2 * c_out), GLU()]
+            return [conv, *noise, batch_norm(2 * c_out, own_norms), GLU()]
 
         again = [] if lite else stage(SpectralConv2d(c_out, 2 * c_out, 3, padding=1, bias=False))
         super().__init__(nn.Identity(), *stage(UpConv2d(c_in, 2 * c_out)), *again)
@@ -210,7 +216,7 @@ class Synthesis(nn.Module):
         # upstream builds the 256-pixel level always; official checkpoints of 128 pixels hold it too
         top = max(resolution, 256) if resolution >= SMALLEST_OFFICIAL else resolution
         self.levels = [r for r in WIDTHS if 8 <= r <= resolution]
-        self.init = InitLayer(options.z_dim, width[2])
+        self.init = InitLayer(options.z_dim, width[2], options.own_norms)
         for r in (r for r in WIDTHS if 8 <= r <= top):
             self.add_module(f"feat_{r}", _up_block(options, width[r // 2], width[r], num_classes))
         for r, small in EXCITED_BY.items():
@@ -237,7 +243,7 @@ class Synthesis(nn.Module):
 
 def _up_block(options: GeneratorOptions, c_in: int, c_out: int, num_classes: int) -> nn.Module:
     if not num_classes:
-        return UpBlock(c_in, c_out, options.lite)
+        return UpBlock(c_in, c_out, options.lite, options.own_norms)
     block = ConditionalUpBlockLite if options.lite else ConditionalUpBlock
     return block(c_in, c_out, options.z_dim)
 
@@ -286,4 +292,9 @@ def _check(options: GeneratorOptions, resolution: int, num_classes: int) -> None
         raise ConfigError(
             f"FastGAN has num_embeddings {options.num_embeddings} but the data has {num_classes} classes; "
             f"set num_embeddings >= {num_classes}"
+        )
+    if num_classes and options.own_norms > 1:
+        raise ConfigError(
+            f"own_norms {options.own_norms} is for generators without classes: conditional batch norms have no affine "
+            "transform of their own; set own_norms 1"
         )
