@@ -47,7 +47,7 @@ class Release:
         found = ["safetensors", "official", "onnx", "pt2"]
         found += ["spandrel"] if needs_padding(self.network) else []
         found += ["pkl"] if self.network.kind == "stylegan2" else []
-        return found + (["onnx-fp16"] if self.network.kind in graphs.HALVES else [])
+        return [*found, "onnx-fp16"]
 
     def require(self, form: str) -> None:
         """Raises WeightsError where the network has no such form, ConfigError where a package is missing."""
@@ -58,9 +58,8 @@ class Release:
             if self.network.player != "Generator":
                 raise WeightsError(f"format {form} is for generators, this is {self.network.role}; use onnx")
         if form.startswith("onnx"):
-            graphs.require_onnx(*(["onnxruntime"] if form == "onnx-int8" else []))
-        if form == "onnx-fp16":
-            graphs.require_half(self.network)
+            made_by_runtime = form == "onnx-int8" or form == "onnx-fp16" and kind not in graphs.HALVES
+            graphs.require_onnx(*(["onnxruntime"] if made_by_runtime else []))
         if form == "onnx-int8" and kind not in PHOTOS:
             raise WeightsError(f"format onnx-int8 is for RRDBNet and SRVGGNetCompact, this is {kind}; use onnx")
         if form == "pkl":
@@ -81,8 +80,10 @@ class Release:
     def _bytes(self, form: str) -> bytes:
         if form == "onnx":
             return self.graph
-        if form == "onnx-fp16":
+        if form == "onnx-fp16" and self.network.kind in graphs.HALVES:
             return graphs.onnx_bytes(*graphs.trace(self.network, half=True))
+        if form == "onnx-fp16":
+            return graphs.half_bytes(self.graph)
         if form == "onnx-int8":
             return graphs.int8_bytes(self.graph, self.samples)
         return graphs.pt2_bytes(self.traced[1]) if form == "pt2" else snapshot_bytes(self.network)

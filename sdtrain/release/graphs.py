@@ -27,7 +27,7 @@ from sdtrain.interop.network import PHOTOS, Network
 from sdtrain.release.outward import FACE, Outward, in_order
 
 TRACED = 2  # samples
-HALVES = (*PHOTOS, FACE, "stylegan2")  # whose float16 is known to be good: the others norm and attend in float32
+HALVES = (*PHOTOS, FACE, "stylegan2")  # computed in float16 as torch does; the others norm and attend in float32
 PACKAGES = ("onnx", "onnxscript")
 
 
@@ -124,10 +124,17 @@ def name_free_sides(graph: Any, fold: int) -> None:
     del graph.value_info[:]
 
 
-def require_half(network: Network) -> None:
-    """Raises WeightsError for a generator that float16 would harm."""
-    if network.kind not in HALVES:
-        raise WeightsError(f"{network.kind} normalises and attends in float32, so it has no float16 graph; use onnx")
+def half_bytes(graph: bytes) -> bytes:
+    """The float32 graph with weights and most steps in float16, by onnxruntime's converter; inputs and output float32.
+
+    Runtimes compute the statistics of a norm in float32 whatever its format is.
+    """
+    import onnx
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    with quietly():
+        half: bytes = convert_float_to_float16(onnx.load_from_string(graph), keep_io_types=True).SerializeToString()
+    return half
 
 
 def int8_bytes(graph: bytes, samples: Sequence[dict[str, Tensor]]) -> bytes:

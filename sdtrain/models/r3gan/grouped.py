@@ -78,6 +78,8 @@ def grouped_spread2d(y: Tensor, w: Tensor, *, stride: int = 1, padding: int = 0,
     Differentiable to any order.
     """
     y, w = _one_format(y, w)
+    if torch.compiler.is_exporting():  # the adjoint that the form takes is a backward pass, which few programs know
+        return F.conv_transpose2d(y, w, stride=stride, padding=padding, groups=groups)
     sides = [(side - 1) * stride - 2 * padding + k for side, k in zip(y.shape[2:], w.shape[2:])]
     shape = torch.Size((y.shape[0], w.shape[1] * groups, *sides))
     return _Slope.apply(w, y, X, Layout(shape, w.shape, stride, padding, groups))
