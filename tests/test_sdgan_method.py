@@ -153,6 +153,25 @@ def test_a_share_of_a_ghost_is_distilled_as_it_is_among_all(tmp_path: Path) -> N
     torch.testing.assert_close(distances[0.01], distances[1.0][:, :1])
 
 
+def test_the_teacher_can_have_arithmetic_of_its_own(tmp_path: Path) -> None:
+    found = {}
+    for outer in (False, True):
+        for precision in (None, "fp32", "bf16"):
+            method = built(tmp_path, sd__alpha=1.0, sd__teacher_precision=precision)
+            apart(method)
+            dtypes, inner = [], method.G_ema.module.synthesis.forward
+            method.G_ema.module.synthesis.forward = lambda *a, d=dtypes, f=inner, **k: (
+                d.append(torch.is_autocast_enabled("cpu")) or f(*a, **k)
+            )
+            with torch.autocast("cpu", torch.bfloat16, enabled=outer):
+                terms = method.loss_G(chunk())[1]
+            found[outer, precision] = terms["G/sd"].item()
+            assert set(dtypes) == {outer if precision is None else precision == "bf16"}
+    assert found[False, None] == found[False, "fp32"] != found[False, "bf16"]
+    assert found[False, "bf16"] == pytest.approx(found[False, "fp32"], rel=0.1)
+    assert found[True, None] == found[True, "bf16"] != found[True, "fp32"]
+
+
 def test_the_distance_can_be_given_images_as_the_authors_code_gives_them(tmp_path: Path) -> None:
     x, y = torch.rand(2, 4, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
     std = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)

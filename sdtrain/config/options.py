@@ -180,6 +180,8 @@ class SelfDistillation:
     (StyleNAT) or 2x - 1 (the first version for ProjectedGAN)."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the LPIPS trunk."""
+    teacher_precision: Literal["fp32", "bf16"] | None = None
+    """Arithmetic of the teacher's forward pass; null = that of the student."""
     every: Count = 1
     """[steps] Steps between two with L_SD, which then weighs alpha times as much: the same gradient on average."""
     share: Share = 1.0

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sdtrain.constants import to_imagenet
@@ -34,6 +36,16 @@ def self_distillation(
     if T is not None:
         fake, fake_ema = T(fake, fake_ema.detach(), draws.sub("T"))
     return distance(fake, fake_ema.detach()).mean()
+
+
+@contextmanager
+def as_teacher(precision: str | None, device: torch.device) -> Iterator[None]:
+    """Without gradients, and in arithmetic of the teacher's own: "fp32" or "bf16"; None = in that of the student."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        if precision is not None:
+            stack.enter_context(torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"))
+        yield
 
 
 def lazy_weight(alpha: float, every: int, step: int) -> float:

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from sdtrain.contracts import Chunk, Loss, Net, Phase, Stage, State, Terms
 from sdtrain.losses.feature import mlp_loss, probability_loss
-from sdtrain.losses.self_distillation import lazy_weight, num_compared, self_distillation
+from sdtrain.losses.self_distillation import as_teacher, lazy_weight, num_compared, self_distillation
 from sdtrain.methods.sdakd.options import Options
 from sdtrain.restoration.inputs import Faces, Photos
 from sdtrain.restoration.recipe import OriginalRecipe
@@ -130,9 +130,10 @@ class SDAKD(OriginalRecipe):
         num = num_compared(self.o.sd.share, x.draws.ghost_batch)
         if num < x.draws.ghost_batch:
             fake, x = x.first_of(fake, num), x.first(num)
-        fake_ema = self.no_grad("G_ema", x, "G")
+        with as_teacher(self.o.sd.teacher_precision, fake.device):
+            fake_ema = self.no_grad("G_ema", x, "G")
         assert self.distance is not None
-        both = self.inputs.signed(fake), self.inputs.signed(fake_ema)
+        both = self.inputs.signed(fake), self.inputs.signed(fake_ema.to(fake.dtype))
         return self_distillation(*both, self.distance, self.T, x.draws.sub("G"))
 
     def control(self, step: int, means: Mapping[str, float]) -> dict[str, float]:

@@ -21,7 +21,7 @@ from sdtrain.contracts import Chunk, Loss, Method, Net, Phase, Stage, State, Ter
 from sdtrain.losses.adversarial import ADVERSARIAL, d_loss, gradient_penalty
 from sdtrain.losses.consistency import balanced_consistency
 from sdtrain.losses.regularizers import path_length_penalty, path_lengths
-from sdtrain.losses.self_distillation import lazy_weight, num_compared, self_distillation
+from sdtrain.losses.self_distillation import as_teacher, lazy_weight, num_compared, self_distillation
 from sdtrain.methods.sdgan.options import Options
 from sdtrain.rng import Draws
 from sdtrain.sampling import labels_for
@@ -135,9 +135,9 @@ class SDGAN(Method):
         num = num_compared(self.o.sd.share, x.draws.ghost_batch)
         if num < x.draws.ghost_batch:
             fake, x, draws = x.first_of(fake, num), x.first(num), draws.first(num)
-        with torch.no_grad():
+        with as_teacher(self.o.sd.teacher_precision, fake.device):
             fake_ema = self.generate(self.G_ema, x, draws, teacher=True)
-        return self_distillation(fake, fake_ema, self.distance, self.T, draws)
+        return self_distillation(fake, fake_ema.to(fake.dtype), self.distance, self.T, draws)
 
     def loss_D(self, x: Chunk) -> Loss:
         """The adversarial loss of D on fresh fakes and the real images of this step."""
