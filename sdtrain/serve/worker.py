@@ -21,7 +21,7 @@ import torch
 from sdtrain.commands.sample import png_of_pixels, walk
 from sdtrain.commands.source import Source, file_of
 from sdtrain.commands.upscale import FACTORS, Upscaler, add_arguments
-from sdtrain.data.read.images import ImageRejected
+from sdtrain.data.read.images import ImageRejected, hush
 from sdtrain.data.read.picture import Picture, picture_of, png_of
 from sdtrain.engine.ranks import pick_device
 from sdtrain.errors import EXIT_OK, EXIT_USER_ERROR, ConfigError, DataError, UserError
@@ -182,6 +182,7 @@ def answer(maker: Callable[[Settings, bytes], Made], asked: Settings, data: byte
 
 def main() -> int:
     answers = os.fdopen(os.dup(1), "wb")
+    hush()
     os.dup2(2, 1)  # what libraries print is no answer
     for number in (signal.SIGALRM, signal.SIGPIPE):  # they end it: its time is up, or nobody listens any more
         signal.signal(number, signal.SIG_DFL)
