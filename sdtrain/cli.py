@@ -23,6 +23,7 @@ COMMANDS = {
     "evaluate": ("sdtrain.commands.evaluate", "measure a run, a checkpoint or a folder of images"),
     "sample": ("sdtrain.commands.sample", "draw images from a run"),
     "upscale": ("sdtrain.commands.upscale", "enlarge images with a super-resolution student"),
+    "serve": ("sdtrain.commands.serve", "try a network in a web page on this machine: pictures, or latents to move"),
     "import": ("sdtrain.commands.importing", "take over an official checkpoint"),
     "export": ("sdtrain.commands.exporting", "write a network for other tools"),
     "speed": ("sdtrain.commands.speed", "time networks as they are used: latency, FLOPs, parameters, memory"),

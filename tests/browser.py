@@ -10,8 +10,10 @@ as a program. Exits 1 for a broken page, 77 where there is no Chromium (Debian: 
 from __future__ import annotations
 
 import argparse
+import base64
 import html
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -29,6 +31,7 @@ from tiny import free_port
 SIZES = {"wide": (1300, 900), "small": (400, 800)}
 LONGEST = 8000  # pixels of a screenshot
 LOAD_MS = 20_000
+KEYS = {"ArrowLeft": 37, "ArrowRight": 39, "Home": 36, "End": 35}
 # a canary of the tests is called `pwned`; whatever a page defines under this name was run
 PROBE = """<script>addEventListener('load', () => document.body.setAttribute('data-found', JSON.stringify({
   pictures: [...document.images].filter(i => !i.naturalWidth).map(i => i.alt || i.src.slice(0, 60)),
@@ -43,16 +46,138 @@ def chromium() -> str | None:
     return shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
-def browse(*words: str) -> str:
-    """What Chromium prints; it has a profile of its own, and no network but this machine."""
+def command(profile: str) -> list[str]:
+    """Chromium with a profile of its own, and no network but this machine."""
     program = chromium()
     assert program, "there is no Chromium"
+    plain = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--user-data-dir={profile}"]
+    return [program, *plain, "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1, EXCLUDE localhost"]
+
+
+def browse(*words: str) -> str:
+    """What Chromium prints."""
     with tempfile.TemporaryDirectory() as profile:
-        plain = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--user-data-dir={profile}"]
-        outside = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1, EXCLUDE localhost"
-        done = subprocess.run([program, *plain, outside, *words], capture_output=True, text=True, timeout=180)
+        done = subprocess.run([*command(profile), *words], capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+class Tab:
+    """A page of a running Chromium, used as a person uses it, through the DevTools protocol on two pipes."""
+
+    def __init__(self, profile: str) -> None:
+        self.asked: list[str] = []  # addresses
+        self.said: list[str] = []  # on the console: what a policy has blocked, and errors
+        ours, theirs = os.pipe(), os.pipe()
+        shell = f'exec 3<&{theirs[0]} 4>&{ours[1]}; exec "$0" "$@"'
+        words = [*command(profile), "--remote-debugging-pipe", "about:blank"]
+        self.process = subprocess.Popen(
+            ["bash", "-c", shell, *words], pass_fds=(theirs[0], ours[1]), stderr=subprocess.DEVNULL
+        )
+        os.close(theirs[0])
+        os.close(ours[1])
+        self.to, self.of = os.fdopen(theirs[1], "wb"), os.fdopen(ours[0], "rb")
+        self.number, self.session, self.rest = 0, "", b""
+        [target] = [t for t in self.call("Target.getTargets")["targetInfos"] if t["type"] == "page"]
+        joined = self.call("Target.attachToTarget", targetId=target["targetId"], flatten=True)
+        self.session = joined["sessionId"]
+        for part in ("Page", "Runtime", "Network", "Log"):
+            self.call(f"{part}.enable")
+
+    def call(self, method: str, **params: Any) -> dict[str, Any]:
+        """The result of one method; what is reported meanwhile is noted."""
+        self.number += 1
+        target = {"sessionId": self.session} if self.session else {}
+        self.to.write(json.dumps({"id": self.number, "method": method, "params": params, **target}).encode() + b"\0")
+        self.to.flush()
+        while True:
+            message = self.message()
+            if message.get("id") == self.number:
+                assert "error" not in message, message
+                return dict(message["result"])
+            self.note(message)
+
+    def message(self) -> dict[str, Any]:
+        while b"\0" not in self.rest:
+            part = os.read(self.of.fileno(), 1 << 16)
+            assert part, "Chromium has ended"
+            self.rest += part
+        first, _, self.rest = self.rest.partition(b"\0")
+        return dict(json.loads(first))
+
+    def note(self, message: dict[str, Any]) -> None:
+        params = message.get("params", {})
+        if message["method"] == "Network.requestWillBeSent":
+            self.asked.append(params["request"]["url"])
+        if message["method"] == "Log.entryAdded":
+            self.said.append(params["entry"]["text"])
+        if message["method"] == "Runtime.exceptionThrown":
+            self.said.append(str(params["exceptionDetails"]))
+
+    def run(self, script: str) -> Any:
+        """The value of an expression, waited for where it is a promise."""
+        done = self.call("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
+        assert "exceptionDetails" not in done, done
+        return done["result"].get("value")
+
+    def wait(self, script: str, sec: float = 20) -> Any:
+        """The value of an expression, once it is true."""
+        until = time.monotonic() + sec
+        while not (value := self.run(script)):
+            assert time.monotonic() < until, f"never true: {script}; {self.run('document.body.innerText')}; {self.said}"
+            time.sleep(0.05)
+        return value
+
+    def open(self, url: str, width: int, height: int, dark: bool = False) -> None:
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+        features = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
+        self.call("Emulation.setEmulatedMedia", features=features)
+        self.call("Page.navigate", url=url)
+        self.wait("document.readyState == 'complete'")
+
+    def drop(self, file: Path, where: str) -> None:
+        """Drop a file on the element that a selector finds."""
+        x, y = self.middle(where)
+        data = {"items": [], "files": [str(file)], "dragOperationsMask": 1}
+        for kind in ("dragEnter", "dragOver", "drop"):
+            self.call("Input.dispatchDragEvent", type=kind, x=x, y=y, data=data)
+
+    def middle(self, where: str) -> tuple[float, float]:
+        box = self.run(f"(b => [b.x + b.width / 2, b.y + b.height / 2])({element(where)}.getBoundingClientRect())")
+        return box[0], box[1]
+
+    def press(self, key: str, where: str) -> None:
+        """Press a key while an element has the focus."""
+        self.run(f"{element(where)}.focus()")
+        for kind in ("keyDown", "keyUp"):
+            self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=KEYS[key])
+
+    def click(self, x: float, y: float) -> None:
+        for kind in ("mousePressed", "mouseReleased"):
+            self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+
+    def picture(self, file: Path) -> None:
+        """A screenshot of the whole page."""
+        data = self.call("Page.captureScreenshot", captureBeyondViewport=True)["data"]
+        file.write_bytes(base64.b64decode(data))
+
+
+def element(where: str) -> str:
+    return f"document.querySelector({json.dumps(where)})"
+
+
+@contextmanager
+def tab() -> Iterator[Tab]:
+    """A browser with one page."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
+        one = Tab(profile)
+        try:
+            yield one
+        finally:
+            one.process.kill()
+            one.process.wait()
+            one.to.close()
+            one.of.close()
 
 
 def screenshot(url: str, file: Path, width: int, height: int) -> None:

@@ -22,6 +22,7 @@ from sdtrain.commands.source import of_run
 from sdtrain.config.compare import dump
 from sdtrain.config.load import load_config, load_written
 from sdtrain.errors import ConfigError
+from sdtrain.serve.worker import maker_of
 
 SPLITS = ("train", "val", "test")
 
@@ -128,6 +129,12 @@ def test_no_command_fetches_or_runs_what_the_config_of_a_run_folder_names(
     assert list(hostile.parent.glob("ran-*")) == [] and asked[1] == []
     if name not in WITHOUT_DATA:
         assert code == 2 and any(sentence in said for sentence in REFUSALS), said
+
+
+def test_the_page_of_a_run_fetches_and_runs_nothing(hostile: Path, asked: tuple[str, list[str]]) -> None:
+    page = maker_of({"path": str(hostile), "weights": "ema", "device": "cpu", "max_image_mb": 64})
+    assert page.about()["classes"] == ["0", "1"] and page({"class": "1"}, b"")[1]
+    assert list(hostile.parent.glob("ran-*")) == [] and asked[1] == []
 
 
 def test_what_is_typed_takes_the_place_of_what_a_run_folder_names(

@@ -233,7 +233,7 @@ def test_modules_do_not_need_each_other_in_circles_while_they_run():
 HEAVY = (
     *("torch", "torchvision", "torch_fidelity", "accelerate", "deepspeed", "timm", "lpips", "natten", "kornia"),
     *("numpy", "scipy", "skimage", "PIL", "matplotlib", "tensorboard", "safetensors", "webdataset", "tqdm"),
-    *("onnx", "onnxruntime", "onnxscript", "spandrel", "huggingface_hub", "pydantic", "yaml", "wandb"),
+    *("onnx", "onnxruntime", "onnxscript", "spandrel", "huggingface_hub", "pydantic", "yaml", "wandb", "uvicorn"),
 )
 LATE_FOR_ANOTHER_REASON = {
     "sdtrain.engine.timing": "resource is no module of Windows",

@@ -30,6 +30,7 @@ from sdtrain.interop.tiled import auto_overlap, enlarge, reach, spans
 from sdtrain.models.gcfsr import networks as gcfsr
 from sdtrain.models.rrdbnet import networks as rrdbnet
 from sdtrain.models.srvgg import networks as srvgg
+from sdtrain.serve.worker import maker_of
 
 
 def network_of(net: Any, **more: Any) -> Network:
@@ -409,6 +410,14 @@ def test_an_exported_graph_enlarges_as_its_network_does(model: Path, graph: Path
         assert run(tmp_path / "in.png", "--model", path, "--out", tmp_path / path.suffix[1:], "--tile", 64) == 0
     one, two = (np.asarray(Image.open(tmp_path / form / "in.png")).astype(int) for form in ("safetensors", "onnx"))
     assert one.shape == (140, 202, 3) and np.abs(one - two).max() <= 1
+
+
+def test_a_graph_has_the_page_of_a_network_for_pictures(graph: Path, tmp_path: Path) -> None:
+    source = save(tmp_path / "in.png", photo(7, 9))
+    assert run(source, "--model", graph, "--out", tmp_path / "out") == 0
+    page = maker_of({"path": str(graph), "weights": "ema", "device": "cpu", "max_image_mb": 64})
+    assert (page.about()["does"], page.about()["title"]) == ("pictures", "SRVGGNetCompact graph (scale 2)")
+    assert page({}, source.read_bytes())[1] == (tmp_path / "out" / "in.png").read_bytes()
 
 
 def test_a_graph_of_another_network_is_refused_before_anything_is_written(graph: Path, tmp_path: Path) -> None:

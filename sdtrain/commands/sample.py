@@ -170,20 +170,16 @@ def mixing_grid(source: Source, indices: list[int], args: argparse.Namespace) ->
 
 
 def interpolation(source: Source, indices: list[int], args: argparse.Namespace) -> str:
-    """Lines between styles where there are any, else great circles between latents; layer noise stands still."""
+    """`walk` from each image to the next, and from the last back to the first."""
     import torch
 
-    z, labels = source.latents(indices)
-    codes = source.styles(indices) if source.has_styles else z
-    between = torch.lerp if source.has_styles else slerp
+    codes, labels = source.codes(indices)
     closed = [*range(len(codes)), 0]
     shares = torch.arange(args.interpolate, device=codes.device) / args.interpolate
     frames: list[Any] = []
     for here, there in zip(closed, closed[1:]):
-        t = shares.view(-1, *[1] * (codes.ndim - 1))
-        path = between(codes[here].expand(len(t), *codes.shape[1:]), codes[there].expand(len(t), *codes.shape[1:]), t)
-        kept = None if labels is None else labels[here].expand(len(t), -1)
-        frames += list(source.draw(path, kept, indices[0]).permute(0, 2, 3, 1).numpy())
+        label = None if labels is None else labels[here]
+        frames += list(walk(source, codes[here], codes[there], label, shares, indices[0]).permute(0, 2, 3, 1).numpy())
     for i, frame in enumerate(frames):
         save(args.out / "interpolation" / f"{i:04d}.png", frame)
     if args.gif:
@@ -191,6 +187,19 @@ def interpolation(source: Source, indices: list[int], args: argparse.Namespace) 
     if args.mp4:
         write_mp4(args.out / "interpolation.mp4", frames, args.fps)
     return f"{len(frames)} frames"
+
+
+def walk(source: Source, a: Tensor, b: Tensor, label: Tensor | None, shares: Tensor, noise_of: int) -> Tensor:
+    """uint8 images [T, 3, R, R] on the way from code a to code b at `shares` [T] of it; layer noise stands still.
+
+    Lines between styles [num_ws, w_dim] where there are any, else great circles between latents [z_dim].
+    """
+    import torch
+
+    between = torch.lerp if source.has_styles else slerp
+    t = shares.view(-1, *[1] * a.ndim)
+    path = between(a.expand(len(t), *a.shape), b.expand(len(t), *b.shape), t)
+    return source.draw(path, None if label is None else label.expand(len(t), -1), noise_of)
 
 
 def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
@@ -210,16 +219,21 @@ def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
 
 def save(path: Path, picture: Any) -> None:
     """Write a uint8 HWC picture as PNG, complete or not at all."""
+    from sdtrain.files import write_bytes
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(path, png_of_pixels(picture))
+
+
+def png_of_pixels(picture: Any) -> bytes:
+    """The PNG of a uint8 HWC picture."""
     import io
 
     from PIL import Image
 
-    from sdtrain.files import write_bytes
-
-    path.parent.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, format="PNG")
-    write_bytes(path, buffer.getvalue())
+    return buffer.getvalue()
 
 
 def write_gif(path: Path, frames: list[Any], fps: int) -> None:

@@ -83,7 +83,8 @@ class Source:
             raise ConfigError(f"{self.file} holds a discriminator, which makes no images; give the file of a generator")
         self.config, self._data, self._allow_pipe = config_of(self.file), data, allow_pipe
         net: Any = network.build()
-        self.class_counts = self._class_counts(network.num_classes, label)
+        self.num_classes = network.num_classes
+        self.class_counts = self._class_counts(label)
         if not hasattr(net, "z_dim"):
             raise ConfigError(f"{self.file} holds {network.kind}, which enlarges images; use `sdtrain upscale`")
         self.kind, self.role, self.device = network.kind, network.role, device
@@ -92,39 +93,48 @@ class Source:
         self.batch_size = batch_size
         self.style = self._style(truncation, truncation_cutoff)
 
+    def choose(self, *, seed: int, label: str | None, truncation: float | None) -> None:
+        """Other settings for the same network. Raises ConfigError for an option it has not."""
+        self.seed, self.class_counts, self.style = seed, self._class_counts(label), self._style(truncation, None)
+
+    @property
+    def has_truncation(self) -> bool:
+        return "truncation_psi" in inspect.signature(self.net.forward).parameters
+
     def _style(self, psi: float | None, cutoff: int | None) -> dict[str, Any]:
         if psi is None:
             return {}
-        if "truncation_psi" not in inspect.signature(self.net.forward).parameters:
+        if not self.has_truncation:
             raise ConfigError(f"--truncation is for generators with a style space; {self.kind} has none, leave it out")
         return {"truncation_psi": psi, "truncation_cutoff": cutoff}
 
-    def _class_counts(self, num_classes: int, label: str | None) -> Sequence[int]:
+    def _class_counts(self, label: str | None) -> Sequence[int]:
         """How often each class is drawn: only `label`, as in the training set of the run, or all alike."""
         if label is not None:
-            chosen = self._class_number(label, num_classes)
-            return [int(k == chosen) for k in range(num_classes)]
-        if num_classes and (self._data or self.config is not None):
-            return self._training_set().class_counts
-        return [1] * num_classes
+            chosen = self._class_number(label)
+            return [int(k == chosen) for k in range(self.num_classes)]
+        if self.num_classes and (self._data or self.config is not None):
+            return self.training_set().class_counts
+        return [1] * self.num_classes
 
-    def _class_number(self, label: str, num_classes: int) -> int:
+    def _class_number(self, label: str) -> int:
         """The class that a number or a name of the training set means. Raises ConfigError, naming what is near."""
-        if not num_classes:
+        if not self.num_classes:
             raise ConfigError(f"--class {label}: {self.file} has no classes; leave it out")
-        if label.isascii() and label.isdigit() and int(label) < num_classes:
+        if label.isascii() and label.isdigit() and int(label) < self.num_classes:
             return int(label)
-        numbers = f"the classes 0 to {num_classes - 1}"
+        numbers = f"the classes 0 to {self.num_classes - 1}"
         if label.lstrip("-").isdigit() or not (self._data or self.config):
             raise ConfigError(f"--class {label}: {self.file} has {numbers}")
-        names = list(self._training_set().label_names)
+        names = list(self.training_set().label_names)
         if label in names:
             return names.index(label)
         near = difflib.get_close_matches(label, names, 1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"the names are {', '.join(names[:8])}"
         raise ConfigError(f"--class {label}: {self.file} has {numbers}, none of that name; {hint}")
 
-    def _training_set(self) -> Any:
+    def training_set(self) -> Any:
+        """The data set that names the classes. Raises ConfigError or DataError where it cannot be had."""
         from sdtrain.data.read.dataset import open_dataset
 
         if self._data:
@@ -148,6 +158,11 @@ class Source:
     @property
     def has_styles(self) -> bool:
         return hasattr(self.net, "mapping") and hasattr(self.net, "synthesis")
+
+    def codes(self, indices: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+        """(styles where there are any, else latents; one-hot labels or None) of these indices."""
+        z, labels = self.latents(indices)
+        return (self.styles(indices) if self.has_styles else z), labels
 
     def styles(self, indices: Sequence[int]) -> Tensor:
         """w of every layer [N, num_ws, w_dim], truncated as asked."""
