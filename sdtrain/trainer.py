@@ -144,14 +144,15 @@ class Trainer:
         steering: Terms = {}
         skips, left_out = self.config.on_nonfinite == "skip", []
         for number, phase in enumerate(self.method.phases(self.stage, self.step)):
-            before = self.method.state() if skips else {}
+            before = self.method.state() if skips and phase.receive else None
             try:
                 with self.timer.section(phase.name):
                     terms = self.engine.run(phase, chunks)
             except NonFinite as problem:
                 if not skips:
                     raise
-                self.method.load_state(before)  # which a prepass may have moved
+                if before is not None:
+                    self.method.load_state(before)
                 left_out.append(problem)
                 continue
             except RankFailed as failure:
