@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Callable
 from functools import partial
 
-from sdtrain.contracts import Chunk, State
-from sdtrain.engine.phases import NonFinite
 from sdtrain.engine.preempt import name_of
 from sdtrain.engine.pulse import PULSE
 from sdtrain.engine.ranks import is_main, max_over_ranks, world
@@ -18,7 +15,6 @@ from sdtrain.run import Run
 
 log = logging.getLogger("sdtrain")
 LAST_SAVE_SEC = 20.0  # for the save in progress when something else ends the run; ranks that are gone end none
-MOST_SKIPPED = 10  # bad steps in a row after which weights will not recover
 
 
 def train(run: Run) -> int:
@@ -28,7 +24,7 @@ def train(run: Run) -> int:
         for stage in run.remaining_stages():
             run.begin(stage)
             for batch in run.batches():
-                advance(run, run.chunks(batch))
+                run.advance(run.chunks(batch))
                 if writes(run):
                     run.settle()
                 if run.due(run.config.log_img):
@@ -82,44 +78,6 @@ def catch_up(run: Run) -> None:
     if run.checkpoint is not None and run.undone:
         run.stage = next(stage for stage in run.method.stages if stage.name == run.checkpoint.state["stage"])
         attend(run)
-
-
-def advance(run: Run, chunks: list[Chunk]) -> None:
-    """One step; `on_nonfinite: skip` undoes one that was not finite, on every rank."""
-    if run.config.on_nonfinite != "skip":
-        return run.advance(chunks)
-    before = backup(run)
-    try:
-        run.advance(chunks)
-        run.skipped_in_a_row = 0
-    except NonFinite as problem:
-        if run.skipped_in_a_row + 1 >= MOST_SKIPPED:
-            raise NonFinite(f"{MOST_SKIPPED} steps in a row were not finite; {problem}") from None
-        log.warning("%s; this step is undone on every rank and training goes on", problem)
-        undo(run, before)
-        run.skipped += 1
-        run.skipped_in_a_row += 1
-        run.step += 1
-
-
-def backup(run: Run) -> State:
-    """Copies of everything a step may change, so that a bad step can be undone as a whole."""
-    learning = [name for name in run.nets if name not in run.method.given]
-    return {
-        "nets": {name: copy.deepcopy(run.nets[name].state()) for name in learning},
-        "players": {n: {k: v.clone() for k, v in player.state().items()} for n, player in run.engine.players.items()},
-        "method": copy.deepcopy(run.method.state()),
-        "meter": run.engine.meter.state(),
-    }
-
-
-def undo(run: Run, before: State) -> None:
-    for name, tensors in before["nets"].items():
-        run.nets[name].load(tensors, name)
-    for name, tensors in before["players"].items():
-        run.engine.players[name].load_state(tensors)
-    run.method.load_state(before["method"])
-    run.engine.meter.load_state(before["meter"], run.device)
 
 
 def tick(run: Run) -> None:

@@ -50,7 +50,7 @@ class Run(Trainer):
         super().__init__(config, device, resolution, dataset.class_counts, num_samples=dataset.num_samples)
         self.dataset, self.resolution = dataset, resolution
         self.folder = RunFolder(out, config)
-        self.skipped = self.skipped_in_a_row = self.last_tick_img = 0
+        self.last_tick_img = 0
         self.first_step = -1  # of this process; -1 = not known yet
         self.eval_seconds = 0.0  # of the last evaluation; 0 = none yet
         self.bad_samples: Sequence[object] = ()

@@ -5,6 +5,7 @@ A run, `bench`, the memory count of `--plan` and the simulation of the Dirac-GAN
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -18,6 +19,7 @@ from sdtrain.engine.compiled import compile_parts, frozen_parts
 from sdtrain.engine.ema import beta_of
 from sdtrain.engine.make import make_engine
 from sdtrain.engine.meter import Meter
+from sdtrain.engine.phases import NonFinite
 from sdtrain.engine.pulse import PULSE
 from sdtrain.engine.ranks import rank, world
 from sdtrain.engine.timing import Timer
@@ -26,7 +28,9 @@ from sdtrain.exits import NO_MEMORY
 from sdtrain.precision import exact_sums
 from sdtrain.rng import Draws
 
+log = logging.getLogger("sdtrain")
 MOST_LATE = 64  # steps whose numbers a GPU keeps for the host
+MOST_SKIPPED = 10  # steps in a row with a bad phase, after which weights will not recover
 TOO_LARGE = re.compile(f"{NO_MEMORY.pattern}|overflow")
 
 
@@ -60,6 +64,7 @@ class Trainer:
         self.step = 0
         self.timer = Timer(device)
         self.waits = device.type == "cpu"  # for numbers, as soon as they could be known; a GPU is not waited for
+        self.skipped = self.skipped_in_a_row = 0  # steps of which a phase was left out
         self.uncontrolled: list[tuple[int, Terms]] = []  # steps that `Method.control` has not seen yet
 
     @property
@@ -137,20 +142,42 @@ class Trainer:
 
     def _advance(self, chunks: list[Chunk]) -> None:
         steering: Terms = {}
+        skips, left_out = self.config.on_nonfinite == "skip", []
         for number, phase in enumerate(self.method.phases(self.stage, self.step)):
+            before = self.method.state() if skips and phase.receive else None
             try:
                 with self.timer.section(phase.name):
                     terms = self.engine.run(phase, chunks)
+            except NonFinite as problem:
+                if not skips:
+                    raise
+                if before is not None:
+                    self.method.load_state(before)
+                left_out.append(problem)
+                continue
             except RankFailed as failure:
                 failure.intact = number == 0 and phase.prepass is None and not self.method.ghost_state()
                 raise
             steering |= {n: terms[n] for n in terms if n in self.method.steering}
+        self.note(left_out)
         if self.method.steering:
             self.uncontrolled.append((self.step, steering))
         if self.waits or self.method.steers_after(self.step) or len(self.uncontrolled) >= MOST_LATE:
             self.control()
         with self.timer.section("ema"):
             self.average()
+
+    def note(self, left_out: list[NonFinite]) -> None:
+        """Count a step without these phases, and say so. Raises `NonFinite` for the last of `MOST_SKIPPED` in a row."""
+        if not left_out:
+            self.skipped_in_a_row = 0
+            return
+        if self.skipped_in_a_row + 1 >= MOST_SKIPPED:
+            raise NonFinite(f"{MOST_SKIPPED} steps in a row were not finite; {left_out[0]}")
+        for problem in left_out:
+            log.warning("%s; this phase is left out on every rank and training goes on", problem)
+        self.skipped += 1
+        self.skipped_in_a_row += 1
 
     def settle(self) -> None:
         """Bring up to date what a step has left for later. Before anything is written. Raises `NonFinite`."""

@@ -170,7 +170,10 @@ def poisoned(nets: dict[str, Any]) -> Phase:
 
 
 def nonfinite() -> None:
-    """Nobody moves where a gradient is not finite; clamped, all engines repair and count the same elements."""
+    """Nobody moves where a gradient is not finite, and the next phase is as if that one had not been there.
+
+    Clamped, all engines repair and count the same elements.
+    """
     counts = set()
     for name in ENGINES:
         engine, nets = game(name, True)
@@ -181,9 +184,14 @@ def nonfinite() -> None:
         except NonFinite:
             after = everything(engine, nets)
             assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before), name
+        fresh, its = game(name, True)
+        for one, own in ((engine, nets), (fresh, its)):
+            one.run(phase(own), mine())
+        after, wanted = everything(engine, nets), everything(fresh, its)
+        assert wanted.keys() == after.keys() and all(torch.equal(wanted[k], after[k]) for k in wanted), name
         clamping, nets = game(name, True, clamp=True)
         counts.add(int(clamping.run(poisoned(nets), mine())["G/clamped"]))
-        for player in (*engine.players.values(), *clamping.players.values()):
+        for player in (*engine.players.values(), *fresh.players.values(), *clamping.players.values()):
             player.close()
     assert counts == {sum(p.numel() for p in Uneven().parameters())}, counts
 

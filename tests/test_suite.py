@@ -34,14 +34,15 @@ FORKED = """
 import contextlib, importlib, io, json, os, signal, sys, time, types
 sys.path.insert(0, "tests")
 import tiny
-from sdtrain import cli, loop
+from sdtrain import cli
 from sdtrain.commands import relay
 from sdtrain.main import main
+from sdtrain.trainer import Trainer
 FILE, OUT = sys.argv[1:]
 tiny.warm_up()
 for name in ("methods.sdakd.build", "tasks.restoration", "models.rrdbnet.networks", "models.unet_sn.networks"):
     importlib.import_module("sdtrain." + name)
-advance = loop.advance
+advance = Trainer.advance
 def interrupted(run, chunks):
     advance(run, chunks)
     if run.step == 2:
@@ -56,7 +57,7 @@ class Forked:
             try:
                 os.setsid()
                 if not codes and OUT in command:
-                    loop.advance = interrupted
+                    Trainer.advance = interrupted
                 code = main(command[2:])
             finally:
                 sys.stdout.flush()

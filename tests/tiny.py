@@ -35,7 +35,7 @@ from PIL import Image
 SIDE, SAMPLES, SHARDS = 32, 48, 3
 SIGNAL_POINTS = {
     "before the first step": ("sdtrain.main", "write_down"),
-    "in a step": ("sdtrain.loop", "advance"),
+    "in a step": ("sdtrain.trainer", "Trainer.advance"),
     "while waiting for data": ("sdtrain.data.read.stream", "Stream.__next__"),
     "in a save": ("sdtrain.run", "Run.save"),
 }
@@ -381,7 +381,7 @@ def disturbed(job: dict[str, Any], rank: int) -> Any:
 
         return call
 
-    return wrapped("sdtrain.loop", "advance", make)
+    return wrapped("sdtrain.trainer", "Trainer.advance", make)
 
 
 def full_disk(job: dict[str, Any]) -> Any:

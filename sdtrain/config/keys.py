@@ -107,8 +107,10 @@ class Config:
     validated, LPIPS and VGG, the feature network of D (unless R1 is on). Equal up to rounding, and minutes of compiling
     before the first step; --plan says what is compiled. Weights, checkpoints and their names are the same."""
     on_nonfinite: Literal["stop", "skip", "clamp"] = "stop"
-    """What all ranks do when a loss or gradient is not finite: stop, undo the step, or replace gradients (nan by 0, inf
-    by 1e5, as StyleGAN2-ADA does for its float16 layers) and count them."""
+    """What all ranks do when a loss or gradient is not finite. stop: end the run. skip: leave the phase out, as torch's
+    GradScaler does with an optimizer's step; the other phases of the step and the averages go on, and ten such steps in
+    a row end the run. clamp: replace gradients (nan by 0, inf by 1e5, as StyleGAN2-ADA does for its float16 layers) and
+    count them."""
     data: Data
     """Images."""
     model: Model

@@ -67,7 +67,7 @@ class PhaseEngine(ABC):
     ) -> None:
         """`options`: by player. `exact`: one ghost a chunk, sums in float64. `clamp`: repair gradients, never stop.
 
-        `late`: see `verdicts.py`; a step that is not finite is then the last one, and cannot be undone.
+        `late`: see `verdicts.py`; a step that is not finite is then the last one.
         """
         self.sharing = sharing or Sharing()
         self.device, self.options, self.exact, self.clamp = device, options, exact, clamp

@@ -137,9 +137,9 @@ FAULTS = tuple(
             ),
             (
                 "NaN or Inf in a loss or gradient of one rank",
-                "stopped, undone or clamped on all ranks at the same step; no player has moved",
+                "stopped, left out or clamped on all ranks at the same step; its player has not moved",
                 f"{SAVES}::test_a_nan_on_one_rank_stops_all_ranks_and_names_rank_terms_and_step",
-                f"{SAVES}::test_a_bad_loss_or_gradient_of_either_player_on_either_rank_undoes_the_step_on_both",
+                f"{SAVES}::test_a_bad_loss_or_gradient_of_either_player_on_either_rank_leaves_its_phase_out_on_both",
                 f"{SAVES}::test_steps_that_are_bad_again_and_again_end_the_run_on_all_ranks_together",
             ),
             (

@@ -143,12 +143,33 @@ def test_no_player_moves_on_any_rank_in_a_phase_that_is_not_finite(poisoned: lis
     assert [told["moved"] for job in poisoned for told in job["ranks"]] == [False] * 6
 
 
-def test_skipping_undoes_the_whole_step_counts_it_and_goes_on(place: Path, poisoned: list[dict[str, Any]]) -> None:
+def still(place: Path, out: str, player: str) -> None:
+    """From 8 to 16 images no parameter of this player has moved; the other's have, and pass state of both."""
+    before, after = tensors(place / out, 8), tensors(place / out, 16)
+    moved = {n for n in unequal(before, after) if n.startswith(player)}
+    params = {n.rpartition("/")[0].replace(".optim", "") for n in before if n.startswith(f"{player}.optim:")}
+    assert params and not params & moved and not any(".optim" in n for n in moved), moved
+    assert any(n.startswith("D.optim" if player == "G" else "G.optim") for n in unequal(before, after))
+
+
+def test_skipping_leaves_one_phase_out_counts_the_step_and_goes_on(place: Path, poisoned: list[dict[str, Any]]) -> None:
     assert [told["code"] for job in poisoned[1:] for told in job["ranks"]] == [0] * 4
     for out in ("nan_skip", "nan_first"):
         assert rows(place / out, "perf")[-1]["skipped_steps"] == 1
-    # step 0 ran, step 1 was undone: the state at 16 images is the state at 8 (G's half of the step included)
-    assert unequal(tensors(place / "nan_skip", 8), tensors(place / "nan_skip", 16)) == []
+    still(place, "nan_skip", "D")
+
+
+def test_a_phase_is_left_out_alike_on_one_rank_and_a_run_goes_on_right_after_it(
+    place: Path, poisoned: list[dict[str, Any]]
+) -> None:
+    more = ["--set", "on_nonfinite=skip", "--set", "keep_checkpoints=9"]
+    alone = {"args": args(place, "nan_alone", *more), "nan": {"phase": "D", "rank": 0, "step": 1}}
+    shutil.copytree(place / "nan_skip", place / "nan_resumed")
+    done = run_jobs(place, [alone, {"args": args(place, "nan_resumed", *more)}])
+    assert [each["code"] for each in done] == [0, 0] and "going on at 16 from" in done[1]["said"], done
+    assert unequal(tensors(place / "nan_alone", 16), tensors(place / "nan_skip", 16)) == []
+    assert unequal(tensors(place / "nan_alone", END), tensors(place / "nan_resumed", END)) == []
+    assert rows(place / "nan_alone") == rows(place / "nan_resumed")
 
 
 POISONS: dict[str, dict[str, Any]] = {
@@ -162,7 +183,7 @@ POISONS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def skipping(place: Path) -> dict[str, list[dict[str, Any]]]:
-    """Two ranks that undo bad steps."""
+    """Two ranks that leave bad phases out."""
     ends = {"persistent": 320, "often": 112}
     jobs = []
     for name, wish in POISONS.items():
@@ -173,12 +194,12 @@ def skipping(place: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 @pytest.mark.parametrize("name", ["G_loss", "G_gradient", "D_gradient"])
-def test_a_bad_loss_or_gradient_of_either_player_on_either_rank_undoes_the_step_on_both(
+def test_a_bad_loss_or_gradient_of_either_player_on_either_rank_leaves_its_phase_out_on_both(
     place: Path, skipping: dict[str, list[dict[str, Any]]], name: str
 ) -> None:
     assert [(one["code"], one["moved"]) for one in skipping[name]] == [(0, False)] * 2, skipping[name]
-    assert all("this step is undone on every rank" in one["said"] for one in skipping[name])
-    assert unequal(tensors(place / name, 8), tensors(place / name, 16)) == []
+    assert all("this phase is left out on every rank" in one["said"] for one in skipping[name])
+    still(place, name, name[0])
     states = [place / name / "checkpoints" / f"img_{img:09d}" / "state.json" for img in (8, 16)]
     assert [json.loads(state.read_text())["skipped"] for state in states] == [0, 1]
 
@@ -210,6 +231,6 @@ def test_clamping_replaces_gradients_counts_them_and_goes_on(place: Path) -> Non
     assert all(np.isfinite(value).all() for value in tensors(place / "nan_clamp", 24).values())
 
 
-def test_a_skipped_first_step_leaves_fresh_optimizers(place: Path, poisoned: list[dict[str, Any]]) -> None:
-    steps = {n: v.item() for n, v in tensors(place / "nan_first", 16).items() if n.endswith("/step")}
-    assert steps and set(steps.values()) == {1.0}
+def test_a_phase_that_is_left_out_first_leaves_a_fresh_optimizer(place: Path, poisoned: list[dict[str, Any]]) -> None:
+    steps = {(n[0], v.item()) for n, v in tensors(place / "nan_first", 16).items() if n.endswith("/step")}
+    assert steps == {("G", 2.0), ("D", 1.0)}

@@ -135,6 +135,20 @@ def test_samples_of_the_device_are_those_of_the_cpu() -> None:
     assert (found.int() - wanted.int()).abs().max() <= 1 and wanted.float().std() > 1
 
 
+def test_random_numbers_of_the_device_are_those_of_the_cpu() -> None:
+    from sdtrain.rng import Draws
+
+    def make(device: str) -> list[Tensor]:
+        draws = Draws(seed=1, step=2, ghosts=(0, 3), ghost_batch=4, device=device)
+        few = draws.uniform("u", 7), draws.integers("i", 0, 9, 7), draws.normal("z", 512)
+        return [t.cpu() for t in (*few, draws.normal("noise", 1, 512, 512))]
+
+    (*few, many), (*found, noise) = on_both(make)
+    assert all(torch.equal(a, b) for a, b in zip(few, found, strict=True))
+    assert (many != noise).float().mean() < 1e-5  # the last bit, where two libraries round another way
+    assert torch.allclose(many, noise, rtol=2e-7, atol=1e-9)
+
+
 def test_a_picture_enlarged_in_tiles_is_that_of_the_cpu() -> None:
     from sdtrain.interop.tiled import enlarge
     from sdtrain.models.rrdbnet.networks import Generator, GeneratorOptions
