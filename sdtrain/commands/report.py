@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from sdtrain.commands import exhibits, pages, plots, tables
+from sdtrain.commands.arms import tables_of_arms
 from sdtrain.commands.material import SHARES, Material, shares_of
 from sdtrain.commands.results import (
     FACTOR,
@@ -77,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
         files = pages.publish(parts, notes, args.out)
         found = [block for part in parts for block in part.blocks if isinstance(block, Table)]
     else:
-        found = tables_of_metrics(runs, notes)
+        found = tables_of_arms(runs, notes) + tables_of_metrics(runs, notes)
         found += tables_of_variation(runs, args, notes) if args.variation else []
         extremes = of_each(runs, lambda run: interplay(run, args), notes) if args.interplay else []
         files = draw(runs, extremes, args, notes)

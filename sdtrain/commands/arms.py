@@ -1,0 +1,96 @@
+"""Arms of a comparison over their seeds: means with intervals, and differences to the first arm, paired by seed.
+
+Free of torch. Intervals are Student's, of 95 %: with few seeds they are wide, and that is what few seeds can say.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import statistics
+from collections.abc import Sequence
+
+from sdtrain.commands.material import missing_seeds
+from sdtrain.commands.results import METRICS, Row, Written, chosen, grouped, heading, printed
+from sdtrain.commands.tables import Table
+from sdtrain.metrics.protocol import conflicts
+
+# the quantile 0.975 of Student's t, by degrees of freedom from 1; beyond them the normal one
+T = (
+    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131),
+    *(2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
+)
+NORMAL, POWER = 1.96, 0.842  # quantiles of 0.975, and of 0.8
+SEED = re.compile(r"seed[-_=]?(\d+)", re.IGNORECASE)
+HEAD = ["Arm", "Metric", "seeds", "mean", "deviation", "less the first arm", "told apart", "seeds for 80 %"]
+Values = dict[int, float]  # of each seed
+
+
+def tables_of_arms(runs: Sequence[Written], notes: list[str]) -> list[Table]:
+    """A table for each split. [] unless two arms or more have two seeds or more each."""
+    arms = {name: by_seed(members) for name, members in grouped([run for run in runs if not run.unfinished]).items()}
+    arms = {name: members for name, members in arms.items() if len(members) > 1}
+    splits = sorted({row.split for members in arms.values() for run in members.values() for row in run.rows})
+    return [table for split in splits if (table := table_of_arms(split, arms, notes))] if len(arms) > 1 else []
+
+
+def by_seed(runs: Sequence[Written]) -> dict[int, Written]:
+    return {int(found[1]): run for run in runs if (found := SEED.search(run.name))}
+
+
+def table_of_arms(split: str, arms: dict[str, dict[int, Written]], notes: list[str]) -> Table | None:
+    """None where fewer than two arms were measured on the split in one way."""
+    rows: dict[str, dict[int, Row]] = {}
+    for name, members in arms.items():
+        found = {seed: row for seed, run in members.items() if (row := result(run, split))}
+        rows |= {name: found} if len(found) > 1 else {}
+    first = next(iter(rows), "")
+    for name in list(rows):
+        if unlike := conflicts(next(iter(rows[first].values())).protocol, next(iter(rows[name].values())).protocol):
+            notes.append(f"{name} is not compared with {first}: {unlike[0]}")
+            del rows[name]
+    everywhere = [row.values.keys() for found in rows.values() for row in found.values()]
+    keys = [key for key in METRICS if all(key in measured for measured in everywhere)]
+    if len(rows) < 2 or not keys:
+        return None
+    missing_seeds({f"{split} {name}": set(found) for name, found in rows.items()}, notes)
+    lines = []
+    for key in keys:
+        values = {name: {seed: row.values[key] for seed, row in found.items()} for name, found in rows.items()}
+        lines += [line(name, key, mine, values[first]) for name, mine in values.items()]
+    said = (
+        f"Split {split}: arms over seeds, each run by the weights it has chosen. Mean and difference with intervals of "
+        f"95 % (Student's t), not corrected for their number; differences are paired by seed with {first}. Seeds for "
+        "80 %: how many would show a difference of this size with that chance."
+    )
+    return Table(said, HEAD, lines, 2)
+
+
+def result(run: Written, split: str) -> Row | None:
+    """The evaluation of what a run is there for: its last stage, not its teacher."""
+    rows = [row for row in chosen(run, split) if row.seen_img is not None and row.network != "teacher"]
+    return max(rows, key=lambda row: row.seen_img or 0, default=None)
+
+
+def line(name: str, key: str, mine: Values, base: Values) -> list[str]:
+    values = list(mine.values())
+    about = [name, heading(key), str(len(values)), mean_of(key, values), printed(key, statistics.stdev(values))]
+    both = [mine[seed] - base[seed] for seed in mine.keys() & base.keys()]
+    if mine is base or len(both) < 2:
+        return [*about, "-", "-", "-"]
+    difference, spread = statistics.fmean(both), statistics.stdev(both)
+    apart = abs(difference) > half_width(both)
+    seeds = math.ceil(((NORMAL + POWER) * spread / difference) ** 2) if difference else None
+    return [*about, mean_of(key, both, "+"), "yes" if apart else "no", str(max(seeds, 2)) if seeds is not None else "-"]
+
+
+def mean_of(key: str, values: Sequence[float], sign: str = "") -> str:
+    mean = statistics.fmean(values)
+    return f"{sign if mean > 0 else ''}{printed(key, mean, half_width(values))}"
+
+
+def half_width(values: Sequence[float]) -> float:
+    """Of the 95 % interval of the mean."""
+    freedom = len(values) - 1
+    t = T[freedom - 1] if freedom <= len(T) else NORMAL
+    return t * statistics.stdev(values) / math.sqrt(len(values))

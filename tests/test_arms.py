@@ -1,0 +1,91 @@
+"""Arms over seeds in `sdtrain report`. Without these a difference of three seeds could pass for one of thirty, seeds of
+one arm could be paired with others, and numbers of two protocols could be subtracted.
+"""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+
+import pytest
+from scipy import stats
+from test_report import gan, page, sdakd, undrawn
+
+from sdtrain.commands import arms
+from sdtrain.commands.results import read_runs
+
+__all__ = ["undrawn"]
+BASE, BETTER = [5.0, 5.5, 4.8, 5.2], [4.1, 4.7, 4.0, 4.2]
+
+
+def suite(folder: Path, **of_arms: list[float]) -> list[Path]:
+    """Runs as a suite orders them: the arms of the first seed, of the second, ..."""
+    longest = max(map(len, of_arms.values()))
+    made = [(name, seed) for seed in range(longest) for name in of_arms if seed < len(of_arms[name])]
+    return [gan(folder / f"{name}-seed{seed}", [9.0, of_arms[name][seed]]) for name, seed in made]
+
+
+def cells(text: str, arm: str, metric: str) -> list[str]:
+    """Seeds, mean, deviation, difference, told apart, seeds for 80 %."""
+    [found] = [row for row in text.splitlines() if row.startswith(f"| {arm} | {metric}")]
+    return [cell.strip() for cell in found.strip("|").split("|")][2:]
+
+
+def test_means_and_differences_are_those_of_students_t_paired_by_seed(tmp_path: Path, undrawn: None) -> None:
+    text = page(tmp_path, *suite(tmp_path, base=BASE, sd=BETTER))
+    assert cells(text, "base", "FID down")[3:] == ["-", "-", "-"]
+    seeds, mean, deviation, difference, apart, needed = cells(text, "sd", "FID down")
+    both = [b - a for a, b in zip(BASE, BETTER)]
+    low, high = stats.t.interval(0.95, 3, statistics.fmean(both), stats.sem(both))
+    assert (seeds, deviation, apart, needed) == ("4", f"{statistics.stdev(BETTER):.3f}", "yes", "2")
+    assert difference == f"{statistics.fmean(both):.3f} +- {(high - low) / 2:.3f}"
+    low, high = stats.t.interval(0.95, 3, statistics.fmean(BETTER), stats.sem(BETTER))
+    assert mean == f"{statistics.fmean(BETTER):.3f} +- {(high - low) / 2:.3f}"
+
+
+@pytest.mark.parametrize("freedom", range(1, 31))
+def test_the_quantiles_are_students(freedom: int) -> None:
+    assert arms.T[freedom - 1] == pytest.approx(stats.t.ppf(0.975, freedom), abs=6e-4)
+
+
+def test_what_seeds_cannot_tell_apart_is_said_with_how_many_could(tmp_path: Path, undrawn: None) -> None:
+    text = page(tmp_path, *suite(tmp_path, base=BASE, same=[5.1, 5.2, 5.0, 5.3]))
+    *_, apart, needed = cells(text, "same", "FID down")
+    both = [0.1, -0.3, 0.2, 0.1]
+    chance = (1.96 + 0.842) ** 2 * statistics.variance(both) / statistics.fmean(both) ** 2
+    assert apart == "no" and int(needed) == pytest.approx(chance, abs=1)
+
+
+def test_a_seed_that_only_one_arm_has_is_left_out_of_the_difference_and_named(tmp_path: Path, undrawn: None) -> None:
+    runs = suite(tmp_path, base=BASE, sd=BETTER[:3])
+    found, notes = read_runs(runs)
+    [table] = arms.tables_of_arms(found, notes)
+    lines = {(row[0], row[1]): row[2:] for row in table.rows}
+    difference = statistics.fmean(b - a for a, b in zip(BASE[:3], BETTER[:3]))
+    assert lines["sd", "FID down"][0] == "3" and lines["sd", "FID down"][3].startswith(f"{difference:.3f} ")
+    assert any("val sd" in note and "seed" in note for note in notes)
+
+
+def test_one_seed_one_arm_and_unfinished_runs_make_no_table(tmp_path: Path) -> None:
+    made = suite(tmp_path, base=BASE, sd=[4.0])
+    assert arms.tables_of_arms(*read_runs(made)) == []
+    half = [gan(tmp_path / "half" / f"sd-seed{seed}", [4.0], total=900) for seed in range(2)]
+    assert arms.tables_of_arms(*read_runs(made[:1] + made[2:] + half)) == []
+
+
+def test_other_protocols_are_not_subtracted(tmp_path: Path) -> None:
+    made = suite(tmp_path, base=BASE, sd=BETTER)
+    made += [gan(tmp_path / f"more-seed{seed}", [9.0, 3.0 + seed], num_fake=200) for seed in range(2)]
+    found, notes = read_runs(made)
+    [table] = arms.tables_of_arms(found, notes)
+    assert {row[0] for row in table.rows} == {"base", "sd"}
+    assert any(note.startswith("more is not compared with base: ") for note in notes)
+
+
+def test_a_student_is_compared_by_its_last_stage_and_never_by_its_teacher(tmp_path: Path) -> None:
+    stages = {"teacher": [10.0], "supervised": [30.0], "adversarial": [20.0]}
+    made = [sdakd(tmp_path / f"whole-seed{s}", stages | {"adversarial": [20.0 + s]}, 21.0 + s) for s in range(2)]
+    made += [sdakd(tmp_path / f"naive-seed{s}", {"naive": [40.0 + 2 * s]}, 41.0 + 2 * s) for s in range(2)]
+    tables = {table.caption[:10]: table for table in arms.tables_of_arms(*read_runs(made))}
+    val = {(row[0], row[1]): row for row in next(t for t in tables.values() if t.caption.startswith("Split val")).rows}
+    assert val["whole", "FID down"][3].startswith("20.500") and val["naive", "FID down"][5].startswith("+20.500")
