@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     if is_dataset(args.inputs):
         from sdtrain.commands import upscale_shards
 
-        return upscale_shards.run(args, Upscaler.of(args))
+        return upscale_shards.run(args, Upscaler.of)
     jobs = find_jobs(args.inputs, args.out)
     upscaler = Upscaler.of(args)
     refused = _work(jobs, upscaler)
