@@ -45,7 +45,7 @@ def kill(words: list[str], staged: Path, kills: int, ended: Callable[[], bool]) 
         job.send_signal(signal.SIGKILL)
         job.wait()
         if ended():
-            shutil.rmtree(staged.parent)
+            shutil.rmtree(staged.parent, ignore_errors=True)
 
 
 def same_shards(out: Path, whole: Path) -> bool:

@@ -36,7 +36,18 @@ def generator(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def words(generator: Path, out: Path, *more: str) -> list[str]:
-    chosen = ["--num-images", str(NUM), "--batch", str(BATCH), "--shards", str(SHARDS), "--seed", "5", "--device", "cpu"]
+    chosen = [
+        "--num-images",
+        str(NUM),
+        "--batch",
+        str(BATCH),
+        "--shards",
+        str(SHARDS),
+        "--seed",
+        "5",
+        "--device",
+        "cpu",
+    ]
     return ["sample", str(generator), "--out", str(out), *chosen, *more]
 
 

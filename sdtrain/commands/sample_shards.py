@@ -16,7 +16,7 @@ import PIL
 from PIL import Image
 
 from sdtrain.commands import shard_jobs
-from sdtrain.commands.shard_jobs import Job, shard_of
+from sdtrain.commands.shard_jobs import Job, Tick, shard_of
 from sdtrain.data.pack.shaping import Shape, encode
 from sdtrain.engine.threads import share
 from sdtrain.errors import EXIT_OK, ConfigError
@@ -38,7 +38,7 @@ def run(args: argparse.Namespace, indices: Sequence[int], load: Callable[[], Sou
     rank, world = shard_jobs.rank_and_world()
     mine = jobs[rank::world]
     work = shard_jobs.shards(args.out, jobs, about, source.label_names)
-    manifest = shard_jobs.fill(work, jobs, mine, lambda job: draw(job, source, args.jpeg), "sampling")
+    manifest = shard_jobs.fill(work, jobs, mine, lambda job, tick: draw(job, source, args.jpeg, tick), "sampling")
     shard_jobs.told(args.out, manifest, len(mine), len(jobs))
     if manifest:
         drawn = f"{manifest['count']:,} images of {source.role} from {source.file}, seed {source.seed}"
@@ -61,12 +61,13 @@ def plan_jobs(args: argparse.Namespace, indices: list[int], source: Source) -> l
     return [Job(n, str(args.out), plan, tuple(indices[a:b])) for n, (a, b) in enumerate(zip(cuts, cuts[1:]))]
 
 
-def draw(job: Job, source: Source, jpeg: int | None) -> None:
+def draw(job: Job, source: Source, jpeg: int | None, tick: Tick) -> None:
     """Write one shard, then its marker."""
     shape = Shape(format="jpeg", quality=jpeg) if jpeg else Shape()
     with shard_of(job) as shard, ThreadPoolExecutor(share(os.environ)) as pool:
         for index, label, (ext, data) in encoded(job.samples, source, shape, pool):
             shard.add(f"{index:06d}", ext, data, label)
+            tick(1)
 
 
 def encoded(indices: Sequence[int], source: Source, shape: Shape, pool: ThreadPoolExecutor) -> Iterator[Sample]:

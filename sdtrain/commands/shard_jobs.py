@@ -42,6 +42,7 @@ class Job(ShardJob):
 
 J = TypeVar("J", bound=Job)
 T = TypeVar("T")
+Tick = Callable[[int], object]
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -97,15 +98,16 @@ def shards(out: Path, jobs: Sequence[ShardJob], about: Manifest, label_names: Se
     return Work(out, jobs[0].staged, out / LOCK, *place)
 
 
-def fill(work: Work, jobs: Sequence[J], mine: Sequence[J], do: Callable[[J], None], doing: str) -> Manifest:
+def fill(work: Work, jobs: Sequence[J], mine: Sequence[J], do: Callable[[J, Tick], None], doing: str) -> Manifest:
     """Do those of `jobs` that are `mine` and not done; the manifest, or {} while other ranks have some to do."""
     with own_words(), written_to(work.out):
         work.staged.mkdir(parents=True, exist_ok=True)
         with locked(work.lock, fcntl.LOCK_SH):  # else another rank could publish what is being looked through
             manifest = work.whole()
             todo = [] if manifest else [job for job in mine if finished(job) is None]
-        for job in progress(todo, doing):
-            do(job)
+        with progress(todo, doing) as tick:
+            for job in todo:
+                do(job, tick)
         manifest = manifest or publish(work, jobs)
         if manifest:
             shutil.rmtree(work.staged, ignore_errors=True)
@@ -152,15 +154,14 @@ def own_words() -> Iterator[None]:
         raise
 
 
-def progress(jobs: Sequence[J], doing: str) -> Iterator[J]:
-    """The jobs, with a bar on the first rank's terminal."""
+@contextmanager
+def progress(jobs: Sequence[Job], doing: str) -> Iterator[Tick]:
+    """A bar on the first rank's terminal, moved by the number of samples."""
     from tqdm import tqdm
 
     hidden = rank_and_world()[0] > 0 or not sys.stderr.isatty()
     with tqdm(total=sum(len(job.samples) for job in jobs), unit="img", desc=doing, disable=hidden) as bar:
-        for job in jobs:
-            yield job
-            bar.update(len(job.samples))
+        yield bar.update
 
 
 class Shard:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdtrain.commands import shard_jobs
-from sdtrain.commands.shard_jobs import Job, Manifest, shard_of
+from sdtrain.commands.shard_jobs import Job, Manifest, Tick, shard_of
 from sdtrain.data.read.dataset import Dataset, open_dataset
 from sdtrain.data.read.images import ImageRejected
 from sdtrain.data.read.picture import picture_of, png_of
@@ -34,7 +34,7 @@ def run(args: argparse.Namespace, load: Callable[[argparse.Namespace], Upscaler]
     rank, world = shard_jobs.rank_and_world()
     mine = jobs[rank::world]
     work = shard_jobs.shards(args.out, jobs, about, dataset.label_names)
-    manifest = shard_jobs.fill(work, jobs, mine, lambda job: enlarge(job, dataset, upscaler), "upscaling")
+    manifest = shard_jobs.fill(work, jobs, mine, lambda job, tick: enlarge(job, dataset, upscaler, tick), "upscaling")
     shard_jobs.told(args.out, manifest, len(mine), len(jobs))
     return told(args.out, manifest, len(jobs))
 
@@ -55,7 +55,7 @@ def refuse_own(out: Path, dataset: Dataset) -> None:
         raise ConfigError(f"--out {out} is the folder of the input; choose another")
 
 
-def enlarge(job: Job, dataset: Dataset, upscaler: Upscaler) -> None:
+def enlarge(job: Job, dataset: Dataset, upscaler: Upscaler, tick: Tick) -> None:
     """Write one shard, then its marker. A sample that cannot be used is left out, and counted with its reason."""
     name = os.path.basename(dataset.shards[job.number])
     with shard_of(job) as shard:
@@ -66,6 +66,7 @@ def enlarge(job: Job, dataset: Dataset, upscaler: Upscaler) -> None:
                 shard.rejected.append((key, found))
             else:
                 shard.add(key, "png", found, int(dataset.index.label[sample]))
+            tick(1)
 
 
 def enlarged(dataset: Dataset, sample: int, upscaler: Upscaler) -> bytes | str:
