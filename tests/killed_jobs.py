@@ -29,7 +29,7 @@ def started(words: list[str], rank: int = 0, world: int = 1) -> subprocess.Popen
     return subprocess.Popen([sys.executable, "-m", "sdtrain.cli", *words], env=env, **pipes)
 
 
-def kill(words: list[str], staged: Path, kills: int, ended: Callable[[], bool]) -> None:
+def kill(words: list[str], staged: Path, kills: int, ended: Callable[[], bool], within_sec: float = 0.02) -> None:
     """SIGKILL the command so often, each time a random moment after one more marker has appeared in `staged`.
 
     Where it was whole before that (`ended`), it begins again; what it had made is compared there.
@@ -40,7 +40,7 @@ def kill(words: list[str], staged: Path, kills: int, ended: Callable[[], bool]) 
         done = len(list(staged.glob("*.json")))
         while job.poll() is None and len(list(staged.glob("*.json"))) == done:
             time.sleep(0.002)
-        time.sleep(chance.random() * 0.02)
+        time.sleep(chance.random() * within_sec)
         struck += job.poll() is None
         job.send_signal(signal.SIGKILL)
         job.wait()

@@ -167,7 +167,7 @@ def test_a_job_killed_at_random_moments_writes_the_same_bytes(
         out.unlink()
         return True
 
-    kill(words(source, student, out), Path(f"{out}.parts") / ".pack", kills, ended)
+    kill(words(source, student, out), Path(f"{out}.parts") / ".pack", kills, ended, within_sec=0.3)
     assert started(words(source, student, out)).wait() == 0
     assert out.read_bytes() == whole.read_bytes() and not Path(f"{out}.parts").exists()
 

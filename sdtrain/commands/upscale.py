@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdtrain.commands import film_options
+from sdtrain.commands.going_on import going_on
 from sdtrain.data.read.budget import LIMITS, PictureLimits, available_bytes
 from sdtrain.errors import EXIT_OK, EXIT_USER_ERROR, ConfigError, DataError, UserError, WeightsError
 from sdtrain.files import why_unwritable
@@ -83,7 +84,8 @@ def run(args: argparse.Namespace) -> int:
         return upscale_shards.run(args, Upscaler.of)
     jobs = find_jobs(args.inputs, args.out)
     upscaler = Upscaler.of(args)
-    refused = _work(jobs, upscaler)
+    with going_on(jobs, upscaler, args.out) as left:
+        refused = _work(left, upscaler)
     print(f"upscaled {len(jobs) - len(refused)} of {len(jobs)} pictures into {args.out}")
     if not refused:
         return EXIT_OK
