@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from killed_jobs import kill, started
+from killed_jobs import kill
 from PIL import Image
 from test_upscale import network_of
 
@@ -143,7 +143,7 @@ def test_two_ranks_write_what_one_does(
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     assert cli.main(words(source, student, out)) == 0
-    assert "rank 1 of 2 had 2 of 4 shards" in capsys.readouterr().out and not out.exists()
+    assert "rank 1 of 2 had 2 of 4 parts" in capsys.readouterr().out and not out.exists()
     monkeypatch.setenv("RANK", "0")
     assert cli.main(words(source, student, out)) == 0
     assert out.read_bytes() == whole.read_bytes() and [path.name for path in tmp_path.iterdir()] == [out.name]
@@ -168,7 +168,7 @@ def test_a_job_killed_at_random_moments_writes_the_same_bytes(
         return True
 
     kill(words(source, student, out), Path(f"{out}.parts") / ".pack", kills, ended, within_sec=0.3)
-    assert started(words(source, student, out)).wait() == 0
+    assert cli.main(words(source, student, out)) == 0
     assert out.read_bytes() == whole.read_bytes() and not Path(f"{out}.parts").exists()
 
 
@@ -188,6 +188,26 @@ def test_an_mp4_keeps_times_sound_and_colours_and_becomes_one(student: Path, tmp
     means = [pictures(path, 2 * WIDTH, 2 * HEIGHT).mean((1, 2)) for path in (out, exact)]
     assert np.abs(means[0] - means[1]).max() < 6  # colours are not those of another matrix or range
     assert cli.main(words(source, student, out, "--crf", "1", codec="h264")) == 0  # it is there, and ours
+
+
+@needs_ffmpeg
+def test_a_film_that_does_not_begin_at_zero_is_as_far_from_its_sound_as_in_a_copy(
+    student: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    first = made(tmp_path / "a.ts", "-c:v", "libx264", "-pix_fmt", "yuv420p", "-c:a", "aac", seconds=0.3)
+    ffmpeg("-i", first, "-c", "copy", copy := tmp_path / "copy.mkv")
+    assert cli.main(words(first, student, out := tmp_path / "out.mkv", codec="h264")) == 0
+    assert times(out) == times(copy) and times(out)[0] != times(first)[0] and sound(out) == sound(copy)
+    starts = ["-select_streams", "a", "-show_entries", "packet=pts_time"]
+    ours, theirs = (np.array(probed(path, *starts), float) for path in (out, copy))
+    assert np.abs(ours - theirs).max() < 0.0015  # Matroska counts in milliseconds
+    second = made(tmp_path / "b.ts", "-c:v", "libx264", "-pix_fmt", "yuv420p", "-c:a", "aac", size="64x48")
+    (both := tmp_path / "both.ts").write_bytes(first.read_bytes() + second.read_bytes())
+    said = refusal(capsys, words(both, student, tmp_path / "both.mkv"))
+    assert said.startswith(f"{both}: its frames change their size at frame ") and said.endswith("; cut it there")
+    assert not (tmp_path / "both.mkv.parts").exists()
 
 
 @needs_ffmpeg
@@ -211,7 +231,7 @@ def test_films_go_into_a_folder_under_names_that_mean_nothing_to_ffmpeg(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    names = ["pipe:0.mkv", "concat:a|b.mkv", "it's %d.mkv"]
+    names = ["concat:a|b.mkv", "it's %d.mkv"]
     for name in names:
         shutil.copyfile(source, name)
     chosen = words(source, student, Path("out"))[2:]
@@ -336,7 +356,7 @@ def test_parts_of_another_command_are_left_as_they_are(
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert cli.main(words(source, student, out)) == 0
     said = refusal(capsys, words(source, student, out, codec="h264"))
-    assert "out.mkv.parts holds shards made from another source or with other choices" in said
+    assert said == f"{out}.parts was begun with other choices; delete it, or choose another --out"
 
 
 @needs_ffmpeg

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import run_ranks
-from killed_jobs import digests, kill, same_shards, started
+from killed_jobs import digests, kill, same_shards
 from PIL import Image
 from test_upscale import network_of, save
 from tiny import picture
@@ -115,7 +115,7 @@ def test_a_job_killed_at_random_moments_writes_the_same_bytes(
 ) -> None:
     out = tmp_path / "out"
     kill(words(source, student, out), out / ".pack", kills, lambda: same_shards(out, whole))
-    assert started(words(source, student, out)).wait() == 0
+    assert cli.main(words(source, student, out)) == 0
     assert digests(out) == digests(whole)
 
 

@@ -199,10 +199,10 @@ def mark(job: ShardJob, size: int, sha256: str, **more: Any) -> None:
     write_json(job.marker, {"plan": job.plan, "name": job.path.name, "size": size, "sha256": sha256} | empty | more)
 
 
-def told(out: Path, manifest: Manifest, done: int, jobs: int) -> None:
+def told(out: Path, manifest: Manifest, done: int, jobs: int, what: str = "shards") -> None:
     """Say what this rank has done, where there are others, and whether all is there."""
     rank, world = rank_and_world()
     if world > 1:
-        print(f"rank {rank} of {world} had {done} of {jobs} shards")
+        print(f"rank {rank} of {world} had {done} of {jobs} {what}")
     if not manifest:
-        print(f"{out}: the shards of this rank are done; the rank that does the last one puts all in their places")
+        print(f"{out}: the {what} of this rank are done; the rank that does the last one puts all in their places")

@@ -26,6 +26,7 @@ import numpy as np
 from sdtrain.commands import film_options, shard_jobs
 from sdtrain.commands.shard_jobs import Job, Manifest, Work, mark
 from sdtrain.data.pack.film import MAX_FRAME_BYTES, Encoder, Form, Style, join, num_frames
+from sdtrain.data.pack.pack import other_plan
 from sdtrain.data.read.budget import PictureLimits
 from sdtrain.data.read.film import Film, frame_times, frames, probe, programs, version
 from sdtrain.data.read.picture import picture_of_values, values_of
@@ -117,18 +118,18 @@ def enlarge(task: Task, length: int) -> None:
     """Do this rank's parts of `length` frames each; the rank that comes last joins them."""
     rank, world = shard_jobs.rank_and_world()
     lock = task.out.with_name(f".{task.out.name}.lock")
-    with shard_jobs.own_words():
-        manifest = whole(task)
-        if not manifest:
-            shard_jobs.refuse_other(task.parts, task.plan)
-            with shard_jobs.written_to(task.out), tidied(task):
-                prepare(task, rank)
-            jobs = plan_jobs(task, length)
-            mine = jobs[len(jobs) * rank // world : len(jobs) * (rank + 1) // world]
-            work = Work(task.out, jobs[0].staged, lock, lambda: whole(task), lambda markers: place(task, jobs))
-            reader = Reader(task, mine[-1].samples[-1] + 1 if mine else 0)
-            manifest = shard_jobs.fill(work, jobs, mine, lambda job, tick: encode(job, task, reader, tick), "upscaling")
-            shard_jobs.told(task.out, manifest, len(mine), len(jobs))
+    manifest = whole(task)
+    if not manifest:
+        if other_plan(task.parts, task.plan):
+            raise ConfigError(f"{task.parts} was begun with other choices; delete it, or choose another --out")
+        with shard_jobs.written_to(task.out), tidied(task):
+            prepare(task, rank)
+        jobs = plan_jobs(task, length)
+        mine = jobs[len(jobs) * rank // world : len(jobs) * (rank + 1) // world]
+        work = Work(task.out, jobs[0].staged, lock, lambda: whole(task), lambda markers: place(task, jobs))
+        reader = Reader(task, mine[-1].samples[-1] + 1 if mine else 0)
+        manifest = shard_jobs.fill(work, jobs, mine, lambda job, tick: encode(job, task, reader, tick), "upscaling")
+        shard_jobs.told(task.out, manifest, len(mine), len(jobs), "parts")
     if manifest:
         shutil.rmtree(task.parts, ignore_errors=True)
         print(f"upscaled {task.film.path} to {task.style.width}x{task.style.height} pixels in {task.out}")

@@ -170,10 +170,10 @@ def _notes(stream: dict[str, Any]) -> Iterator[str]:
 def frame_times(film: Film, limits: PictureLimits = LIMITS) -> tuple[list[int], int]:
     """When each frame is shown, in units of the time base, rising; and how many complaints the decoder had.
 
-    All of the film is decoded for it. Raises DataError for a film of which no frame can be.
+    All of the film is decoded for it. Raises DataError where none can be, or where frames change size.
     """
-    key, times, missing = b"best_effort_timestamp=", array("q"), False
-    asked = ["-select_streams", "V:0", "-show_entries", "frame=best_effort_timestamp"]
+    key, times, missing, sizes = b"best_effort_timestamp=", array("q"), False, set[bytes]()
+    asked = ["-select_streams", "V:0", "-show_entries", "frame=best_effort_timestamp,width,height"]
     asked += ["-of", "default=noprint_wrappers=1"]
     with Program(_probing(film.path, limits, asked), stdout=subprocess.PIPE) as program:
         for line in program.output:
@@ -181,6 +181,10 @@ def frame_times(film: Film, limits: PictureLimits = LIMITS) -> tuple[list[int], 
                 value = line[len(key) :].strip()
                 missing |= value == b"N/A"
                 times.append(0 if missing else max(int(value), times[-1] + 1 if times else int(value)))
+            elif line.startswith((b"width=", b"height=")):
+                sizes.add(line)
+            if len(sizes) > 2:
+                raise DataError(f"{film.path}: its frames change their size at frame {len(times) - 1}; cut it there")
         program.end()
     if not times:
         raise DataError(f"{film.path} has no frame that can be decoded ({program.reason}); give another film")
