@@ -18,6 +18,7 @@ from PIL import Image
 from tiny import tiny_config, write_config
 
 from sdtrain import cli
+from sdtrain.commands.source import Source
 from sdtrain.data.read.dataset import open_dataset
 from sdtrain.interop.network import Network, save_network
 
@@ -82,10 +83,19 @@ def test_images_become_a_data_set_with_the_labels_they_were_drawn_with(
         assert same == (chosen == label)
 
 
-def test_the_cut_into_shards_decides_no_image(generator: Path, whole: Path, tmp_path: Path) -> None:
-    assert cli.main([*words(generator, tmp_path), "--shards", "6"]) == 0
+def test_the_cut_into_shards_decides_neither_images_nor_their_batches(
+    generator: Path,
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    drawn: list[list[int]] = []
+    real = Source.__call__
+    monkeypatch.setattr(Source, "__call__", lambda self, part: (drawn.append(list(part)), real(self, part))[1])
+    assert cli.main([*words(generator, tmp_path), "--shards", "5"]) == 0
+    assert drawn == [list(range(first, min(first + BATCH, NUM))) for first in range(0, NUM, BATCH)]
     cut, found = open_dataset(tmp_path), open_dataset(whole)
-    assert len(cut.shards) == 6 and [cut.read(i) for i in range(NUM)] == [found.read(i) for i in range(NUM)]
+    assert len(cut.shards) == 5 and [cut.read(i) for i in range(NUM)] == [found.read(i) for i in range(NUM)]
 
 
 def test_two_ranks_at_once_under_torchrun_draw_what_one_does(generator: Path, whole: Path, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from typing import Any, TypeVar
 from sdtrain.data.pack.pack import complete, other_plan
 from sdtrain.data.pack.packing import ShardJob, finish, finished
 from sdtrain.data.read.tars import ShardWriter
+from sdtrain.engine.threads import set_threads
 from sdtrain.errors import ConfigError, UserError
 from sdtrain.files import write_json
 
@@ -55,7 +56,6 @@ def on_this_rank(load: Callable[[], T]) -> T:
     import torch
 
     from sdtrain.engine.ranks import has_gpu
-    from sdtrain.engine.threads import set_threads
     from sdtrain.precision import set_precision
 
     set_threads()
