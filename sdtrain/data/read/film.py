@@ -8,6 +8,7 @@ may have. Frames come upright, as RGB of 8 bits, in the order they are shown.
 from __future__ import annotations
 
 import contextlib
+import re
 import shutil
 import subprocess
 import threading
@@ -113,7 +114,7 @@ def probe(path: Path, limits: PictureLimits = LIMITS) -> Film:
     except (ValueError, LookupError, StopIteration, TypeError, ZeroDivisionError, OverflowError, AttributeError):
         raise DataError(f"{path} has no moving picture that ffmpeg knows; give a film") from None
     pixels = film.width * film.height
-    if not 0 < pixels <= limits.pixels or 3 * pixels > limits.num_bytes:
+    if pixels > limits.pixels or 3 * pixels > limits.num_bytes:
         raise DataError(
             f"{path} has frames of {film.width}x{film.height} pixels; a picture may have {limits.pixels:,} and "
             f"take {limits.megabytes} MB (--max-image-mb)"
@@ -136,6 +137,8 @@ def _film(path: Path, streams: list[dict[str, Any]], form: dict[str, Any]) -> Fi
         width, height, aspect = height, width, 1 / aspect
     matrix = stream.get("color_space", "")
     rate = stream["avg_frame_rate"]
+    if min(width, height) < 1:
+        raise ValueError("no picture has no pixels")
     return Film(
         path=path,
         width=width,
@@ -243,10 +246,11 @@ class Program:
     @property
     def reason(self) -> str:
         """What it complained of last."""
-        said = [line.decode(errors="replace").strip() for line in self._last if line.strip()]
+        said = [re.sub(r"^\[.*? @ 0x\w+\] ", "", line.decode(errors="replace")).strip() for line in self._last]
         if any("whitelist" in line for line in said):
             return "its format is none that ffmpeg may open here"
-        return clip(printable(said[-1]), 200) if said else f"ffmpeg ended with {self.process.returncode}"
+        last = next((line for line in reversed(said) if line), f"ffmpeg ended with {self.process.returncode}")
+        return clip(printable(last), 200)
 
     @property
     def disk_is_full(self) -> bool:
