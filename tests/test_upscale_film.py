@@ -173,13 +173,14 @@ def test_a_job_killed_at_random_moments_writes_the_same_bytes(
 
 
 @needs_ffmpeg
-def test_an_mp4_keeps_times_sound_and_colours_and_becomes_one(student: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("codec", ["h264", pytest.param("hevc", marks=pytest.mark.slow)])
+def test_an_mp4_keeps_times_sound_and_colours_and_becomes_one(student: Path, codec: str, tmp_path: Path) -> None:
     colours = ["-colorspace", "bt709", "-color_primaries", "bt709", "-color_trc", "bt709", "-color_range", "tv"]
     convert = f"drawbox=c=0x20C040:t=fill,{UNEVEN},scale=out_color_matrix=bt709:out_range=tv,format=yuv420p,setsar=4/3"
     how = ["-vf", convert, *CLOCK, "-c:v", "libx264", "-crf", 1, *colours, "-c:a", "aac"]
     uneven = made(tmp_path / "uneven.nut", *how)  # ffmpeg evens the times of an .mp4 out
     ffmpeg("-i", uneven, "-c", "copy", "-video_track_timescale", 90000, source := tmp_path / "a.mp4")
-    assert cli.main(words(source, student, out := tmp_path / "b.mp4", "--crf", "1", codec="h264")) == 0
+    assert cli.main(words(source, student, out := tmp_path / "b.mp4", "--crf", "1", codec=codec)) == 0
     assert times(out) == times(source) and len(times(out)) == FRAMES and sound(out) == sound(source)
     asked = ["-select_streams", "v", "-show_entries"]
     for entry in ("color_space", "color_primaries", "color_transfer", "color_range", "sample_aspect_ratio"):
@@ -187,14 +188,13 @@ def test_an_mp4_keeps_times_sound_and_colours_and_becomes_one(student: Path, tmp
     assert cli.main(words(source, student, exact := tmp_path / "exact.mkv")) == 0
     means = [pictures(path, 2 * WIDTH, 2 * HEIGHT).mean((1, 2)) for path in (out, exact)]
     assert np.abs(means[0] - means[1]).max() < 6  # colours are not those of another matrix or range
-    assert cli.main(words(source, student, out, "--crf", "1", codec="h264")) == 0  # it is there, and ours
+    assert cli.main(words(source, student, out, "--crf", "1", codec=codec)) == 0  # it is there, and ours
 
 
 @needs_ffmpeg
 def test_a_film_that_does_not_begin_at_zero_is_as_far_from_its_sound_as_in_a_copy(
     student: Path,
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
 ) -> None:
     first = made(tmp_path / "a.ts", "-c:v", "libx264", "-pix_fmt", "yuv420p", "-c:a", "aac", seconds=0.3)
     ffmpeg("-i", first, "-c", "copy", copy := tmp_path / "copy.mkv")
@@ -203,10 +203,24 @@ def test_a_film_that_does_not_begin_at_zero_is_as_far_from_its_sound_as_in_a_cop
     starts = ["-select_streams", "a", "-show_entries", "packet=pts_time"]
     ours, theirs = (np.array(probed(path, *starts), float) for path in (out, copy))
     assert np.abs(ours - theirs).max() < 0.0015  # Matroska counts in milliseconds
-    second = made(tmp_path / "b.ts", "-c:v", "libx264", "-pix_fmt", "yuv420p", "-c:a", "aac", size="64x48")
-    (both := tmp_path / "both.ts").write_bytes(first.read_bytes() + second.read_bytes())
+
+
+@needs_ffmpeg
+def test_films_that_were_put_together_badly_are_refused_with_the_frame(
+    student: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    how = ["-c:v", "libx264", "-pix_fmt", "yuv420p", "-c:a", "aac"]
+    first = made(tmp_path / "a.ts", *how, "-output_ts_offset", 5).read_bytes()
+    other = made(tmp_path / "b.ts", *how, "-output_ts_offset", 6, size="64x48").read_bytes()
+    early = made(tmp_path / "c.ts", *how).read_bytes()
+    (both := tmp_path / "both.ts").write_bytes(first + other)
     said = refusal(capsys, words(both, student, tmp_path / "both.mkv"))
     assert said.startswith(f"{both}: its frames change their size at frame ") and said.endswith("; cut it there")
+    both.write_bytes(first + early)
+    said = refusal(capsys, words(both, student, tmp_path / "both.mkv"))
+    assert said.startswith(f"{both}: its times jump at frame ") and said.endswith(" OTHER.mkv), or cut it there")
     assert not (tmp_path / "both.mkv.parts").exists()
 
 

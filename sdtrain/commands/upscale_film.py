@@ -66,7 +66,8 @@ class Task:
 
     @property
     def form(self) -> Form:
-        return Form(self.out.suffix.lower(), f"sdtrain {self.plan[:32]}", self.upscaler.limits)
+        made_with = f"sdtrain {self.plan[:32]}"
+        return Form(self.style.codec, self.out.suffix.lower(), made_with, self.upscaler.limits)
 
     def seconds(self, first: int, last: int) -> Fraction:
         """From frame `first` until frame `last` is shown; the one after the last is as long as most are."""

@@ -23,7 +23,7 @@ from sdtrain.errors import ConfigError
 
 ENCODERS = {
     "h264": ("-c:v", "libx264", "-preset", "medium", "-pix_fmt", "yuv420p"),
-    "hevc": ("-c:v", "libx265", "-preset", "medium", "-pix_fmt", "yuv420p", "-tag:v", "hvc1"),
+    "hevc": ("-c:v", "libx265", "-preset", "medium", "-pix_fmt", "yuv420p"),
     "ffv1": ("-c:v", "ffv1", "-level", "3", "-pix_fmt", "bgr0"),
 }
 LOSSLESS = ("ffv1",)
@@ -55,6 +55,7 @@ class Style:
 class Form:
     """Into what parts are joined: one of CONTAINERS, with a note of what made it; `more` words for ffmpeg."""
 
+    codec: str
     container: str
     made_with: str
     limits: PictureLimits = LIMITS
@@ -113,7 +114,7 @@ def video_words(film: Film, style: Style) -> list[str]:
     flags = "flags=bicubic+accurate_rnd+full_chroma_int"
     chain = f"scale=out_color_matrix={MATRICES[film.matrix]}:out_range=tv:{flags},format=yuv420p,{shape}"
     tags = [word for key, value in named.items() for word in (f"-{key}", value)]
-    quiet = ["-x265-params", "log-level=error"] if style.codec == "hevc" else []
+    quiet = ["-x265-params", "log-level=error"] if style.codec == "hevc" else []  # it has a voice of its own
     return ["-vf", chain, *ENCODERS[style.codec], *quiet, "-crf", str(style.crf), *tags]
 
 
@@ -129,7 +130,8 @@ def join(parts: Sequence[tuple[Path, Fraction]], first: Fraction, film: Film, to
     joined = ["-itsoffset", f"{float(first):.9f}", "-f", "concat", "-protocol_whitelist", "file", "-i"]
     inputs = [*joined, f"file:{listing}", *input_words(film.path, form.limits)]
     made = [word for key in MADE_WITH for word in ("-metadata", f"{key}={form.made_with}")]
-    words = [*taken_words(film, form.container), *made, *SAME_BYTES[:2]]
+    tag = ["-tag:v", "hvc1"] if (form.codec, form.container) == ("hevc", ".mp4") else []  # players ask for it
+    words = [*taken_words(film, form.container), *made, *tag, *SAME_BYTES[:2]]
     command = [programs()[0], *QUIET, "-copyts", *inputs, *words, "-output_ts_offset", f"{-film.start:.9f}"]
     command += [*form.more, "-f", CONTAINERS[form.container], f"file:{to}"]
     try:

@@ -12,7 +12,6 @@ import re
 import shutil
 import subprocess
 import threading
-from array import array
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ FORMATS = (
 )
 QUIET = ("-v", "error", "-nostdin", "-y")
 LINE = 4096
+LONGEST_SEC = 86_400  # from a frame to the next
 ASKED = (
     "stream=codec_type,codec_name,width,height,pix_fmt,bits_per_raw_sample,time_base,avg_frame_rate,"
     "sample_aspect_ratio,color_space,color_transfer,color_primaries,field_order:stream_disposition=attached_pic:"
@@ -137,8 +137,8 @@ def _film(path: Path, streams: list[dict[str, Any]], form: dict[str, Any]) -> Fi
         width, height, aspect = height, width, 1 / aspect
     matrix = stream.get("color_space", "")
     rate = stream["avg_frame_rate"]
-    if min(width, height) < 1:
-        raise ValueError("no picture has no pixels")
+    if min(width, height) < 1 or Fraction(stream["time_base"]) <= 0:
+        raise ValueError("no picture has no pixels, and no clock stands still")
     return Film(
         path=path,
         width=width,
@@ -175,7 +175,7 @@ def frame_times(film: Film, limits: PictureLimits = LIMITS) -> tuple[list[int], 
 
     All of the film is decoded for it. Raises DataError where none can be, or where frames change size.
     """
-    key, times, missing, sizes = b"best_effort_timestamp=", array("q"), False, set[bytes]()
+    key, times, missing, sizes = b"best_effort_timestamp=", list[int](), False, set[bytes]()
     asked = ["-select_streams", "V:0", "-show_entries", "frame=best_effort_timestamp,width,height"]
     asked += ["-of", "default=noprint_wrappers=1"]
     with Program(_probing(film.path, limits, asked), stdout=subprocess.PIPE) as program:
@@ -183,7 +183,7 @@ def frame_times(film: Film, limits: PictureLimits = LIMITS) -> tuple[list[int], 
             if line.startswith(key):
                 value = line[len(key) :].strip()
                 missing |= value == b"N/A"
-                times.append(0 if missing else max(int(value), times[-1] + 1 if times else int(value)))
+                times.append(0 if missing else _after(times, int(value), film))
             elif line.startswith((b"width=", b"height=")):
                 sizes.add(line)
             if len(sizes) > 2:
@@ -192,7 +192,17 @@ def frame_times(film: Film, limits: PictureLimits = LIMITS) -> tuple[list[int], 
     if not times:
         raise DataError(f"{film.path} has no frame that can be decoded ({program.reason}); give another film")
     step = max(round(1 / (film.rate * film.time_base)), 1)
-    return [n * step for n in range(len(times))] if missing else list(times), program.num_complaints
+    return [n * step for n in range(len(times))] if missing else times, program.num_complaints
+
+
+def _after(times: list[int], time: int, film: Film) -> int:
+    """The time of the next frame, later than all before. Raises DataError where it cannot be meant as one film."""
+    if times and not -1 < (time - times[-1]) * film.time_base < LONGEST_SEC:
+        raise DataError(
+            f"{film.path}: its times jump at frame {len(times)}, as where films were put together; mend them first "
+            "(ffmpeg -i FILM -c copy OTHER.mkv), or cut it there"
+        )
+    return max(time, times[-1] + 1) if times else time
 
 
 def frames(film: Film, first: int, last: int, limits: PictureLimits = LIMITS) -> Iterator[Any]:
@@ -221,7 +231,9 @@ class Program:
     def __init__(
         self, command: Sequence[str], stdin: int = subprocess.DEVNULL, stdout: int = subprocess.DEVNULL
     ) -> None:
-        self.process = subprocess.Popen(command, stdin=stdin, stdout=stdout, stderr=subprocess.PIPE)
+        stderr = subprocess.PIPE
+        # in a session of its own it does not see Ctrl-C, which this process answers
+        self.process = subprocess.Popen(command, stdin=stdin, stdout=stdout, stderr=stderr, start_new_session=True)
         self.num_complaints, self._last = 0, deque[bytes](maxlen=8)
         self._listener = threading.Thread(target=self._listen, daemon=True)
         self._listener.start()
@@ -245,11 +257,11 @@ class Program:
 
     @property
     def reason(self) -> str:
-        """What it complained of last."""
+        """The first of its last complaints."""
         said = [re.sub(r"^\[.*? @ 0x\w+\] ", "", line.decode(errors="replace")).strip() for line in self._last]
         if any("whitelist" in line for line in said):
             return "its format is none that ffmpeg may open here"
-        last = next((line for line in reversed(said) if line), f"ffmpeg ended with {self.process.returncode}")
+        last = next((line for line in said if line), f"ffmpeg ended with {self.process.returncode}")
         return clip(printable(last), 200)
 
     @property
