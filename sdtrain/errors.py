@@ -6,6 +6,8 @@ class UserError(ValueError):
 
     of_all = False
     """All ranks have been told the same: one of them says it."""
+    of_one = False
+    """It may be this rank's alone, which never meets the others: it says so itself."""
 
 
 class ConfigError(UserError):

@@ -71,10 +71,13 @@ def code_of(error: BaseException) -> int:
 
 def tell(error: object) -> None:
     """Print the sentence once: until ranks have met all see the same problem, afterwards it may be one rank's own."""
-    ranks = sys.modules.get("sdtrain.engine.ranks")
+    ranks, rank = sys.modules.get("sdtrain.engine.ranks"), os.environ.get("RANK", "0")
     met = ranks is not None and ranks.world() > 1 and not getattr(error, "of_all", False)
-    if met or os.environ.get("RANK", "0") == "0":
-        print(f"sdtrain{f' (rank {ranks.rank()})' if met and ranks else ''}: {error}", file=sys.stderr)
+    alone = getattr(error, "of_one", False) and os.environ.get("WORLD_SIZE", "1") != "1"
+    if met or alone or rank == "0":
+        print(
+            f"sdtrain{f' (rank {ranks.rank() if met and ranks else rank})' * (met or alone)}: {error}", file=sys.stderr
+        )
 
 
 def part(code: int) -> int:

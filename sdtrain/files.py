@@ -54,8 +54,8 @@ class AtomicFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")  # as TEMPORARY says
-        self._file = open(self._temporary, "xb")
+        self.temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")  # as TEMPORARY says
+        self._file = open(self.temporary, "xb")
 
     def write(self, data: bytes | memoryview) -> None:
         self._file.write(data)
@@ -68,13 +68,13 @@ class AtomicFile:
         os.fsync(self._file.fileno())
         self._file.close()
         fault_point("before-rename-file")
-        os.replace(self._temporary, self.path)
+        os.replace(self.temporary, self.path)
         sync_folder(self.path.parent)
 
     def abandon(self) -> None:
         with contextlib.suppress(OSError):  # it writes what is buffered, which a full disk refuses
             self._file.close()
-        self._temporary.unlink(missing_ok=True)
+        self.temporary.unlink(missing_ok=True)
 
     def __enter__(self) -> AtomicFile:
         return self

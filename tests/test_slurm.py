@@ -225,16 +225,20 @@ def test_fine_tuning_asks_for_a_configuration(slurm):
     assert done.returncode == 2 and "name a configuration" in done.stderr
 
 
-@pytest.mark.parametrize(("script", "what"), [("evaluate.sh", "what to measure"), ("pack.sh", "what to pack")])
-def test_evaluating_and_packing_ask_for_their_subject(slurm, script, what):
+SUBJECTS = [("evaluate.sh", "what to measure"), ("pack.sh", "what to pack"), ("data_set.sh", "what to do")]
+
+
+@pytest.mark.parametrize(("script", "what"), SUBJECTS)
+def test_jobs_that_run_once_ask_for_their_subject(slurm, script, what):
     done = subprocess.run(["bash", f"slurm/{script}"], env=slurm, capture_output=True, text=True, cwd=REPO)
     assert done.returncode == 2 and f"sdtrain: say {what}" in done.stderr
 
 
-@pytest.mark.parametrize("command", ["evaluate", "pack"])
+@pytest.mark.parametrize("script", ["evaluate", "pack", "data_set"])
 @pytest.mark.parametrize("code", ["0", "1", "2"])
-def test_evaluating_and_packing_run_once_on_all_ranks_and_hand_their_exit_code_on(slurm, command, code):
-    ended, _, calls = job(slurm, f"{command}.sh", code, "one", "two words")
+def test_these_jobs_run_once_on_all_ranks_and_hand_their_exit_code_on(slurm, script, code):
+    command = script if script != "data_set" else "upscale"
+    ended, _, calls = job(slurm, f"{script}.sh", code, *([command] * (script == "data_set")), "one", "two words")
     assert ended == int(code) and "requeue" not in calls and "doctor" not in calls
     assert f"python -m sdtrain.cli {command} one two words RANK=3" in calls
 

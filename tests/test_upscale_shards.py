@@ -4,23 +4,16 @@ time, two ranks would write one shard twice, and a bad picture would stop ten th
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
-import os
-import random
-import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import REPO
+from conftest import run_ranks
+from killed_jobs import digests, kill, same_shards
 from PIL import Image
 from test_upscale import network_of, save
 from tiny import picture
@@ -59,12 +52,6 @@ def words(source: Path, student: Path, out: Path) -> list[str]:
     return ["upscale", str(source), "--model", str(student), "--out", str(out), "--device", "cpu"]
 
 
-def digests(out: Path) -> dict[str, str]:
-    """Of every file that is there, hidden ones too."""
-    files = (path for path in out.rglob("*") if path.is_file())
-    return {file.relative_to(out).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
-
-
 @pytest.fixture(scope="module")
 def whole(source: Path, student: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("whole") / "out"
@@ -88,25 +75,34 @@ def test_shards_become_a_data_set_of_enlarged_pictures_with_their_labels(
     assert np.array_equal(read_picture(tmp_path / "out" / "one.png").rgb, read_picture(tmp_path / "shown.png").rgb)
 
 
-def started(source: Path, student: Path, out: Path, rank: int = 0, world: int = 1) -> subprocess.Popen[bytes]:
-    env = {**os.environ, "RANK": str(rank), "WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    return subprocess.Popen([sys.executable, "-m", "sdtrain.cli", *words(source, student, out)], env=env, **pipes)
-
-
 def test_two_ranks_write_what_one_does_and_the_last_puts_all_in_their_places(
     source: Path,
     whole: Path,
     student: Path,
     tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    out = tmp_path / "out"
-    first = started(source, student, out, 0, 2)
-    assert b"the rank that does the last one" in first.communicate()[0] and first.returncode == 0
-    assert not (out / "manifest.json").exists()
-    second = started(source, student, out, 1, 2)
-    assert b"upscaled 24 of 24 pictures into 4 shards" in second.communicate()[0] and second.returncode == 0
-    assert digests(out) == digests(whole)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    assert cli.main(words(source, student, tmp_path)) == 0
+    assert "the rank that does the last one" in capsys.readouterr().out and not (tmp_path / "manifest.json").exists()
+    monkeypatch.setenv("RANK", "1")
+    assert cli.main(words(source, student, tmp_path)) == 0
+    assert "upscaled 24 of 24 pictures into 4 shards" in capsys.readouterr().out
+    assert digests(tmp_path) == digests(whole)
+
+
+def test_two_ranks_at_once_under_torchrun_write_what_one_does(
+    source: Path,
+    whole: Path,
+    student: Path,
+    tmp_path: Path,
+) -> None:
+    done = run_ranks(2, "-m", "sdtrain.cli", *words(source, student, tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert {f"rank {rank} of 2 had 2 of 4 shards" for rank in (0, 1)} <= set(done.stdout.splitlines())
+    assert digests(tmp_path) == digests(whole)
 
 
 @pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.slow)])
@@ -117,21 +113,25 @@ def test_a_job_killed_at_random_moments_writes_the_same_bytes(
     tmp_path: Path,
     kills: int,
 ) -> None:
-    out, chance, struck = tmp_path / "out", random.Random(0), 0
-    while struck < kills:
-        job = started(source, student, out)
-        done = len(list((out / ".pack").glob("*.json")))
-        while job.poll() is None and len(list((out / ".pack").glob("*.json"))) == done:
-            time.sleep(0.002)  # one shard further than the start before
-        time.sleep(chance.random() * 0.02)
-        struck += job.poll() is None
-        job.send_signal(signal.SIGKILL)
-        job.wait()
-        if (out / "manifest.json").exists():
-            assert digests(out).items() >= {n: d for n, d in digests(whole).items() if n.endswith(".tar")}.items()
-            shutil.rmtree(out)
-    assert started(source, student, out).wait() == 0
+    out = tmp_path / "out"
+    kill(words(source, student, out), out / ".pack", kills, lambda: same_shards(out, whole))
+    assert cli.main(words(source, student, out)) == 0
     assert digests(out) == digests(whole)
+
+
+def test_what_goes_wrong_on_one_rank_is_said_by_that_rank(
+    source: Path,
+    student: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    (tmp_path / ".pack").write_text("in the way")
+    assert cli.main(words(source, student, tmp_path)) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"sdtrain (rank 1): --out {tmp_path}: cannot be written (File exists); mend that")
 
 
 def test_a_picture_that_cannot_be_used_is_left_out_and_counted(

@@ -2,6 +2,7 @@
 
     DIR/
       000007.png           the image of index 7; or, with --grid,
+      shard-000000.tar ... with --shards, a data set as `sdtrain pack` makes (see sample_shards.py); or
       grid.png             all of them on one sheet
       mixing.png           --mixing-grid: layers of one style in another (StyleGAN2)
       interpolation/       --interpolate: 0000.png, 0001.png, ... from each image to the next and back to the first
@@ -34,12 +35,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("path", type=Path, metavar="RUN|CHECKPOINT|FILE", help="run folder (its best weights), checkpoint or file")
     add("--out", type=Path, required=True, help="folder for the images, made if absent")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--num", type=int, help=f"this many images, indices 0, 1, ... (default: {DEFAULT_NUM})")
+    many = f"this many images, indices 0, 1, ... (default: {DEFAULT_NUM}); torchrun takes --num for one of its own"
+    which.add_argument("--num", "--num-images", type=int, metavar="N", help=many)
     which.add_argument("--indices", metavar="LIST", help="these images, such as 0-63 or 3,5,8-11")
     add("--seed", type=int, help="seed of the latents (default: that of the run, or 0)")
     add("--weights", choices=tuple(ROLE), default="ema", help="the average of the generator, or the generator itself")
     one = "one class, by number or by its name in the training set (default: the proportions of the training set)"
     add("--class", dest="label", metavar="K|NAME", help=one)
+    cut = "a data set of N tar shards, as sdtrain pack makes, instead of single images; on any number of ranks"
+    add("--shards", type=int, metavar="N", help=cut)
+    add("--jpeg", type=int, metavar="QUALITY", help="JPEGs of this quality, 1 to 100, in the shards (default: PNG)")
     add("--grid", action="store_true", help="one sheet instead of single images")
     add(
         "--truncation",
@@ -55,8 +60,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--gif", action="store_true", help="the interpolation also as GIF")
     add("--mp4", action="store_true", help="the interpolation also as MP4 (needs the program ffmpeg)")
     add("--fps", type=int, default=30, help="frames a second of GIF and MP4 (default: 30)")
-    add("--batch", type=int, default=16, help="images at once; changes no image (default: 16)")
+    add("--batch", type=int, default=16, help="images at once; changes no image but by rounding (default: 16)")
     add("--data", metavar="DATA", help="training set of the run, for its classes (default: as its config.yaml says)")
+    add("--data-free", action="store_true", help="open no training set: classes all alike, their numbers for names")
     add("--allow-pipe", action="store_true", help="run the command of --data pipe:COMMAND")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: a GPU where there is one)")
 
@@ -66,10 +72,17 @@ def run(args: argparse.Namespace) -> int:
     indices = check(args)
     from sdtrain.engine.ranks import pick_device
 
-    device = pick_device(args.device)
     more = {"truncation": args.truncation, "truncation_cutoff": args.truncation_cutoff, "batch_size": args.batch}
-    more |= {"label": args.label, "data": args.data, "allow_pipe": args.allow_pipe}
-    source = Source(args.path, device, seed=args.seed, weights=args.weights, **more)
+    more |= {"label": args.label, "data": args.data, "allow_pipe": args.allow_pipe, "data_free": args.data_free}
+
+    def load() -> Source:
+        return Source(args.path, pick_device(args.device), seed=args.seed, weights=args.weights, **more)
+
+    if args.shards:
+        from sdtrain.commands import sample_shards
+
+        return sample_shards.run(args, indices, load)
+    source = load()
     if args.mixing_grid:
         made = mixing_grid(source, indices, args)
     elif args.interpolate:
@@ -93,8 +106,10 @@ def check(args: argparse.Namespace) -> list[int]:
         raise ConfigError(f"--interpolate {args.interpolate}: take at least 1 frame from an image to the next")
     if (args.gif or args.mp4) and not args.interpolate:
         raise ConfigError(f"{'--gif' if args.gif else '--mp4'} is for a moving picture; add --interpolate FRAMES")
-    if sum((bool(args.interpolate), args.mixing_grid, args.grid)) > 1:
+    sheets = sum((bool(args.interpolate), args.mixing_grid, args.grid))
+    if sheets > 1:
         raise ConfigError("--grid, --mixing-grid and --interpolate are three pictures; ask for one at a time")
+    check_shards(args, bool(sheets))
     if args.truncation_cutoff is not None and args.truncation is None:
         raise ConfigError("--truncation-cutoff says in which layers --truncation works; add --truncation PSI")
     if args.mp4:
@@ -105,6 +120,16 @@ def check(args: argparse.Namespace) -> list[int]:
     if len(indices) < 2 and (args.interpolate or args.mixing_grid):
         raise ConfigError("a mixing grid or an interpolation needs at least two images; raise --num or widen --indices")
     return indices
+
+
+def check_shards(args: argparse.Namespace, sheet: bool) -> None:
+    """Raise ConfigError for choices that do not go with shards, or only with them."""
+    if args.shards is not None and (sheet or args.shards < 1):
+        raise ConfigError(f"--shards {args.shards}: take at least 1, of single images (no sheet, no interpolation)")
+    if args.jpeg is not None and not (args.shards and 1 <= args.jpeg <= 100):
+        raise ConfigError(f"--jpeg {args.jpeg} is a quality from 1 to 100 of images in shards; add --shards N")
+    if args.data_free and args.data:
+        raise ConfigError("--data names a training set and --data-free opens none; leave one of them out")
 
 
 def default_num(args: argparse.Namespace) -> int:

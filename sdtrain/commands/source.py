@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,8 +71,11 @@ class Source:
         batch_size: int = 32,
         data: str | None = None,
         allow_pipe: bool = False,
+        data_free: bool = False,
     ) -> None:
         """`data`: the training set, for its classes; None = the one the run names, on this machine.
+
+        `data_free`: no training set is opened; classes are drawn all alike and have numbers for names.
 
         Raises WeightsError for weights that cannot be used, ConfigError for an option this generator has not.
         """
@@ -82,12 +86,13 @@ class Source:
         if network.player != "Generator":
             raise ConfigError(f"{self.file} holds a discriminator, which makes no images; give the file of a generator")
         self.config, self._data, self._allow_pipe = config_of(self.file), data, allow_pipe
+        self._has_data = not data_free and bool(data or self.config)
         net: Any = network.build()
         self.num_classes = network.num_classes
         self.class_counts = self._class_counts(label)
         if not hasattr(net, "z_dim"):
             raise ConfigError(f"{self.file} holds {network.kind}, which enlarges images; use `sdtrain upscale`")
-        self.kind, self.role, self.device = network.kind, network.role, device
+        self.kind, self.role, self.device, self.resolution = network.kind, network.role, device, network.resolution
         self.net: Any = net.to(device)
         self.seed = seed if seed is not None else self.config.seed if self.config else 0
         self.batch_size = batch_size
@@ -111,11 +116,19 @@ class Source:
     def _class_counts(self, label: str | None) -> Sequence[int]:
         """How often each class is drawn: only `label`, as in the training set of the run, or all alike."""
         if label is not None:
+<<<<<<< HEAD
             chosen = self._class_number(label)
             return [int(k == chosen) for k in range(self.num_classes)]
         if self.num_classes and (self._data or self.config is not None):
             return self.training_set().class_counts
         return [1] * self.num_classes
+=======
+            chosen = self._class_number(label, num_classes)
+            return [int(k == chosen) for k in range(num_classes)]
+        if num_classes and self._has_data:
+            return self._training_set.class_counts
+        return [1] * num_classes
+>>>>>>> wt-whole
 
     def _class_number(self, label: str) -> int:
         """The class that a number or a name of the training set means. Raises ConfigError, naming what is near."""
@@ -123,18 +136,30 @@ class Source:
             raise ConfigError(f"--class {label}: {self.file} has no classes; leave it out")
         if label.isascii() and label.isdigit() and int(label) < self.num_classes:
             return int(label)
+<<<<<<< HEAD
         numbers = f"the classes 0 to {self.num_classes - 1}"
         if label.lstrip("-").isdigit() or not (self._data or self.config):
             raise ConfigError(f"--class {label}: {self.file} has {numbers}")
         names = list(self.training_set().label_names)
+=======
+        numbers = f"the classes 0 to {num_classes - 1}"
+        if label.lstrip("-").isdigit() or not self._has_data:
+            raise ConfigError(f"--class {label}: {self.file} has {numbers}")
+        names = list(self._training_set.label_names)
+>>>>>>> wt-whole
         if label in names:
             return names.index(label)
         near = difflib.get_close_matches(label, names, 1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"the names are {', '.join(names[:8])}"
         raise ConfigError(f"--class {label}: {self.file} has {numbers}, none of that name; {hint}")
 
+<<<<<<< HEAD
     def training_set(self) -> Any:
         """The data set that names the classes. Raises ConfigError or DataError where it cannot be had."""
+=======
+    @cached_property
+    def _training_set(self) -> Any:
+>>>>>>> wt-whole
         from sdtrain.data.read.dataset import open_dataset
 
         if self._data:
@@ -154,6 +179,20 @@ class Source:
 
         draws = draws_for(indices, self.seed, self.device)
         return draws.normal("z", self.net.z_dim), labels_for(draws, self.class_counts)
+
+    @property
+    def label_names(self) -> list[str]:
+        """Of the classes, in the training set where there is one; [] without classes."""
+        if self.class_counts and self._has_data:
+            return list(self._training_set.label_names)
+        return [str(k) for k in range(len(self.class_counts))]
+
+    def labels(self, indices: Sequence[int]) -> list[int]:
+        """The class of the image of each index; -1 without classes."""
+        from sdtrain.sampling import draws_for, labels_for
+
+        labels = labels_for(draws_for(indices, self.seed, "cpu"), self.class_counts)
+        return [-1] * len(indices) if labels is None else labels.argmax(1).tolist()
 
     @property
     def has_styles(self) -> bool:

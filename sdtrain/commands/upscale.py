@@ -1,4 +1,4 @@
-"""`sdtrain upscale`: pictures and folders in, larger pictures out; of tar shards see upscale_shards.py.
+"""`sdtrain upscale`: pictures and folders in, larger pictures out; of shards and films see upscale_shards.py, _film.py.
 
     OUT/
       NAME.png             one a picture, in the sub-folders of its input folder; complete or absent
@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sdtrain.commands import film_options
+from sdtrain.commands.going_on import going_on
 from sdtrain.data.read.budget import LIMITS, PictureLimits, available_bytes
 from sdtrain.errors import EXIT_OK, EXIT_USER_ERROR, ConfigError, DataError, UserError, WeightsError
 from sdtrain.files import why_unwritable
@@ -36,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         type=Path,
         metavar="INPUT",
-        help="pictures and folders (with sub-folders), or one data set of shards",
+        help="pictures and folders (with sub-folders), one data set of shards, or films",
     )
     parser.add_argument(
         "--model",
@@ -45,7 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="RUN|FILE",
         help="run folder (its best student), .pth, .safetensors or .onnx; FILE.json beside it may describe it",
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder for the results, made if absent")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for the results, made if absent; FILE.mkv, .mp4 of a film"
+    )
     parser.add_argument("--scale", type=float, help="output size / input size (default: what the network gives)")
     parser.add_argument("--factor", type=float, help="GCFSR: how much smaller the face was than it should be, 4 to 64")
     parser.add_argument(
@@ -64,18 +68,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seed", type=int, default=0, help="GCFSR: chooses the noise; the same seed gives the same picture"
     )
+    film_options.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Returns 0, or 2 when a picture was refused; raises ConfigError or WeightsError before anything is written."""
     _check(args)
+    if film_options.is_film(args.inputs[0]) and not args.inputs[0].is_dir():
+        from sdtrain.commands import upscale_film
+
+        return upscale_film.run(args, Upscaler.of)
     if is_dataset(args.inputs):
         from sdtrain.commands import upscale_shards
 
-        return upscale_shards.run(args, Upscaler.of(args))
+        return upscale_shards.run(args, Upscaler.of)
     jobs = find_jobs(args.inputs, args.out)
     upscaler = Upscaler.of(args)
-    refused = _work(jobs, upscaler)
+    with going_on(jobs, upscaler, args.out) as left:
+        refused = _work(left, upscaler)
     print(f"upscaled {len(jobs) - len(refused)} of {len(jobs)} pictures into {args.out}")
     if not refused:
         return EXIT_OK
@@ -98,7 +108,7 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError(f"--overlap {args.overlap} is neither a number of pixels nor auto")
     if args.overlap != "auto" and 2 * int(args.overlap) > args.tile:
         raise ConfigError(f"--overlap {args.overlap} is more than half of --tile {args.tile}; make the tiles larger")
-    if reason := why_unwritable(args.out):
+    if reason := why_unwritable(film_options.folder_of(args.out)):
         raise ConfigError(f"--out {args.out}: {reason}; choose another folder")
 
 

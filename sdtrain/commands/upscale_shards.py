@@ -1,69 +1,41 @@
-"""`sdtrain upscale SHARDS`: a data set of tar shards in, the same one enlarged out, by as many ranks as are started.
-
-    OUT/.pack/shard-000000.tar, 000000.json    a shard that is done, and its marker; what has one is not done again
-    OUT/shard-000000.tar ..., index.npz, manifest.json    all of them, once the last rank has done its last
-
-Shard N is rank N mod WORLD_SIZE's; ranks never wait for each other, so they may be started and killed at any time. A
-shard depends on its input, the network and the settings alone: on machines alike, with as many threads, its bytes are
-the same after any number of starts.
-"""
+"""`sdtrain upscale SHARDS`: a data set of tar shards in, the same one enlarged out (see shard_jobs.py)."""
 
 from __future__ import annotations
 
 import argparse
-import fcntl
-import hashlib
-import json
 import os
-import shutil
 import sys
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from sdtrain.data.pack.pack import complete, other_plan
-from sdtrain.data.pack.packing import MARKERS, ShardJob, finish, finished
+from sdtrain.commands import shard_jobs
+from sdtrain.commands.shard_jobs import Job, Manifest, Tick, shard_of
 from sdtrain.data.read.dataset import Dataset, open_dataset
 from sdtrain.data.read.images import ImageRejected
 from sdtrain.data.read.picture import picture_of, png_of
-from sdtrain.data.read.tars import ShardWriter
 from sdtrain.errors import EXIT_OK, EXIT_USER_ERROR, ConfigError, DataError, UserError
-from sdtrain.files import sha256_of_file, write_json
+from sdtrain.files import sha256_of_file
 
 if TYPE_CHECKING:
     from sdtrain.commands.upscale import Upscaler
 
-LOCK = ".upscale.lock"
 SHOWN = 20
 
 
-@dataclass(frozen=True)
-class Job(ShardJob):
-    """Samples of the data set, by number."""
-
-    samples: tuple[int, ...]
-
-
-def run(args: argparse.Namespace, upscaler: Upscaler) -> int:
+def run(args: argparse.Namespace, load: Callable[[argparse.Namespace], Upscaler]) -> int:
     """Returns 0, or 2 when a picture was refused. Raises ConfigError, DataError before anything is written."""
+    upscaler = shard_jobs.on_this_rank(lambda: load(args))
     dataset = open_dataset(str(args.inputs[0]), limits=upscaler.limits)
     jobs = plan_jobs(dataset, upscaler, args.out)
-    refuse_other(args.out, dataset, jobs[0].plan)
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    with written_to(args.out):
-        manifest = complete(args.out, jobs)
-        if not manifest:
-            (args.out / MARKERS).mkdir(parents=True, exist_ok=True)
-            mine = [job for job in jobs if job.number % world == rank]
-            for job in progress([job for job in mine if finished(job) is None], rank):
-                enlarge(job, dataset, upscaler)
-            manifest = publish(args.out, jobs, dataset, upscaler)
-        if manifest:  # a crash in the last moment may have left these
-            shutil.rmtree(args.out / MARKERS, ignore_errors=True)
-            (args.out / LOCK).unlink(missing_ok=True)
+    refuse_own(args.out, dataset)
+    shard_jobs.refuse_other(args.out, jobs[0].plan)
+    about = {"source": dataset.hash, "model": upscaler.path.name, "resolution": side_of(dataset, upscaler)}
+    rank, world = shard_jobs.rank_and_world()
+    mine = jobs[rank::world]
+    work = shard_jobs.shards(args.out, jobs, about, dataset.label_names)
+    manifest = shard_jobs.fill(work, jobs, mine, lambda job, tick: enlarge(job, dataset, upscaler, tick), "upscaling")
+    shard_jobs.told(args.out, manifest, len(mine), len(jobs))
     return told(args.out, manifest, len(jobs))
 
 
@@ -71,65 +43,30 @@ def plan_jobs(dataset: Dataset, upscaler: Upscaler, out: Path) -> list[Job]:
     """A job for each shard, with the digest of everything that its bytes depend on."""
     names = ("tile", "overlap", "scale", "factor", "seed")
     settings = {name: getattr(upscaler, name) for name in names} | {"megabytes": upscaler.limits.megabytes}
-    what = [dataset.hash, sha256_of_file(upscaler.path), settings]
-    plan = hashlib.sha256(json.dumps(what).encode()).hexdigest()
+    plan = shard_jobs.digest_of([dataset.hash, sha256_of_file(upscaler.path), settings])
     samples: dict[int, list[int]] = {number: [] for number in range(len(dataset.shards))}
     for sample, shard in enumerate(dataset.index.shard.tolist()):
         samples[shard].append(sample)
     return [Job(number, str(out), plan, tuple(found)) for number, found in samples.items()]
 
 
-def refuse_other(out: Path, dataset: Dataset, plan: str) -> None:
-    """Raise ConfigError for a folder that another command has filled, and for that of the input."""
+def refuse_own(out: Path, dataset: Dataset) -> None:
     if any(Path(shard).resolve().parent == out.resolve() for shard in dataset.shards):
         raise ConfigError(f"--out {out} is the folder of the input; choose another")
-    if other := other_plan(out, plan):
-        raise ConfigError(f"--out {out} holds {other}; choose another folder")
 
 
-@contextmanager
-def written_to(out: Path) -> Iterator[None]:
-    """A write that fails inside is a ConfigError; what is done stays, and the same command goes on there."""
-    try:
-        yield
-    except OSError as error:
-        raise ConfigError(
-            f"--out {out}: cannot be written ({error.strerror or error}); mend that, and the same command goes on there"
-        ) from None
-
-
-def progress(jobs: Sequence[Job], rank: int) -> Iterator[Job]:
-    from tqdm import tqdm
-
-    total, hidden = sum(len(job.samples) for job in jobs), rank > 0 or not sys.stderr.isatty()
-    with tqdm(total=total, unit="img", desc="upscaling", disable=hidden) as bar:
-        for job in jobs:
-            yield job
-            bar.update(len(job.samples))
-
-
-def enlarge(job: Job, dataset: Dataset, upscaler: Upscaler) -> None:
+def enlarge(job: Job, dataset: Dataset, upscaler: Upscaler, tick: Tick) -> None:
     """Write one shard, then its marker. A sample that cannot be used is left out, and counted with its reason."""
-    writer, labels, shard = ShardWriter(job.path), Counter[int](), os.path.basename(dataset.shards[job.number])
-    rejected = [(member, reason) for place, member, reason in dataset.damage if place == shard and member]
-    try:
+    name = os.path.basename(dataset.shards[job.number])
+    with shard_of(job) as shard:
+        shard.rejected += [(member, reason) for place, member, reason in dataset.damage if place == name and member]
         for sample in job.samples:
-            key, label = dataset.index.key(sample), int(dataset.index.label[sample])
-            found = enlarged(dataset, sample, upscaler)
+            key, found = dataset.index.key(sample), enlarged(dataset, sample, upscaler)
             if isinstance(found, str):
-                rejected.append((key, found))
-                continue
-            writer.add(f"{key}.png", found)
-            if label >= 0:
-                writer.add(f"{key}.cls", str(label).encode())
-            labels[label] += 1
-        size, sha256 = writer.close()
-    except BaseException:
-        writer.abandon()
-        raise
-    marker = {"plan": job.plan, "name": job.path.name, "size": size, "sha256": sha256, "count": sum(labels.values())}
-    marker |= {"converted": {}, "rejected": rejected, "labels": {str(k): n for k, n in labels.items()}}
-    write_json(job.marker, marker)
+                shard.rejected.append((key, found))
+            else:
+                shard.add(key, "png", found, int(dataset.index.label[sample]))
+            tick(1)
 
 
 def enlarged(dataset: Dataset, sample: int, upscaler: Upscaler) -> bytes | str:
@@ -149,29 +86,15 @@ def enlarged(dataset: Dataset, sample: int, upscaler: Upscaler) -> bytes | str:
         return str(error)
 
 
-def publish(out: Path, jobs: Sequence[Job], dataset: Dataset, upscaler: Upscaler) -> dict[str, Any]:
-    """Let the shards take their places, once all are there: one rank does, whichever comes last. {} before that."""
-    with open(out / LOCK, "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # the system takes it from a process that dies
-        if not all(job.marker.is_file() for job in jobs):
-            return complete(out, jobs)  # what another rank may have published
-        markers = [marker for job in jobs if (marker := finished(job))]
-        if len(markers) < len(jobs):
-            return {}
-        about: dict[str, Any] = {"plan": jobs[0].plan, "source": dataset.hash, "model": upscaler.path.name}
-        return finish(out, markers, about | {"resolution": side_of(dataset, upscaler)}, dataset.label_names)
-
-
 def side_of(dataset: Dataset, upscaler: Upscaler) -> int | None:
     """Of the results, where all inputs are squares of one side."""
     times = upscaler.scale or getattr(upscaler.net, "scale", None)
     return round(dataset.resolution * times) if dataset.resolution and times else None
 
 
-def told(out: Path, manifest: dict[str, Any], shards: int) -> int:
+def told(out: Path, manifest: Manifest, shards: int) -> int:
     """Say what is there; 2 where pictures were refused."""
     if not manifest:
-        print(f"{out}: the shards of this rank are done; the rank that does the last one puts all in their places")
         return EXIT_OK
     done, refused = manifest["count"], manifest["rejected"]
     print(f"upscaled {done:,} of {done + len(refused):,} pictures into {shards} shards in {out}")

@@ -56,13 +56,17 @@ class ShardJob:
     plan: str
 
     @property
+    def staged(self) -> Path:
+        """The folder of shards and markers until all are done."""
+        return Path(self.out) / MARKERS
+
+    @property
     def path(self) -> Path:
-        """Where it lies until all are done."""
-        return Path(self.out) / MARKERS / f"shard-{self.number:06d}.tar"
+        return self.staged / f"shard-{self.number:06d}.tar"
 
     @property
     def marker(self) -> Path:
-        return Path(self.out) / MARKERS / f"{self.number:06d}.json"
+        return self.staged / f"{self.number:06d}.json"
 
 
 @dataclass(frozen=True)

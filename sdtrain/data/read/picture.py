@@ -51,6 +51,17 @@ def picture_of(data: bytes, limits: PictureLimits = LIMITS) -> Picture:
     return Picture(rgba[..., :3], rgba[..., 3], icc_profile=profile)
 
 
+def picture_of_values(rgb: np.ndarray) -> Picture:
+    """That of 8-bit values [H, W, 3]."""
+    return Picture(_unit(rgb, 8))
+
+
+def values_of(picture: Picture) -> np.ndarray:
+    """[H, W, 3], or 4 with alpha: whole numbers up to the largest of the picture's depth."""
+    layers = [picture.rgb] if picture.alpha is None else [picture.rgb, picture.alpha[..., None]]
+    return (np.concatenate(layers, axis=2).clip(0, 1) * (2**picture.bits - 1)).round()
+
+
 def _unit(values: np.ndarray, bits: int) -> np.ndarray:
     return values.astype(np.float32) / np.float32(2**bits - 1)
 
@@ -97,9 +108,7 @@ def write_picture(path: str | Path, picture: Picture) -> None:
 
 def png_of(picture: Picture) -> bytes:
     """A PNG of the picture's depth, with its alpha channel."""
-    layers = [picture.rgb] if picture.alpha is None else [picture.rgb, picture.alpha[..., None]]
-    top = 2**picture.bits - 1
-    values = (np.concatenate(layers, axis=2).clip(0, 1) * top).round()
+    values = values_of(picture)
     return _encode_png_16(values) if picture.bits == 16 else _encode_png_8(values, picture.icc_profile)
 
 
