@@ -304,14 +304,14 @@ def test_classes_have_the_names_that_the_training_set_gives_them_and_numbers_whe
     assert made_by(file)[0]["classes"] == ["0", "1"]
     monkeypatch.setattr(source, "config_of", lambda path: argparse.Namespace(seed=7))
     names = {"label_names": ("cat", "<b>dog\x1b[2J")}
-    monkeypatch.setattr(source.Source, "training_set", lambda self: type("Set", (), names))
+    monkeypatch.setattr(source.Source, "training_set", property(lambda self: type("Set", (), names)))
     assert made_by(file)[0]["classes"] == ["cat", "<b>dog\\x1b[2J"]
     assert made_by(file)[2] == made_by(file, seed="7")[2] != made_by(file, seed="0")[2], "the seed of the run"
 
     def absent(self: object) -> None:
         raise ConfigError("the shards are not here")
 
-    monkeypatch.setattr(source.Source, "training_set", absent)
+    monkeypatch.setattr(source.Source, "training_set", property(absent))
     assert made_by(file)[0]["classes"] == ["0", "1"]
 
 

@@ -116,19 +116,11 @@ class Source:
     def _class_counts(self, label: str | None) -> Sequence[int]:
         """How often each class is drawn: only `label`, as in the training set of the run, or all alike."""
         if label is not None:
-<<<<<<< HEAD
             chosen = self._class_number(label)
             return [int(k == chosen) for k in range(self.num_classes)]
-        if self.num_classes and (self._data or self.config is not None):
-            return self.training_set().class_counts
+        if self.num_classes and self._has_data:
+            return self.training_set.class_counts
         return [1] * self.num_classes
-=======
-            chosen = self._class_number(label, num_classes)
-            return [int(k == chosen) for k in range(num_classes)]
-        if num_classes and self._has_data:
-            return self._training_set.class_counts
-        return [1] * num_classes
->>>>>>> wt-whole
 
     def _class_number(self, label: str) -> int:
         """The class that a number or a name of the training set means. Raises ConfigError, naming what is near."""
@@ -136,30 +128,19 @@ class Source:
             raise ConfigError(f"--class {label}: {self.file} has no classes; leave it out")
         if label.isascii() and label.isdigit() and int(label) < self.num_classes:
             return int(label)
-<<<<<<< HEAD
         numbers = f"the classes 0 to {self.num_classes - 1}"
-        if label.lstrip("-").isdigit() or not (self._data or self.config):
-            raise ConfigError(f"--class {label}: {self.file} has {numbers}")
-        names = list(self.training_set().label_names)
-=======
-        numbers = f"the classes 0 to {num_classes - 1}"
         if label.lstrip("-").isdigit() or not self._has_data:
             raise ConfigError(f"--class {label}: {self.file} has {numbers}")
-        names = list(self._training_set.label_names)
->>>>>>> wt-whole
+        names = list(self.training_set.label_names)
         if label in names:
             return names.index(label)
         near = difflib.get_close_matches(label, names, 1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"the names are {', '.join(names[:8])}"
         raise ConfigError(f"--class {label}: {self.file} has {numbers}, none of that name; {hint}")
 
-<<<<<<< HEAD
+    @cached_property
     def training_set(self) -> Any:
         """The data set that names the classes. Raises ConfigError or DataError where it cannot be had."""
-=======
-    @cached_property
-    def _training_set(self) -> Any:
->>>>>>> wt-whole
         from sdtrain.data.read.dataset import open_dataset
 
         if self._data:
@@ -184,7 +165,7 @@ class Source:
     def label_names(self) -> list[str]:
         """Of the classes, in the training set where there is one; [] without classes."""
         if self.class_counts and self._has_data:
-            return list(self._training_set.label_names)
+            return list(self.training_set.label_names)
         return [str(k) for k in range(len(self.class_counts))]
 
     def labels(self, indices: Sequence[int]) -> list[int]:

@@ -97,7 +97,7 @@ class Drawing:
         if not numbers or self.source.config is None:
             return numbers
         try:
-            names = [clip(str(name)) for name in self.source.training_set().label_names]
+            names = [clip(str(name)) for name in self.source.training_set.label_names]
         except UserError:  # a run may be looked at where its data is not
             return numbers
         return names if len(names) == len(numbers) else numbers
