@@ -20,6 +20,7 @@ from sdtrain.data.read.budget import LIMITS, PictureLimits
 from sdtrain.data.read.images import decode_image, read_file
 from sdtrain.files import write_bytes
 
+ROWS = 64  # that are rounded at once: what they take stays in the processor's caches
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
@@ -49,6 +50,18 @@ def picture_of(data: bytes, limits: PictureLimits = LIMITS) -> Picture:
         return Picture(_unit(np.asarray(image), 8), icc_profile=profile)
     rgba = _unit(np.asarray(ImageOps.exif_transpose(opened).convert("RGBA")), 8)
     return Picture(rgba[..., :3], rgba[..., 3], icc_profile=profile)
+
+
+def values_of(picture: Picture) -> np.ndarray:
+    """[H, W, 3], or 4 with alpha: whole numbers up to the largest of the picture's depth."""
+    layers = [picture.rgb] if picture.alpha is None else [picture.rgb, picture.alpha[..., None]]
+    depth = sum(layer.shape[2] for layer in layers)
+    values = np.empty((*picture.rgb.shape[:2], depth), np.uint16 if picture.bits == 16 else np.uint8)
+    for first in range(0, len(values), ROWS):
+        rows = slice(first, first + ROWS)
+        part = np.concatenate([layer[rows] for layer in layers], axis=2) if len(layers) > 1 else layers[0][rows]
+        values[rows] = (part.clip(0, 1) * (2**picture.bits - 1)).round()
+    return values
 
 
 def _unit(values: np.ndarray, bits: int) -> np.ndarray:
@@ -97,15 +110,13 @@ def write_picture(path: str | Path, picture: Picture) -> None:
 
 def png_of(picture: Picture) -> bytes:
     """A PNG of the picture's depth, with its alpha channel."""
-    layers = [picture.rgb] if picture.alpha is None else [picture.rgb, picture.alpha[..., None]]
-    top = 2**picture.bits - 1
-    values = (np.concatenate(layers, axis=2).clip(0, 1) * top).round()
+    values = values_of(picture)
     return _encode_png_16(values) if picture.bits == 16 else _encode_png_8(values, picture.icc_profile)
 
 
 def _encode_png_8(values: np.ndarray, profile: bytes | None) -> bytes:
     out = io.BytesIO()
-    Image.fromarray(values.astype(np.uint8)).save(out, "PNG", icc_profile=profile)
+    Image.fromarray(values).save(out, "PNG", icc_profile=profile)
     return out.getvalue()
 
 
