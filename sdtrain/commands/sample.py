@@ -16,9 +16,11 @@ from __future__ import annotations
 import argparse
 import math
 import re
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sdtrain.commands.running import MODULES, add_runtime, of_modules
 from sdtrain.commands.source import ROLE, Source
 from sdtrain.errors import EXIT_OK, ConfigError
 from sdtrain.files import why_unwritable
@@ -59,6 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--data", metavar="DATA", help="training set of the run, for its classes (default: as its config.yaml says)")
     add("--allow-pipe", action="store_true", help="run the command of --data pipe:COMMAND")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: a GPU where there is one)")
+    add_runtime(parser, "eager, so that a seed says the same image on machines alike", MODULES)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -70,6 +73,8 @@ def run(args: argparse.Namespace) -> int:
     more = {"truncation": args.truncation, "truncation_cutoff": args.truncation_cutoff, "batch_size": args.batch}
     more |= {"label": args.label, "data": args.data, "allow_pipe": args.allow_pipe}
     source = Source(args.path, device, seed=args.seed, weights=args.weights, **more)
+    if args.runtime not in (None, "eager"):
+        run_faster(source, indices, args)
     if args.mixing_grid:
         made = mixing_grid(source, indices, args)
     elif args.interpolate:
@@ -105,6 +110,24 @@ def check(args: argparse.Namespace) -> list[int]:
     if len(indices) < 2 and (args.interpolate or args.mixing_grid):
         raise ConfigError("a mixing grid or an interpolation needs at least two images; raise --num or widen --indices")
     return indices
+
+
+def run_faster(source: Source, indices: list[int], args: argparse.Namespace) -> None:
+    """Let the network be run as --runtime says, judged by images of it. Raises ConfigError where that cannot be."""
+    import torch
+
+    from sdtrain.release.runtime import Piece
+    from sdtrain.sampling import generate
+
+    def draw(count: int, net: Any) -> torch.Tensor:
+        """Images [count, 3, R, R] in a range of one."""
+        style = {"seed": source.seed, "class_counts": source.class_counts, "device": source.device, **source.style}
+        return generate(net, indices[:count], **style).float().cpu() / 2
+
+    most, frames = min(args.batch, len(indices)), args.interpolate or 1
+    counts = sorted({1, *(most >> n for n in range(most.bit_length()))})
+    runtime = of_modules(source.network, source.net, source.device, asked=args.runtime, unit="image", work=[args.batch])
+    source.net = runtime.chosen([Piece(count, partial(draw, count)) for count in counts], len(indices) * frames)
 
 
 def default_num(args: argparse.Namespace) -> int:

@@ -19,16 +19,20 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sdtrain.commands.overlap import overlapped
+from sdtrain.commands.running import form_of
 from sdtrain.data.pack.pack import complete, other_plan
 from sdtrain.data.pack.packing import MARKERS, ShardJob, finish, finished
+from sdtrain.data.read.budget import PictureLimits
 from sdtrain.data.read.dataset import Dataset, open_dataset
 from sdtrain.data.read.images import ImageRejected
-from sdtrain.data.read.picture import picture_of, png_of
+from sdtrain.data.read.picture import Picture, picture_of, png_of
 from sdtrain.data.read.tars import ShardWriter
 from sdtrain.errors import EXIT_OK, EXIT_USER_ERROR, ConfigError, DataError, UserError
 from sdtrain.files import sha256_of_file, write_json
@@ -71,6 +75,8 @@ def plan_jobs(dataset: Dataset, upscaler: Upscaler, out: Path) -> list[Job]:
     """A job for each shard, with the digest of everything that its bytes depend on."""
     names = ("tile", "overlap", "scale", "factor", "seed")
     settings = {name: getattr(upscaler, name) for name in names} | {"megabytes": upscaler.limits.megabytes}
+    if (form := form_of(upscaler.runtime, upscaler.precision)) != "eager":  # it rounds in another way
+        settings["runtime"] = form
     what = [dataset.hash, sha256_of_file(upscaler.path), settings]
     plan = hashlib.sha256(json.dumps(what).encode()).hexdigest()
     samples: dict[int, list[int]] = {number: [] for number in range(len(dataset.shards))}
@@ -113,9 +119,8 @@ def enlarge(job: Job, dataset: Dataset, upscaler: Upscaler) -> None:
     writer, labels, shard = ShardWriter(job.path), Counter[int](), os.path.basename(dataset.shards[job.number])
     rejected = [(member, reason) for place, member, reason in dataset.damage if place == shard and member]
     try:
-        for sample in job.samples:
+        for sample, found in enlarged(dataset, job.samples, upscaler):
             key, label = dataset.index.key(sample), int(dataset.index.label[sample])
-            found = enlarged(dataset, sample, upscaler)
             if isinstance(found, str):
                 rejected.append((key, found))
                 continue
@@ -132,20 +137,34 @@ def enlarge(job: Job, dataset: Dataset, upscaler: Upscaler) -> None:
     write_json(job.marker, marker)
 
 
-def enlarged(dataset: Dataset, sample: int, upscaler: Upscaler) -> bytes | str:
-    """The enlarged picture as a PNG, or why there is none. Raises DataError where the disk fails, not the picture."""
+def enlarged(dataset: Dataset, samples: Sequence[int], upscaler: Upscaler) -> Iterator[tuple[int, bytes | str]]:
+    """Of each its enlarged picture as a PNG, or why there is none. Raises DataError where the disk fails."""
+
+    def compute(picture: Picture | str) -> Picture | str:
+        try:
+            return picture if isinstance(picture, str) else upscaler(picture)
+        except UserError as error:
+            return str(error)
+
+    def png(picture: Picture | str) -> bytes | str:
+        return picture if isinstance(picture, str) else png_of(picture)
+
+    def beside(last: Picture | str, this: Picture | str) -> bool:
+        return isinstance(last, str) or isinstance(this, str) or upscaler.both_fit(last, this)
+
+    with closing(overlapped(samples, partial(picture_or_why, dataset, upscaler.limits), compute, png, beside)) as work:
+        yield from ((sample, found.get()) for sample, found in work)
+
+
+def picture_or_why(dataset: Dataset, limits: PictureLimits, sample: int) -> Picture | str:
     try:
-        data = dataset.read(sample)
-    except EOFError as error:
-        return str(error)
+        return picture_of(dataset.read(sample), limits)
     except OSError as error:
         shard, _ = dataset.locate(sample)
         raise DataError(
             f"{shard} cannot be read ({error.strerror or error}); mend that, and the same command goes on there"
         ) from None
-    try:
-        return png_of(upscaler(picture_of(data, upscaler.limits)))
-    except (ImageRejected, UserError) as error:
+    except (ImageRejected, EOFError) as error:
         return str(error)
 
 
