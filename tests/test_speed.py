@@ -19,12 +19,13 @@ from torch import nn
 from sdtrain import cli
 from sdtrain.commands import speed, speed_cases
 from sdtrain.commands.speed_rows import Asked, base_of, speed_up
-from sdtrain.commands.variants import Clock
+from sdtrain.engine.timing import Clock
 from sdtrain.interop.network import Network, save_network
 from sdtrain.models.gcfsr import networks as gcfsr
 from sdtrain.models.gcfsr import options as gcfsr_options
 from sdtrain.models.rrdbnet import networks as rrdbnet
 from sdtrain.models.rrdbnet import options as rrdbnet_options
+from sdtrain.release import backends
 
 QUICK = ["--size", "16x12", "--warmup", 1, "--passes", 3, "--threads", 1, "--device", "cpu"]
 
@@ -146,7 +147,7 @@ def test_what_a_form_cannot_take_is_one_note_and_the_others_are_measured(photos,
     def unable(*_: Any) -> Any:
         raise RuntimeError("no compiler here\nsecond line")
 
-    monkeypatch.setitem(speed_cases.FORMS, "compiled", unable)
+    monkeypatch.setitem(backends.ALL, "compiled", unable)
     row = measured(tmp_path, photos[0], "--backend", "eager,compiled", "--precision", "fp32")
     assert [case["backend"] for case in row["cases"]] == ["eager"]
     assert "compiled in fp32 is left out: no compiler here\n" in capsys.readouterr().err
@@ -208,4 +209,4 @@ def test_help_and_refusals_need_no_torch():
 
     script = "import sys; from sdtrain import cli; assert cli.main(['speed', 'x', '--size', '1']) == 2; "
     assert run_python("-c", script + "assert 'torch' not in sys.modules").returncode == 0
-    assert "speed" in cli.COMMANDS and speed.BACKENDS == tuple(speed_cases.FORMS)
+    assert "speed" in cli.COMMANDS and speed.BACKENDS == tuple(backends.ALL)

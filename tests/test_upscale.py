@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from sdtrain.commands import upscale
 from sdtrain.commands.exporting import export
-from sdtrain.data.read.picture import Picture, _turn, read_picture, write_picture
+from sdtrain.data.read.picture import Picture, _turn, read_picture, values_of, write_picture
 from sdtrain.errors import ConfigError, DataError, WeightsError
 from sdtrain.interop.loading import load_network
 from sdtrain.interop.network import Network, save_network
@@ -100,6 +100,30 @@ def test_tiled_equals_whole_where_the_overlap_is_twice_the_reach(net: torch.nn.M
     tiled = enlarge(net, image, scale=net.scale, fold=fold, tile=overlap + 15, overlap=overlap)
     assert whole.shape == (3, image.shape[1] * net.scale, image.shape[2] * net.scale)
     assert (tiled - whole).abs().max() < 1e-5 * whole.abs().max()
+
+
+@pytest.mark.parametrize(
+    "size, tile, overlap", [((90, 130), 40, 16), ((33, 61), 20, 7), ((50, 50), 64, 32), ((64, 9), 20, 0)]
+)
+def test_tiles_are_added_up_as_if_each_was_weighed_as_a_whole(size: tuple[int, int], tile: int, overlap: int) -> None:
+    image = torch.rand(3, *size, generator=torch.Generator().manual_seed(3))
+    net = torch.nn.Upsample(scale_factor=3, mode="bicubic")
+    whole = torch.zeros(3, *(3 * side for side in size))
+    for y in spans(size[0], tile, overlap):
+        for x in spans(size[1], tile, overlap):
+            result = net(image[None, :, y.start : y.stop, x.start : x.stop])[0]
+            place = whole[:, 3 * y.start : 3 * y.stop, 3 * x.start : 3 * x.stop]
+            place += result * (y.weights(3)[:, None] * x.weights(3))
+    assert torch.equal(enlarge(net, image, scale=3, tile=tile, overlap=overlap), whole)
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("alpha", [False, True])
+def test_a_picture_is_rounded_alike_in_pieces_and_as_a_whole(bits: int, alpha: bool) -> None:
+    values = np.random.default_rng(0).normal(0.5, 0.4, (150, 7, 4)).astype(np.float32)
+    picture = Picture(values[..., :3], values[..., 3] if alpha else None, bits)
+    whole = (values[..., : 3 + alpha].clip(0, 1) * (2**bits - 1)).round()
+    assert np.array_equal(values_of(picture), whole)
 
 
 def test_a_small_overlap_leaves_differences_but_no_step_at_the_seam() -> None:

@@ -53,8 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Returns 0; raises ConfigError for a configuration without self-distillation or an unknown variant."""
     configs = configurations(args)
-    from sdtrain.commands.variants import Clock, Variant, compare
+    from sdtrain.commands.variants import Variant, compare
     from sdtrain.engine.ranks import pick_device
+    from sdtrain.engine.timing import Clock
     from sdtrain.methods.sdgan.method import SDGAN
     from sdtrain.precision import exact_sums
 

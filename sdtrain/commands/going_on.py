@@ -54,9 +54,8 @@ def going_on(jobs: Sequence[J], upscaler: Any, out: Path) -> Iterator[list[J]]:
 
 def plan_of(jobs: Sequence[Job], upscaler: Any) -> str:
     """Of all that decides what the results are, but for what is in the sources."""
-    settings = [getattr(upscaler, name) for name in ("tile", "overlap", "scale", "factor", "seed")]
     names = [(str(job.source), str(job.target)) for job in jobs]
-    return hashlib.sha256(json.dumps([sha256_of_file(upscaler.path), settings, names]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([sha256_of_file(upscaler.path), upscaler.settings, names]).encode()).hexdigest()
 
 
 def _noted(note: Path) -> Any:

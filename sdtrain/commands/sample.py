@@ -17,9 +17,11 @@ from __future__ import annotations
 import argparse
 import math
 import re
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sdtrain.commands.running import DATA_SET, MODULES, add_runtime, of_modules, refuse_runtime
 from sdtrain.commands.source import ROLE, Source
 from sdtrain.errors import EXIT_OK, ConfigError
 from sdtrain.files import why_unwritable
@@ -65,6 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--data-free", action="store_true", help="open no training set: classes all alike, their numbers for names")
     add("--allow-pipe", action="store_true", help="run the command of --data pipe:COMMAND")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: a GPU where there is one)")
+    add_runtime(parser, "eager, so that a seed says the same image on machines alike", MODULES)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -76,7 +79,10 @@ def run(args: argparse.Namespace) -> int:
     more |= {"label": args.label, "data": args.data, "allow_pipe": args.allow_pipe, "data_free": args.data_free}
 
     def load() -> Source:
-        return Source(args.path, pick_device(args.device), seed=args.seed, weights=args.weights, **more)
+        source = Source(args.path, pick_device(args.device), seed=args.seed, weights=args.weights, **more)
+        if args.runtime not in (None, "eager"):
+            run_faster(source, indices, args)
+        return source
 
     if args.shards:
         from sdtrain.commands import sample_shards
@@ -130,6 +136,26 @@ def check_shards(args: argparse.Namespace, sheet: bool) -> None:
         raise ConfigError(f"--jpeg {args.jpeg} is a quality from 1 to 100 of images in shards; add --shards N")
     if args.data_free and args.data:
         raise ConfigError("--data names a training set and --data-free opens none; leave one of them out")
+    if args.shards and args.runtime == "auto":
+        refuse_runtime(args.runtime, DATA_SET)
+
+
+def run_faster(source: Source, indices: list[int], args: argparse.Namespace) -> None:
+    """Let the network be run as --runtime says, judged by images of it. Raises ConfigError where that cannot be."""
+    import torch
+
+    from sdtrain.release.runtime import Piece
+    from sdtrain.sampling import generate
+
+    def draw(count: int, net: Any) -> torch.Tensor:
+        """Images [count, 3, R, R] in a range of one."""
+        style = {"seed": source.seed, "class_counts": source.class_counts, "device": source.device, **source.style}
+        return generate(net, indices[:count], **style).float().cpu() / 2
+
+    most, frames = min(args.batch, len(indices)), args.interpolate or 1
+    counts = sorted({1, *(most >> n for n in range(most.bit_length()))})
+    runtime = of_modules(source.network, source.net, source.device, asked=args.runtime, unit="image", work=[args.batch])
+    source.net = runtime.chosen([Piece(count, partial(draw, count)) for count in counts], len(indices) * frames)
 
 
 def default_num(args: argparse.Namespace) -> int:

@@ -56,6 +56,7 @@ def plan_jobs(args: argparse.Namespace, indices: list[int], source: Source) -> l
             "take fewer shards or a smaller --batch"
         )
     drawn = [source.seed, source.class_counts, source.label_names, source.style, size, args.jpeg]
+    drawn += [] if args.runtime in (None, "eager") else [args.runtime]  # it rounds in another way
     plan = shard_jobs.digest_of([sha256_of_file(source.file), indices, num, *drawn])
     cuts = [batches * n // num * size for n in range(num + 1)]
     return [Job(n, str(args.out), plan, tuple(indices[a:b])) for n, (a, b) in enumerate(zip(cuts, cuts[1:]))]

@@ -92,7 +92,8 @@ class Source:
         self.class_counts = self._class_counts(label)
         if not hasattr(net, "z_dim"):
             raise ConfigError(f"{self.file} holds {network.kind}, which enlarges images; use `sdtrain upscale`")
-        self.kind, self.role, self.device, self.resolution = network.kind, network.role, device, network.resolution
+        self.network, self.kind, self.role, self.device = network, network.kind, network.role, device
+        self.resolution = network.resolution
         self.net: Any = net.to(device)
         self.seed = seed if seed is not None else self.config.seed if self.config else 0
         self.batch_size = batch_size

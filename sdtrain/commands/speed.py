@@ -22,9 +22,7 @@ from sdtrain.commands.pages import Figure, Part, check_out, publish
 from sdtrain.commands.speed_rows import Asked, sizes_of, table
 from sdtrain.errors import EXIT_OK, ConfigError
 from sdtrain.files import why_unwritable
-
-BACKENDS = ("eager", "channels-last", "compiled", "onnx")
-PRECISIONS = ("fp32", "bf16")
+from sdtrain.release.names import BACKENDS, PRECISIONS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import importlib
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +17,16 @@ from torch import Tensor, nn
 from sdtrain.activations import Watch
 from sdtrain.commands.source import config_of, file_of
 from sdtrain.commands.speed_rows import Asked, new_row
-from sdtrain.commands.variants import Clock
 from sdtrain.engine.origin import describe
 from sdtrain.engine.ranks import pick_device
+from sdtrain.engine.timing import Clock
 from sdtrain.errors import ConfigError
 from sdtrain.interop.loading import load_network
 from sdtrain.interop.network import PHOTOS, Network
-from sdtrain.release.graphs import onnx_bytes, require_onnx, trace
+from sdtrain.release import backends
 from sdtrain.release.outward import Outward, in_order
 from sdtrain.rng import generator
 from sdtrain.terminal import clip
-
-# what a compiler, an exporter or a kernel raises for a network that it cannot take
-UNABLE = (RuntimeError, ValueError, TypeError, LookupError, NotImplementedError, ImportError, OSError, AssertionError)
 
 
 @dataclass(frozen=True)
@@ -133,13 +130,13 @@ def cases_of(
         for precision, backend, count in itertools.product(asked.precisions, asked.backends, threads):
             torch.set_num_threads(count)
             try:
-                run = FORMS[backend](subject.network, net, inputs, precision)
+                run = partial(backends.made(backend, subject.network, net, inputs, precision), *inputs)
                 with torch.inference_mode():
                     made = run()
             except torch.OutOfMemoryError:
                 notes.append(f"{subject.name} at {text_of(size)} does not fit into the memory of {describe(device)}")
                 continue
-            except UNABLE as error:
+            except backends.UNABLE as error:
                 why = clip(str(error).partition("\n")[0] or type(error).__name__, 160)
                 notes.append(f"{subject.name}: {backend} in {precision} is left out: {why}")
                 continue
@@ -167,60 +164,6 @@ def inputs_of(net: Outward, size: tuple[int, int], batch: int, device: torch.dev
     """Noise of the shapes that the network takes."""
     picture = torch.rand(batch, 3, *size, generator=generator("speed", *size))
     return tuple(x.to(device) for x in in_order(net.names, net.inputs(batch, "speed", picture)))
-
-
-# The forms
-
-
-def eager(network: Network, net: nn.Module, inputs: Sequence[Tensor], precision: str) -> Callable[[], Tensor]:
-    net, inputs = converted(net, inputs, precision)
-    return lambda: net(*inputs)
-
-
-def channels_last(network: Network, net: nn.Module, inputs: Sequence[Tensor], precision: str) -> Callable[[], Tensor]:
-    net, inputs = converted(net, inputs, precision)
-    last = {"memory_format": torch.channels_last}
-    net = copy.deepcopy(net).to(**last)  # type: ignore[call-overload]
-    inputs = [x.contiguous(**last) if x.ndim == 4 else x for x in inputs]
-    return lambda: net(*inputs)
-
-
-def compiled(network: Network, net: nn.Module, inputs: Sequence[Tensor], precision: str) -> Callable[[], Tensor]:
-    """For this shape and number of threads alone."""
-    net, inputs = converted(net, inputs, precision)
-    torch._dynamo.reset()
-    made = torch.compile(copy.deepcopy(net), dynamic=False)
-    return lambda: made(*inputs)
-
-
-def onnx(network: Network, net: nn.Module, inputs: Sequence[Tensor], precision: str) -> Callable[[], Tensor]:
-    """ONNX Runtime on the file that `sdtrain export` writes; inputs and outputs lie on the host."""
-    if precision != "fp32":
-        raise ValueError(f"the exported graph is of fp32, not {precision}")
-    import onnxruntime
-
-    wanted = "CUDAExecutionProvider" if inputs[0].device.type == "cuda" else "CPUExecutionProvider"
-    if wanted not in onnxruntime.get_available_providers():
-        raise ValueError(f"this onnxruntime has no {wanted}")
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3
-    require_onnx()
-    session = onnxruntime.InferenceSession(onnx_bytes(*trace(network)), options, providers=[wanted])
-    named = {one.name: x.cpu().numpy() for one, x in zip(session.get_inputs(), inputs)}
-    device = inputs[0].device
-    return lambda: torch.from_numpy(session.run(None, named)[0]).to(device)
-
-
-FORMS = {"eager": eager, "channels-last": channels_last, "compiled": compiled, "onnx": onnx}
-
-
-def converted(net: nn.Module, inputs: Sequence[Tensor], precision: str) -> tuple[nn.Module, Sequence[Tensor]]:
-    """Weights and images in the arithmetic asked for."""
-    if precision == "fp32":
-        return net, inputs
-    made = copy.deepcopy(net).to(torch.bfloat16)
-    return made, [x.to(torch.bfloat16) for x in inputs]
 
 
 def memory_of(case: Case, net: nn.Module, device: torch.device) -> int | None:

@@ -11,21 +11,26 @@ others are done, and the exit status is 2.
 from __future__ import annotations
 
 import argparse
-import itertools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdtrain.commands import film_options
 from sdtrain.commands.going_on import going_on
+from sdtrain.commands.running import DATA_SET, add_runtime, form_of, refuse_runtime, upscaling_run
+from sdtrain.commands.upscale_jobs import Job, find_jobs, num_pixels
 from sdtrain.data.read.budget import LIMITS, PictureLimits, available_bytes
 from sdtrain.errors import EXIT_OK, EXIT_USER_ERROR, ConfigError, DataError, UserError, WeightsError
-from sdtrain.files import why_unwritable
+from sdtrain.files import why_unwritable, write_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from sdtrain.data.read.picture import Picture
 
 SMALLEST_TILE = 64
 FACTORS = (4.0, 64.0)
@@ -69,12 +74,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--seed", type=int, default=0, help="GCFSR: chooses the noise; the same seed gives the same picture"
     )
     film_options.add_arguments(parser)
+    add_runtime(parser, "auto; of data sets and films eager, for their bytes must not depend on a timing")
 
 
 def run(args: argparse.Namespace) -> int:
     """Returns 0, or 2 when a picture was refused; raises ConfigError or WeightsError before anything is written."""
     _check(args)
-    if film_options.is_film(args.inputs[0]) and not args.inputs[0].is_dir():
+    if is_film(args.inputs):
         from sdtrain.commands import upscale_film
 
         return upscale_film.run(args, Upscaler.of)
@@ -82,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
         from sdtrain.commands import upscale_shards
 
         return upscale_shards.run(args, Upscaler.of)
-    jobs = find_jobs(args.inputs, args.out)
+    jobs, args.runtime = find_jobs(args.inputs, args.out), args.runtime or "auto"
     upscaler = Upscaler.of(args)
     with going_on(jobs, upscaler, args.out) as left:
         refused = _work(left, upscaler)
@@ -108,8 +114,14 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError(f"--overlap {args.overlap} is neither a number of pixels nor auto")
     if args.overlap != "auto" and 2 * int(args.overlap) > args.tile:
         raise ConfigError(f"--overlap {args.overlap} is more than half of --tile {args.tile}; make the tiles larger")
+    if args.runtime == "auto" and (is_film(args.inputs) or is_dataset(args.inputs)):
+        refuse_runtime(args.runtime, DATA_SET)
     if reason := why_unwritable(film_options.folder_of(args.out)):
         raise ConfigError(f"--out {args.out}: {reason}; choose another folder")
+
+
+def is_film(inputs: list[Path]) -> bool:
+    return film_options.is_film(inputs[0]) and not inputs[0].is_dir()
 
 
 def is_dataset(inputs: list[Path]) -> bool:
@@ -118,70 +130,29 @@ def is_dataset(inputs: list[Path]) -> bool:
     return len(inputs) == 1 and (source.suffix == ".tar" or source.is_dir() and any(source.glob("*.tar")))
 
 
-@dataclass(frozen=True)
-class Job:
-    source: Path
-    target: Path
-
-
-def find_jobs(inputs: list[Path], out: Path) -> list[Job]:
-    """What to read and where to write it, each target once. ConfigError when there is nothing to do."""
-    from sdtrain.data.read.images import is_image_name
-
-    jobs: list[Job] = []
-    read: set[Path] = set()
-    taken: set[Path] = set()
-    for source, folder in _sources(inputs, is_image_name):
-        actual = source.resolve()
-        # results of an earlier run may lie inside an input folder
-        is_result = folder in inputs and out.resolve() in actual.parents
-        if actual in read or is_result:
-            continue
-        read.add(actual)
-        target = next(name for name in _names(out / source.relative_to(folder)) if name not in taken)
-        taken.add(target)
-        jobs.append(Job(source, target))
-    if not jobs:
-        raise ConfigError(
-            f"there are no pictures in {', '.join(map(str, inputs))}; give files, or folders that hold some"
-        )
-    return jobs
-
-
-def _names(path: Path) -> Iterator[Path]:
-    """a.png, a_jpg.png, a_jpg_2.png, ... for a.jpg."""
-    yield path.with_suffix(".png")
-    stem = f"{path.stem}_{path.suffix.lstrip('.').lower()}"
-    yield path.with_name(f"{stem}.png")
-    yield from (path.with_name(f"{stem}_{n}.png") for n in itertools.count(2))
-
-
-def _sources(inputs: list[Path], is_picture: Callable[[str], bool]) -> Iterator[tuple[Path, Path]]:
-    """(file, folder its target's name is relative to); files that were named are tried whatever they are called."""
-    for path in inputs:
-        if path.is_dir():
-            yield from ((file, path) for file in sorted(path.rglob("*")) if file.is_file() and is_picture(file.name))
-        else:
-            yield path, path.parent
-
-
 def _work(jobs: list[Job], upscaler: Upscaler) -> list[tuple[Path, str]]:
     from tqdm import tqdm
 
+    from sdtrain.commands.overlap import overlapped
     from sdtrain.data.read.images import ImageRejected
+    from sdtrain.data.read.picture import png_of
 
     refused: list[tuple[Path, str]] = []
-    sizes = [_num_pixels(job.source) for job in jobs]
+    sizes = [num_pixels(job.source) for job in jobs]
+    upscaler.pixels = sum(sizes)
     with tqdm(total=sum(sizes), unit="px", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
+        read, enlarge = partial(_read, upscaler), partial(upscaler, progress=bar.update)
+        work = overlapped(jobs, read, enlarge, png_of, upscaler.both_fit)
         done = 0
-        for job, size in zip(jobs, sizes):
-            bar.set_postfix_str(job.source.name, refresh=False)
-            try:
-                _one(job, upscaler, bar.update)
-            except (ImageRejected, UserError, OSError) as error:
-                refused.append((job.source, _reason(error)))
-            done += size
-            bar.update(done - bar.n)
+        with closing(work):
+            for size, (job, found) in zip(sizes, work):
+                bar.set_postfix_str(job.source.name, refresh=False)
+                try:
+                    _write(job, found.get())
+                except (ImageRejected, UserError, OSError) as error:
+                    refused.append((job.source, _reason(error)))
+                done += size
+                bar.update(max(done - bar.n, 0))
     return refused
 
 
@@ -189,26 +160,17 @@ def _reason(error: Exception) -> str:
     return error.strerror or str(error) if isinstance(error, OSError) else str(error)
 
 
-def _num_pixels(path: Path) -> int:
-    """From the header, for the progress bar; 0 for a file that will be refused."""
-    from sdtrain.data.read.images import ImageRejected, size_of_image
-
-    try:
-        width, height = size_of_image(path)
-        return width * height
-    except (ImageRejected, OSError):  # the reader that decides says why; here only the estimate suffers
-        return 0
-
-
-def _one(job: Job, upscaler: Upscaler, progress: Callable[[int], object]) -> None:
-    from sdtrain.data.read.picture import read_picture, write_picture
+def _read(upscaler: Upscaler, job: Job) -> Picture:
+    from sdtrain.data.read.picture import read_picture
 
     if job.target.exists() and job.target.samefile(job.source):
         raise DataError("the result would replace its own input; choose another --out")
-    picture = read_picture(job.source, upscaler.limits)
-    result = upscaler(picture, progress)
+    return read_picture(job.source, upscaler.limits)
+
+
+def _write(job: Job, data: bytes) -> None:
     job.target.parent.mkdir(parents=True, exist_ok=True)
-    write_picture(job.target, result)
+    write_bytes(job.target, data)
 
 
 @dataclass
@@ -225,6 +187,10 @@ class Upscaler:
     seed: int = 0
     path: Path = field(default_factory=Path)
     limits: PictureLimits = LIMITS
+    runtime: str = "eager"
+    precision: str = "fp32"
+    pixels: int = 0  # of the pictures to come, as far as they are known
+    run: Any = field(default=None, init=False)  # called in the place of `net`, chosen with the first picture
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> Upscaler:
@@ -249,7 +215,11 @@ class Upscaler:
         overlap = auto_overlap(net) if args.overlap == "auto" else int(args.overlap)
         same = dict(scale=args.scale, factor=args.factor, seed=args.seed, path=file)
         same["limits"] = PictureLimits(megabytes=args.max_image_mb)
-        return cls(net.to(device), found, device, args.tile, min(overlap, args.tile // 2), **same)
+        same |= {"runtime": args.runtime or "eager", "precision": args.precision}
+        upscaler = cls(net.to(device), found, device, args.tile, min(overlap, args.tile // 2), **same)
+        if upscaler.runtime != "auto":  # what cannot be is no fault of a picture
+            upscaler.run = upscaling_run(upscaler)
+        return upscaler
 
     @classmethod
     def of_graph(cls, args: argparse.Namespace) -> Upscaler:
@@ -259,11 +229,15 @@ class Upscaler:
 
         if args.factor is not None or args.device not in ("auto", "cpu"):
             raise ConfigError("--factor and --device are not for an .onnx file, which onnxruntime runs on the CPU here")
+        if args.runtime not in (None, "auto") or args.precision != "fp32":
+            raise ConfigError("--runtime and --precision are not for an .onnx file, which onnxruntime runs as it is")
         net = PhotoGraph(args.model)
         overlap = AUTO_OVERLAP_MAX if args.overlap == "auto" else int(args.overlap)
         more: dict[str, Any] = {"scale": args.scale, "path": args.model}
         more["limits"] = PictureLimits(megabytes=args.max_image_mb)
-        return cls(net, net, "cpu", args.tile, min(overlap, args.tile // 2), **more)
+        upscaler = cls(net, net, "cpu", args.tile, min(overlap, args.tile // 2), **more)
+        upscaler.run = net
+        return upscaler
 
     def __call__(self, picture: Any, progress: Callable[[int], object] = lambda pixels: None) -> Any:
         """Raises DataError for a picture the network cannot take."""
@@ -273,34 +247,58 @@ class Upscaler:
 
         image = torch.from_numpy(picture.rgb.copy()).permute(2, 0, 1)
         height, width = image.shape[-2:]
-        refuse_result(height, width, max(self.scale or 0, getattr(self.net, "scale", 1)))
-        out = self._face(image) if self.found.kind == "gcfsr" else self._photo(image, progress)
+        refuse_result(height, width, self.times)
+        if self.run is None:
+            self.run = upscaling_run(self, image)
+        out = self.face(image, self.run) if self.found.kind == "gcfsr" else self._photo(image, progress)
         if self.scale is not None:
             size = (max(1, round(height * self.scale)), max(1, round(width * self.scale)))
             out = resized(out, size)
         alpha = picture.alpha
         if alpha is not None:
             alpha = resized(torch.from_numpy(alpha.copy())[None], tuple(out.shape[-2:]))[0].numpy()
-        return replace(picture, rgb=out.clamp(0, 1).permute(1, 2, 0).numpy(), alpha=alpha)
+        with torch.inference_mode():  # as it was made
+            out.clamp_(0, 1)
+        return replace(picture, rgb=out.permute(1, 2, 0).numpy(), alpha=alpha)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides, beside the network, what is made of a picture."""
+        found = {name: getattr(self, name) for name in ("tile", "overlap", "scale", "factor", "seed")}
+        form = form_of(self.runtime, self.precision)
+        return found if form == "eager" else {**found, "runtime": form}  # another rounds in another way
+
+    @property
+    def times(self) -> float:
+        """The largest enlargement on the way to a result."""
+        return max(self.scale or 0, getattr(self.net, "scale", 1))
+
+    def both_fit(self, last: Picture, this: Picture) -> bool:
+        """Whether there is memory for the results of two pictures at once."""
+        pixels = sum(picture.rgb.shape[0] * picture.rgb.shape[1] for picture in (last, this))
+        return RESULT_BYTES * pixels * self.times**2 <= available_bytes()
+
+    @property
+    def fold(self) -> int:
+        """What the sides of a tile must be a multiple of."""
+        return 4 // self.net.scale if self.found.kind == "rrdbnet" else 1
 
     def _photo(self, image: Tensor, progress: Callable[[int], object]) -> Tensor:
         import torch
 
         from sdtrain.interop.tiled import enlarge
 
-        scale = self.net.scale
-        fold = 4 // scale if self.found.kind == "rrdbnet" else 1
         while True:
             try:
-                sizes = dict(tile=self.tile, overlap=self.overlap, device=self.device)
-                return enlarge(self.net, image, scale=scale, fold=fold, progress=progress, **sizes)
+                sizes = dict(tile=self.tile, overlap=self.overlap, fold=self.fold, scale=self.net.scale)
+                return enlarge(self.run, image, device=self.device, progress=progress, **sizes)
             except torch.OutOfMemoryError:
                 if self.tile // 2 < max(SMALLEST_TILE, 2 * self.overlap):
                     raise DataError(f"tiles of {self.tile} px do not fit into memory; use --device cpu") from None
                 self.tile //= 2
                 print(f"out of memory; going on with tiles of {self.tile} px", file=sys.stderr)
 
-    def _face(self, image: Tensor) -> Tensor:
+    def face(self, image: Tensor, run: Callable[..., Tensor]) -> Tensor:
         """GCFSR's test procedure: bicubic to full size, 8-bit rounding, the network with the factor, fixed noise."""
         import torch
 
@@ -317,7 +315,7 @@ class Upscaler:
         with torch.inference_mode():
             large = imresize(image, full / side) if side < full else image
             x = (large.clamp(0, 1) * 255).round() / 127.5 - 1
-            out = self.net(x[None].to(self.device), factor, draws)[0]
+            out = run(x[None].to(self.device), factor, draws)[0]
         return (out.float().cpu().clamp(-1, 1) + 1) / 2
 
     def _factor_for(self, side: int, full: int) -> float:

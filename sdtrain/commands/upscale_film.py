@@ -90,10 +90,8 @@ def run(args: argparse.Namespace, load: Callable[[argparse.Namespace], Upscaler]
 def task_of(source: Path, out: Path, upscaler: Upscaler, args: argparse.Namespace) -> Task:
     film = probe(source, upscaler.limits)
     style = style_of(film, upscaler, args)
-    names = ("tile", "overlap", "scale", "factor", "seed")
-    settings = [getattr(upscaler, name) for name in names]
     written = [args.codec, args.crf, args.part, out.suffix.lower(), version()]
-    plan = shard_jobs.digest_of([sha256_of_file(source), sha256_of_file(upscaler.path), settings, written])
+    plan = shard_jobs.digest_of([sha256_of_file(source), sha256_of_file(upscaler.path), upscaler.settings, written])
     return Task(film, out, style, upscaler, plan)
 
 

@@ -5,15 +5,19 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdtrain.commands import shard_jobs
+from sdtrain.commands.overlap import overlapped
 from sdtrain.commands.shard_jobs import Job, Manifest, Tick, shard_of
+from sdtrain.data.read.budget import PictureLimits
 from sdtrain.data.read.dataset import Dataset, open_dataset
 from sdtrain.data.read.images import ImageRejected
-from sdtrain.data.read.picture import picture_of, png_of
+from sdtrain.data.read.picture import Picture, picture_of, png_of
 from sdtrain.errors import EXIT_OK, EXIT_USER_ERROR, ConfigError, DataError, UserError
 from sdtrain.files import sha256_of_file
 
@@ -41,8 +45,7 @@ def run(args: argparse.Namespace, load: Callable[[argparse.Namespace], Upscaler]
 
 def plan_jobs(dataset: Dataset, upscaler: Upscaler, out: Path) -> list[Job]:
     """A job for each shard, with the digest of everything that its bytes depend on."""
-    names = ("tile", "overlap", "scale", "factor", "seed")
-    settings = {name: getattr(upscaler, name) for name in names} | {"megabytes": upscaler.limits.megabytes}
+    settings = upscaler.settings | {"megabytes": upscaler.limits.megabytes}
     plan = shard_jobs.digest_of([dataset.hash, sha256_of_file(upscaler.path), settings])
     samples: dict[int, list[int]] = {number: [] for number in range(len(dataset.shards))}
     for sample, shard in enumerate(dataset.index.shard.tolist()):
@@ -60,8 +63,8 @@ def enlarge(job: Job, dataset: Dataset, upscaler: Upscaler, tick: Tick) -> None:
     name = os.path.basename(dataset.shards[job.number])
     with shard_of(job) as shard:
         shard.rejected += [(member, reason) for place, member, reason in dataset.damage if place == name and member]
-        for sample in job.samples:
-            key, found = dataset.index.key(sample), enlarged(dataset, sample, upscaler)
+        for sample, found in enlarged(dataset, job.samples, upscaler):
+            key = dataset.index.key(sample)
             if isinstance(found, str):
                 shard.rejected.append((key, found))
             else:
@@ -69,20 +72,34 @@ def enlarge(job: Job, dataset: Dataset, upscaler: Upscaler, tick: Tick) -> None:
             tick(1)
 
 
-def enlarged(dataset: Dataset, sample: int, upscaler: Upscaler) -> bytes | str:
-    """The enlarged picture as a PNG, or why there is none. Raises DataError where the disk fails, not the picture."""
+def enlarged(dataset: Dataset, samples: Sequence[int], upscaler: Upscaler) -> Iterator[tuple[int, bytes | str]]:
+    """Of each its enlarged picture as a PNG, or why there is none. Raises DataError where the disk fails."""
+
+    def compute(picture: Picture | str) -> Picture | str:
+        try:
+            return picture if isinstance(picture, str) else upscaler(picture)
+        except UserError as error:
+            return str(error)
+
+    def png(picture: Picture | str) -> bytes | str:
+        return picture if isinstance(picture, str) else png_of(picture)
+
+    def beside(last: Picture | str, this: Picture | str) -> bool:
+        return isinstance(last, str) or isinstance(this, str) or upscaler.both_fit(last, this)
+
+    with closing(overlapped(samples, partial(picture_or_why, dataset, upscaler.limits), compute, png, beside)) as work:
+        yield from ((sample, found.get()) for sample, found in work)
+
+
+def picture_or_why(dataset: Dataset, limits: PictureLimits, sample: int) -> Picture | str:
     try:
-        data = dataset.read(sample)
-    except EOFError as error:
-        return str(error)
+        return picture_of(dataset.read(sample), limits)
     except OSError as error:
         shard, _ = dataset.locate(sample)
         raise DataError(
             f"{shard} cannot be read ({error.strerror or error}); mend that, and the same command goes on there"
         ) from None
-    try:
-        return png_of(upscaler(picture_of(data, upscaler.limits)))
-    except (ImageRejected, UserError) as error:
+    except (ImageRejected, EOFError) as error:
         return str(error)
 
 

@@ -17,33 +17,12 @@ from sdtrain.config.keys import Config
 from sdtrain.contracts import Chunk, Feed, Method, Phase
 from sdtrain.data.read.stream import Batch
 from sdtrain.engine.compiled import warm_up
+from sdtrain.engine.timing import Clock
 from sdtrain.methods.sdgan.method import SDGAN
 from sdtrain.rng import generator
 from sdtrain.trainer import Trainer
 
 PERIOD = 48  # steps after which lazy regularisation (every 4, every 16) has been through all its combinations
-
-
-class Clock:
-    """Seconds of work: wall time with the device waited for; processor time where one thread does it all."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.alone = device.type == "cpu" and torch.get_num_threads() == 1
-
-    def __call__(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.process_time() if self.alone else time.perf_counter()
-
-    @property
-    def name(self) -> str:
-        return "processor time of one thread" if self.alone else "wall time"
-
-    def time(self, work: Callable[[], Any]) -> tuple[float, Any]:
-        start = self()
-        result = work()
-        return self() - start, result
 
 
 class Variant:

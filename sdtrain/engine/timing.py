@@ -4,14 +4,37 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
 from sdtrain.engine.pulse import PULSE
 
 HELD = 1024  # events that may wait to be read
+
+
+class Clock:
+    """Seconds of work: wall time with the device waited for; processor time where one thread does it all."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.alone = device.type == "cpu" and torch.get_num_threads() == 1
+
+    def __call__(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.process_time() if self.alone else time.perf_counter()
+
+    @property
+    def name(self) -> str:
+        return "processor time of one thread" if self.alone else "wall time"
+
+    def time(self, work: Callable[[], Any]) -> tuple[float, Any]:
+        start = self()
+        result = work()
+        return self() - start, result
 
 
 class Timer:

@@ -42,6 +42,14 @@ class Span:
             weight *= (0.5 - (at - self.core_stop * scale) / width).clamp(0, 1)
         return weight
 
+    def parts(self, weights: Tensor) -> list[slice]:
+        """Of the output of this tile: what is blended with the last one, its own, what is blended with the next."""
+        (own,) = (weights == 1).nonzero(as_tuple=True)
+        counts = weights.nonzero()
+        first, last = (int(counts[0]), int(counts[-1]) + 1) if len(counts) else (0, 0)
+        low, high = (int(own[0]), int(own[-1]) + 1) if len(own) else (last, last)
+        return [part for part in (slice(first, low), slice(low, high), slice(high, last)) if part.start < part.stop]
+
 
 def spans(size: int, tile: int, overlap: int, fold: int = 1) -> list[Span]:
     """Tiles of one axis with cores of nearly equal size, at most `tile`; all edges are multiples of `fold`.
@@ -72,6 +80,19 @@ def auto_overlap(net: nn.Module) -> int:
     return min(2 * reach(net), AUTO_OVERLAP_MAX)
 
 
+def blend(out: Tensor, result: Tensor, y: Span, x: Span, scale: int) -> None:
+    """Add a tile's result [C, h, w], weighed, to the picture [C, H, W]; where it counts alone it is only copied."""
+    down, across = y.weights(scale), x.weights(scale)
+    for rows in y.parts(down):
+        for columns in x.parts(across):
+            own = result[:, rows, columns]
+            place = out[:, y.start * scale :, x.start * scale :][:, rows, columns]
+            if down[rows].min() == across[columns].min() == 1:
+                place.copy_(own)
+            else:
+                place += own * (down[rows, None] * across[columns])
+
+
 @torch.inference_mode()
 def enlarge(
     net: Callable[[Tensor], Tensor],
@@ -95,7 +116,6 @@ def enlarge(
         for x in spans(padded.shape[-1], tile, overlap, fold):
             part = padded[:, y.start : y.stop, x.start : x.stop].to(device)
             result = net(part[None])[0].float().cpu()
-            weight = y.weights(scale)[:, None] * x.weights(scale)
-            out[:, y.start * scale : y.stop * scale, x.start * scale : x.stop * scale] += result * weight
+            blend(out, result, y, x, scale)
             progress((y.core_stop - y.core_start) * (x.core_stop - x.core_start))
     return out[:, : height * scale, : width * scale]

@@ -49,9 +49,9 @@ def installed(package: str) -> bool:
         return False
 
 
-def trace(network: Network, half: bool = False) -> tuple[Outward, ExportedProgram]:
+def trace(network: Network, half: bool = False, clamped: bool = True) -> tuple[Outward, ExportedProgram]:
     """The program of `network`, and the module it was traced from."""
-    outward = Outward(network, half).eval()
+    outward = Outward(network, half, clamped).eval()
     side = outward.side
     example = in_order(outward.names, outward.inputs(TRACED, "trace", torch.rand(TRACED, 3, side, side)))
     batch, fold = Dim("batch", min=1, max=4096), outward.fold

@@ -1,4 +1,4 @@
-"""The forms a network can be given away in: what a file of each is called and holds. Free of torch."""
+"""The forms a network can be given away in, and the backends it can be run by. Free of torch."""
 
 from __future__ import annotations
 
@@ -26,6 +26,8 @@ FORMS = {
     "onnx-int8": Form(endings=(".onnx",), content="a graph in 8-bit integers", stem="model_int8"),
     "pt2": Form(endings=(".pt2",), content="a torch.export program"),
 }
+BACKENDS = ("eager", "channels-last", "compiled", "onnx", "cuda-graphs")
+PRECISIONS = ("fp32", "bf16")
 # An ending that none of these is belongs to the name, as in face-v1.5.
 ENDINGS = {
     *(ending for form in FORMS.values() for ending in form.endings),

@@ -47,13 +47,13 @@ def input_name(purpose: str) -> str:
 class Outward(nn.Module):
     """`net` with the inputs above by position, in the order of `names`; in `half`, computed in float16."""
 
-    def __init__(self, network: Network, half: bool = False) -> None:
+    def __init__(self, network: Network, half: bool = False, clamped: bool = True) -> None:
         """Raises WeightsError for a network that does not fit its card."""
         super().__init__()
         self.judges = network.player == "Discriminator"
         self.net: Any = network.build().requires_grad_(False)
         self.kind, self.resolution = network.kind, network.resolution
-        self.num_classes, self.half_ = network.num_classes, False
+        self.num_classes, self.half_, self.clamped = network.num_classes, False, clamped
         self.lowest = 0.0 if self.kind in PHOTOS else -1.0
         self.truncates = hasattr(self.net, "mapping") and hasattr(self.net, "synthesis")
         self.noise = self._noise()
@@ -123,12 +123,13 @@ class Outward(nn.Module):
         return {**self._latents(batch, seed), **maps}
 
     def forward(self, *values: Tensor) -> Tensor:
-        """The inputs in the order of `names`, float32 -> image (or logits), float32, clamped."""
+        """The inputs in the order of `names`, float32 -> image (or logits), float32, clamped unless told otherwise."""
         given = dict(zip(self.names, values))
         if self.judges:
             return self.net(*values)
         noise = GivenNoise(0, {name: self._low(given[name]) for name in self.noise})
-        return self._draw(given, noise).float().clamp(self.lowest, 1.0)
+        image = self._draw(given, noise).float()
+        return image.clamp(self.lowest, 1.0) if self.clamped else image
 
     def _low(self, x: Tensor) -> Tensor:
         return x.half() if self.half_ else x

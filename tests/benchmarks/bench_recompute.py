@@ -13,8 +13,9 @@ from dataclasses import replace
 
 import torch
 
-from sdtrain.commands.variants import Clock, Variant, synthetic
+from sdtrain.commands.variants import Variant, synthetic
 from sdtrain.config.load import load_config
+from sdtrain.engine.timing import Clock
 from sdtrain.plan import size
 
 RANDOM = ("weights.lpips=random", "weights.features=random", "weights.perceptual=random", "batch_size=1")

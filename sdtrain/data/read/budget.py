@@ -19,8 +19,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import signal
 import threading
+import time
 from dataclasses import dataclass
 
 MB = 1 << 20
@@ -59,24 +61,66 @@ class TooSlow(BaseException):
 class within:
     """Raise TooSlow when the block has used so much processor time; a machine under load makes nothing too slow.
 
-    Signals reach the main thread alone: in any other one nothing is limited. Not nested; microseconds count here.
+    Not nested; microseconds count here. In the main thread a signal tells, and counts what all threads do; in another
+    one a thread that watches it. Where the system does not count the time of a thread nothing is limited there.
     """
 
     _ready = False
 
     def __init__(self, seconds: float) -> None:
-        self._seconds = seconds if threading.current_thread() is threading.main_thread() else 0.0
+        self._seconds = seconds
+        self._watch = None if threading.current_thread() is threading.main_thread() else _Watch(seconds)
 
     def __enter__(self) -> None:
-        if self._seconds:
-            if not within._ready:
-                signal.signal(signal.SIGVTALRM, _time_is_up)
-                within._ready = True
-            signal.setitimer(TIMER, self._seconds, 1.0)  # again each second, in case a library has swallowed it
+        if self._watch:
+            return self._watch.start()
+        if not within._ready:
+            signal.signal(signal.SIGVTALRM, _time_is_up)
+            within._ready = True
+        signal.setitimer(TIMER, self._seconds, 1.0)  # again each second, in case a library has swallowed it
 
     def __exit__(self, *_: object) -> None:
-        if self._seconds:
-            signal.setitimer(TIMER, 0)
+        if self._watch:
+            return self._watch.end()
+        signal.setitimer(TIMER, 0)
+
+
+class _Watch:
+    """Strikes the thread that made it with TooSlow, once it has worked for so long, and again each second."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds, self._thread = seconds, threading.current_thread()
+        self._over, self._striking = threading.Event(), threading.Lock()
+        self._watcher = threading.Thread(target=self._look, name="watching", daemon=True)
+
+    def start(self) -> None:
+        if hasattr(time, "pthread_getcpuclockid"):
+            self._clock = time.pthread_getcpuclockid(threading.get_ident())
+            self._end = time.clock_gettime(self._clock) + self._seconds
+            self._watcher.start()
+
+    def end(self) -> None:
+        """From here on nothing strikes, also what has not arrived yet."""
+        with self._striking:
+            self._over.set()
+            strike(self._thread, None)
+        if self._watcher.is_alive():
+            self._watcher.join()  # it asks for the clock of a thread that must be there
+
+    def _look(self) -> None:
+        left = self._seconds
+        while not self._over.wait(max(left, 0.001)):
+            left = self._end - time.clock_gettime(self._clock)
+            with self._striking:
+                if left <= 0 and not self._over.is_set():
+                    strike(self._thread, TooSlow)
+                    left = 1.0
+
+
+def strike(thread: threading.Thread, error: type[BaseException] | None) -> None:
+    """Have another thread raise `error` when it next runs Python; None takes back what has not arrived."""
+    number, what = ctypes.c_ulong(thread.ident or 0), None if error is None else ctypes.py_object(error)
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(number, what)
 
 
 def _time_is_up(*_: object) -> None:
