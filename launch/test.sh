@@ -11,8 +11,10 @@ setup_venv test
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # ranks and workers share the cores
 
 selection="not slow"
+spread=(--numprocesses 2 --dist loadfile)  # most tests wait for one process of their own
 if [ "${1:-}" = "--slow" ]; then
     selection="slow"
+    spread=()
     shift
 fi
 
@@ -22,5 +24,5 @@ python -m ruff check . || status=1
 say "mypy"
 python -m mypy || status=1
 say "pytest"
-python -m pytest -m "$selection" "$@" || status=1
+python -m pytest -m "$selection" "${spread[@]}" "$@" || status=1
 exit "$status"

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import errno
 import subprocess
 import sys
 from pathlib import Path
@@ -357,6 +358,26 @@ def test_what_is_cheap_to_see_is_said_before_a_network_is_read(
     assert str(caught.value) == f"--out {out}: {place} cannot be written (Not a directory); choose another folder"
     with pytest.raises(WeightsError, match=r"^--model .*absent does not exist; give a run folder, .pth, .safe"):
         run(tmp_path / "a.png", "--model", tmp_path / "absent", "--out", tmp_path / "out")
+
+
+def test_a_disk_that_is_full_ends_the_work_and_what_is_done_is_not_done_again(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a", "b", "c"):
+        save(tmp_path / f"{name}.png", photo(16, 16))
+    write, tried = upscale._write, []
+
+    def full(job: Any, data: bytes) -> None:
+        tried.append(job.target.name)
+        if job.target.name == "b.png" and len(tried) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(job, data)
+
+    monkeypatch.setattr(upscale, "_write", full)
+    words = [*sorted(tmp_path.glob("?.png")), "--model", model, "--out", tmp_path / "out"]
+    with pytest.raises(OSError, match="No space left"):  # a sentence and exit code 2: exits.py
+        run(*words)
+    assert run(*words) == 0 and tried == ["a.png", "b.png", "b.png", "c.png"]
 
 
 def test_a_folder_without_pictures_is_refused(model: Path, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from sdtrain.commands.running import DATA_SET, add_runtime, form_of, refuse_runt
 from sdtrain.commands.upscale_jobs import Job, find_jobs, num_pixels
 from sdtrain.data.read.budget import LIMITS, PictureLimits, available_bytes
 from sdtrain.errors import EXIT_OK, EXIT_USER_ERROR, ConfigError, DataError, UserError, WeightsError
+from sdtrain.exits import OF_THE_DISK
 from sdtrain.files import why_unwritable, write_bytes
 
 if TYPE_CHECKING:
@@ -150,6 +151,8 @@ def _work(jobs: list[Job], upscaler: Upscaler) -> list[tuple[Path, str]]:
                 try:
                     _write(job, found.get())
                 except (ImageRejected, UserError, OSError) as error:
+                    if isinstance(error, OSError) and error.errno in OF_THE_DISK:
+                        raise  # of no picture alone
                     refused.append((job.source, _reason(error)))
                 done += size
                 bar.update(max(done - bar.n, 0))
