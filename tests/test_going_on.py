@@ -14,6 +14,7 @@ from tiny import picture
 
 from sdtrain import cli
 from sdtrain.commands import upscale
+from sdtrain.commands.upscale_jobs import Job
 
 NUM = 5
 
@@ -30,18 +31,18 @@ def frames(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the pictures that were really made; after `stop` of them comes Ctrl-C."""
+    """Names of the pictures that were really written; after `stop` of them comes Ctrl-C."""
     names: list[str] = []
-    real = upscale._one
+    real = upscale._write
 
-    def one(job: upscale.Job, *more: object) -> None:
-        if len(names) == one.stop:  # type: ignore[attr-defined]
+    def write(job: Job, data: bytes) -> None:
+        if len(names) == write.stop:  # type: ignore[attr-defined]
             raise KeyboardInterrupt
         names.append(job.source.name)
-        real(job, *more)  # type: ignore[arg-type]
+        real(job, data)
 
-    one.stop = 3  # type: ignore[attr-defined]
-    monkeypatch.setattr(upscale, "_one", one)
+    write.stop = 3  # type: ignore[attr-defined]
+    monkeypatch.setattr(upscale, "_write", write)
     return names
 
 
@@ -52,7 +53,7 @@ def words(frames: Path, student: Path, out: Path, *more: str) -> list[str]:
 def interrupted(frames: Path, student: Path, out: Path, made: list[str]) -> None:
     assert cli.main(words(frames, student, out)) == 130
     assert made == ["000.png", "001.png", "002.png"]
-    upscale._one.stop = -1  # type: ignore[attr-defined]
+    upscale._write.stop = -1  # type: ignore[attr-defined]
     made.clear()
 
 
@@ -95,9 +96,9 @@ def test_other_settings_make_all_of_them_again(
     more: list[str],
 ) -> None:
     interrupted(frames, student, tmp_path / "out", made)
-    upscale._one.stop = 1  # type: ignore[attr-defined]
+    upscale._write.stop = 1  # type: ignore[attr-defined]
     assert cli.main(words(frames, student, tmp_path / "out", *more)) == 130
-    upscale._one.stop = -1  # type: ignore[attr-defined]
+    upscale._write.stop = -1  # type: ignore[attr-defined]
     made.clear()
     assert cli.main(words(frames, student, tmp_path / "out", *more)) == 0
     assert made == ["001.png", "002.png", "003.png", "004.png"]  # 1 and 2 were those of the first command

@@ -47,7 +47,9 @@ class Enlarging:
         words = {name: str(setup[name]) for name in ("weights", "device", "max_image_mb")}
         options = [f"--{name.replace('_', '-')}={value}" for name, value in words.items()]
         self.upscaler = Upscaler.of(parser.parse_args(["-", f"--model={setup['path']}", "--out=-", *options]))
-        self.command = f"sdtrain upscale PICTURE --model {words_of(setup)}"
+        # what `upscale` would choose by a timing may round in another way; a graph is run as it is
+        runtime = "" if str(setup["path"]).endswith(".onnx") else "--runtime eager "
+        self.command = f"sdtrain upscale PICTURE {runtime}--model {words_of(setup)}"
 
     def about(self) -> dict[str, Any]:
         found, net = self.upscaler.found, self.upscaler.net

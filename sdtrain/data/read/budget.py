@@ -110,7 +110,10 @@ class _Watch:
     def _look(self) -> None:
         left = self._seconds
         while not self._over.wait(max(left, 0.001)):
-            left = self._end - time.clock_gettime(self._clock)
+            try:
+                left = self._end - time.clock_gettime(self._clock)
+            except OSError:  # the thread was struck by somebody else, and has ended
+                return
             with self._striking:
                 if left <= 0 and not self._over.is_set():
                     strike(self._thread, TooSlow)
