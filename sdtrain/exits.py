@@ -75,9 +75,8 @@ def tell(error: object) -> None:
     met = ranks is not None and ranks.world() > 1 and not getattr(error, "of_all", False)
     alone = getattr(error, "of_one", False) and os.environ.get("WORLD_SIZE", "1") != "1"
     if met or alone or rank == "0":
-        print(
-            f"sdtrain{f' (rank {ranks.rank() if met and ranks else rank})' * (met or alone)}: {error}", file=sys.stderr
-        )
+        who = f" (rank {ranks.rank() if met and ranks else rank})" if met or alone else ""
+        print(f"sdtrain{who}: {error}", file=sys.stderr)
 
 
 def part(code: int) -> int:

@@ -36,6 +36,11 @@ CERTAIN = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM,
 _passed: dict[str, int] = {}  # how often each boundary has been crossed, counted only in fault tests
 
 
+def cache_root() -> Path:
+    """What can be made again: SDTRAIN_CACHE, or ~/.cache/sdtrain."""
+    return Path(os.environ.get("SDTRAIN_CACHE", Path.home() / ".cache" / "sdtrain"))
+
+
 def fault_point(name: str) -> None:
     """Be killed where SDTRAIN_FAULT asks for it: `NAME`, or `NAME@3` for the third time. Nothing in a normal run."""
     wanted, _, time = os.environ.get("SDTRAIN_FAULT", "").partition("@")

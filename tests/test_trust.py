@@ -26,12 +26,12 @@ from tiny import tiny_config, write_config
 from sdtrain import cli, weights
 from sdtrain.commands import evaluate_sr, fetch_weights, sample, tables
 from sdtrain.config.load import load_config
-from sdtrain.data.read.picture import Picture, write_picture
+from sdtrain.data.read.picture import Picture, png_of
 from sdtrain.engine import checkpoint, snapshots
 from sdtrain.engine.runfolder import OWN, RunFolder
 from sdtrain.errors import RunError, UserError, WeightsError
 from sdtrain.exits import run_command
-from sdtrain.files import save_tensors, sweep, write_json
+from sdtrain.files import save_tensors, sweep, write_bytes, write_json
 from sdtrain.interop.loading import load_network
 from sdtrain.interop.pth import save_pth
 from sdtrain.terminal import visible
@@ -121,7 +121,7 @@ PIXELS = np.zeros((4, 4, 3), np.uint8)
 WRITERS: dict[str, Callable[[Path], object]] = {
     "sample.png": lambda path: sample.save(path, PIXELS),
     "sample.gif": lambda path: sample.write_gif(path, [PIXELS, PIXELS], 10),
-    "upscaled.png": lambda path: write_picture(path, Picture(PIXELS.astype(np.float32))),
+    "upscaled.png": lambda path: write_bytes(path, png_of(Picture(PIXELS.astype(np.float32)))),
     "exported.pth": lambda path: save_pth({"a": torch.zeros(1)}, path),
     "exported.safetensors": lambda path: save_tensors(path, {"a": torch.zeros(1)}),
     "card.json": lambda path: write_json(path, {}),

@@ -22,8 +22,9 @@ from torch.nn import functional as F
 
 from sdtrain.commands import upscale
 from sdtrain.commands.exporting import export
-from sdtrain.data.read.picture import Picture, _turn, read_picture, values_of, write_picture
+from sdtrain.data.read.picture import Picture, _turn, png_of, read_picture, values_of
 from sdtrain.errors import ConfigError, DataError, WeightsError
+from sdtrain.files import write_bytes
 from sdtrain.interop.loading import load_network
 from sdtrain.interop.network import Network, save_network
 from sdtrain.interop.pth import export_student
@@ -240,7 +241,7 @@ def test_transparency_is_kept(model: Path, tmp_path: Path) -> None:
 
 def test_sixteen_bits_are_kept(model: Path, tmp_path: Path) -> None:
     fine = photo(16, 16, top=1)[..., :1] * 0 + np.linspace(0.5, 0.504, 256).reshape(16, 16, 1)
-    write_picture(tmp_path / "a.png", Picture(np.repeat(fine, 3, 2).astype(np.float32), bits=16))
+    write_bytes(tmp_path / "a.png", png_of(Picture(np.repeat(fine, 3, 2).astype(np.float32), bits=16)))
     run(tmp_path / "a.png", "--model", model, "--out", tmp_path / "out")
     got = read_picture(tmp_path / "out" / "a.png")
     assert got.bits == 16 and got.rgb.shape == (32, 32, 3)
@@ -251,7 +252,7 @@ def test_sixteen_bits_are_kept(model: Path, tmp_path: Path) -> None:
 def test_a_written_sixteen_bit_picture_reads_back_exactly(tmp_path: Path, channels: int) -> None:
     values = np.random.default_rng(0).integers(0, 1 << 16, (9, 13, 4)).astype(np.float32) / 65535
     alpha = values[..., 3] if channels == 4 else None
-    write_picture(tmp_path / "a.png", Picture(values[..., :3], alpha, bits=16))
+    write_bytes(tmp_path / "a.png", png_of(Picture(values[..., :3], alpha, bits=16)))
     got = read_picture(tmp_path / "a.png")
     assert np.array_equal(got.rgb, values[..., :3])
     assert alpha is None or np.array_equal(got.alpha, alpha)

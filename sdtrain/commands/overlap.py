@@ -54,6 +54,7 @@ class Aside:
         self._asked = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._busy = False
+        self._ending = threading.Lock()  # a call does not end while it is being struck
 
     def _work(self) -> None:
         try:
@@ -71,7 +72,8 @@ class Aside:
             answer.put(Outcome(error=error))
             raise
         finally:
-            self._busy = False
+            with self._ending:
+                self._busy = False
 
     def start(self, work: Callable[[], D]) -> Callable[[], Outcome[D]]:
         """Begin a call; what is returned waits for its outcome."""
@@ -85,8 +87,9 @@ class Aside:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._asked.put(None)
-        if kind is not None and self._busy:
-            strike(self._thread, Stopped)
+        with self._ending:
+            if kind is not None and self._busy:
+                strike(self._thread, Stopped)
         self._thread.join(PATIENCE_SEC)
 
 

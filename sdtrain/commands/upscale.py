@@ -236,8 +236,8 @@ class Upscaler:
             raise ConfigError("--runtime and --precision are not for an .onnx file, which onnxruntime runs as it is")
         net = PhotoGraph(args.model)
         overlap = AUTO_OVERLAP_MAX if args.overlap == "auto" else int(args.overlap)
-        more: dict[str, Any] = {"scale": args.scale, "path": args.model}
-        more["limits"] = PictureLimits(megabytes=args.max_image_mb)
+        limits = PictureLimits(megabytes=args.max_image_mb)
+        more: dict[str, Any] = {"scale": args.scale, "path": args.model, "limits": limits}
         upscaler = cls(net, net, "cpu", args.tile, min(overlap, args.tile // 2), **more)
         upscaler.run = net
         return upscaler
@@ -255,8 +255,7 @@ class Upscaler:
             self.run = upscaling_run(self, image)
         out = self.face(image, self.run) if self.found.kind == "gcfsr" else self._photo(image, progress)
         if self.scale is not None:
-            size = (max(1, round(height * self.scale)), max(1, round(width * self.scale)))
-            out = resized(out, size)
+            out = resized(out, (max(1, round(height * self.scale)), max(1, round(width * self.scale))))
         alpha = picture.alpha
         if alpha is not None:
             alpha = resized(torch.from_numpy(alpha.copy())[None], tuple(out.shape[-2:]))[0].numpy()
@@ -270,6 +269,11 @@ class Upscaler:
         found = {name: getattr(self, name) for name in ("tile", "overlap", "scale", "factor", "seed")}
         form = form_of(self.runtime, self.precision)
         return found if form == "eager" else {**found, "runtime": form}  # another rounds in another way
+
+    @property
+    def enlargement(self) -> float | None:
+        """Side of a result / of its picture; None where every result has the side of the network."""
+        return self.scale or getattr(self.net, "scale", None)
 
     @property
     def times(self) -> float:

@@ -97,7 +97,7 @@ def task_of(source: Path, out: Path, upscaler: Upscaler, args: argparse.Namespac
 
 def style_of(film: Film, upscaler: Upscaler, args: argparse.Namespace) -> Style:
     """Raises ConfigError for results that cannot be encoded."""
-    times, side = upscaler.scale or getattr(upscaler.net, "scale", None), getattr(upscaler.net, "resolution", None)
+    times, side = upscaler.enlargement, getattr(upscaler.net, "resolution", None)
     width, height = (round(n * times) if times else int(side or n) for n in (film.width, film.height))
     style = Style(width, height, args.codec, args.crf)
     if not style.even:
@@ -222,7 +222,7 @@ def encode(job: Part, task: Task, reader: Reader, tick: Callable[[int], object])
 def enlarged(number: int, frame: Any, task: Task) -> Any:
     """uint8 [H, W, 3] of a frame, as `upscale` writes it for a picture. Raises DataError with its number."""
     try:
-        return values_of(task.upscaler(picture_of_values(frame))).astype(np.uint8)
+        return values_of(task.upscaler(picture_of_values(frame)))
     except UserError as error:
         raise DataError(f"{task.film.path}, frame {number}: {error}") from None
 

@@ -105,7 +105,7 @@ def picture_or_why(dataset: Dataset, limits: PictureLimits, sample: int) -> Pict
 
 def side_of(dataset: Dataset, upscaler: Upscaler) -> int | None:
     """Of the results, where all inputs are squares of one side."""
-    times = upscaler.scale or getattr(upscaler.net, "scale", None)
+    times = upscaler.enlargement
     return round(dataset.resolution * times) if dataset.resolution and times else None
 
 

@@ -79,12 +79,20 @@ def tensors_of(graph: Any) -> Iterator[Any]:
             yield from tensors_of(inner)
 
 
-def session_of(path: Path, data: bytes) -> Any:
-    """Raises WeightsError for a graph that onnxruntime refuses or whose one input is not `lq`."""
+def open_session(data: bytes, provider: str = "CPUExecutionProvider", threads: int = 0) -> Any:
+    """onnxruntime on a graph, `threads` as it likes where 0. Raises what onnxruntime raises for one that is none."""
     import onnxruntime
 
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3  # it warns of each float16 product that it computes in float32
+    return onnxruntime.InferenceSession(data, options, providers=[provider])
+
+
+def session_of(path: Path, data: bytes) -> Any:
+    """Raises WeightsError for a graph that onnxruntime refuses or whose one input is not `lq`."""
     try:
-        session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+        session = open_session(data)
     except Exception as error:  # onnxruntime has no common base for its errors
         raise WeightsError(f"{path} is refused by onnxruntime ({quoted(error)}); export it again") from error
     names = [item.name for item in session.get_inputs()]

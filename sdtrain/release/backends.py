@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from sdtrain.engine.compiled import parts_of
 from sdtrain.interop.budget import quoted
 from sdtrain.interop.network import Network
+from sdtrain.interop.onnx_graph import open_session
 from sdtrain.release.graphs import onnx_bytes, require_onnx, trace
 
 Run = Callable[..., Any]
@@ -72,12 +73,9 @@ def onnx(network: Network, net: nn.Module, inputs: Sequence[Tensor]) -> Run:
     wanted = "CUDAExecutionProvider" if device.type == "cuda" else "CPUExecutionProvider"
     if wanted not in onnxruntime.get_available_providers():
         raise ValueError(f"this onnxruntime has no {wanted}")
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3
     require_onnx()
     graph = onnx_bytes(*trace(network, clamped=getattr(net, "clamped", True)))
-    session = onnxruntime.InferenceSession(graph, options, providers=[wanted])
+    session = open_session(graph, wanted, torch.get_num_threads())
     names = [one.name for one in session.get_inputs()]
 
     def run(*values: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from sdtrain.errors import WeightsError
 from sdtrain.interop.loading import read_tensors
 from sdtrain.interop.network import PHOTOS, Network
 from sdtrain.interop.official import read_official
+from sdtrain.interop.onnx_graph import open_session
 from sdtrain.release.forms import Release
 from sdtrain.release.graphs import installed
 from sdtrain.release.outward import Outward, in_order
@@ -112,11 +113,7 @@ def by_spandrel(path: Path, network: Network) -> Run:
 
 
 def by_onnxruntime(path: Path, network: Network) -> Run:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # it warns of each float16 product that it computes in float32
-    session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
+    session = open_session(path.read_bytes())
 
     def run(case: Case) -> Tensor:
         return torch.from_numpy(session.run(None, {name: value.numpy() for name, value in case.inputs.items()})[0])

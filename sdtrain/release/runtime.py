@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import platform
 import sys
 import time
@@ -30,8 +29,9 @@ from sdtrain.engine.origin import describe
 from sdtrain.engine.threads import cores
 from sdtrain.engine.timing import Clock
 from sdtrain.errors import ConfigError
-from sdtrain.files import read_json, write_json
+from sdtrain.files import cache_root, read_json, write_json
 from sdtrain.release.backends import UNABLE, Run
+from sdtrain.release.names import BACKENDS
 from sdtrain.terminal import clip
 
 # of a range of one: 8-bit values are off by one at most; float32 forms by a tenth of that
@@ -40,13 +40,7 @@ WORTH_SEC = 5.0  # eager work that is less is done before a calibration would be
 PASS_SEC = 0.5  # what one counted pass may take, on the part of the work that allows it
 ROUNDS = 3
 HOPED = 1.5  # times as fast as eager: what a backend is built for at most
-BUILD_SEC = {
-    "eager": 0.5,
-    "channels-last": 0.5,
-    "compiled": 40.0,
-    "onnx": 40.0,
-    "cuda-graphs": 1.0,
-}  # until it is known
+BUILD_SEC = {name: 40.0 if name in ("compiled", "onnx") else 1.0 for name in BACKENDS}  # until it is known
 GAIN = 0.95  # of eager's time, above which a backend is not taken
 MAX_CACHE = 1 << 16  # bytes
 
@@ -208,7 +202,7 @@ class Runtime:
     @property
     def file(self) -> Path:
         digest = hashlib.sha256(json.dumps(self.key, sort_keys=True).encode()).hexdigest()
-        return cache_folder() / f"{digest[:32]}.json"
+        return cache_root() / "runtime" / f"{digest[:32]}.json"
 
 
 def tolerance(form: str) -> float:
@@ -217,10 +211,6 @@ def tolerance(form: str) -> float:
 
 def reason(error: Exception) -> str:
     return clip(str(error).partition("\n")[0] or type(error).__name__, 160)
-
-
-def cache_folder() -> Path:
-    return Path(os.environ.get("SDTRAIN_CACHE", Path.home() / ".cache" / "sdtrain")) / "runtime"
 
 
 def machine(device: torch.device) -> dict[str, Any]:

@@ -35,7 +35,7 @@ from PIL import Image  # noqa: E402
 from sdtrain.activations import Watch  # noqa: E402
 from sdtrain.commands.overlap import overlapped  # noqa: E402
 from sdtrain.commands.upscale import Upscaler  # noqa: E402
-from sdtrain.data.read.picture import Picture, png_of, read_picture, write_picture  # noqa: E402
+from sdtrain.data.read.picture import Picture, png_of, read_picture  # noqa: E402
 from sdtrain.files import write_bytes  # noqa: E402
 from sdtrain.interop.network import Network  # noqa: E402
 from sdtrain.interop.tiled import auto_overlap, enlarge, spans  # noqa: E402
@@ -87,7 +87,7 @@ def least(work: Mapping[Any, Callable[[], Any]], rounds: int, clock: Callable[[]
 
 
 def end_to_end(upscaler: Upscaler, source: Path, target: Path) -> None:
-    write_picture(target, upscaler(read_picture(source)))
+    write_bytes(target, png_of(upscaler(read_picture(source))))
 
 
 def students(folder: Path, rounds: int, teacher: bool) -> None:
@@ -156,7 +156,7 @@ def peak(source: Path, C: str, tile: int) -> None:
     before = resident_mb()
     made = upscaler(read_picture(source))
     tiled = resident_mb()
-    write_picture(source.with_name("out.png"), made)
+    write_bytes(source.with_name("out.png"), png_of(made))
     print(f"{before:.0f} {tiled:.0f} {resident_mb():.0f}")
 
 

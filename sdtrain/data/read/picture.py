@@ -18,7 +18,6 @@ from PIL import Image, ImageOps
 
 from sdtrain.data.read.budget import LIMITS, PictureLimits
 from sdtrain.data.read.images import decode_image, read_file
-from sdtrain.files import write_bytes
 
 ROWS = 64  # that are rounded at once: what they take stays in the processor's caches
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -106,11 +105,6 @@ def _turn(values: np.ndarray, orientation: int) -> np.ndarray:
     if orientation in (3, 4, 7, 8):
         values = values[::-1]
     return values
-
-
-def write_picture(path: str | Path, picture: Picture) -> None:
-    """Write a PNG as `png_of`; atomic."""
-    write_bytes(Path(path), png_of(picture))
 
 
 def png_of(picture: Picture) -> bytes:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from sdtrain.data.read.budget import DOWNLOAD_BYTES
 from sdtrain.errors import DataError
-from sdtrain.files import AtomicFile, sha256_of_file
+from sdtrain.files import AtomicFile, cache_root, sha256_of_file
 from sdtrain.terminal import printable
 
 SCHEMES = ("http://", "https://", "s3://", "gs://", "hf://", "pipe:")
@@ -131,7 +131,7 @@ def default_cache() -> Path:
     """SDTRAIN_SHARDS, which a job sets to a disk of its node; else beside everything else that is kept."""
     if own := os.environ.get("SDTRAIN_SHARDS"):
         return Path(own)
-    return Path(os.environ.get("SDTRAIN_CACHE", Path.home() / ".cache" / "sdtrain")) / "shards"
+    return cache_root() / "shards"
 
 
 def verified(path: Path, sha256: str) -> bool:
