@@ -21,6 +21,7 @@ from test_sdakd import lists, rows, settings, write  # noqa: F401
 from sdtrain import cli
 from sdtrain.commands import report
 from sdtrain.commands.relay import Relay
+from sdtrain.commands.suite_slots import shares
 from sdtrain.config.load import load_config
 from sdtrain.config.suite import Suite, read_suite
 from sdtrain.engine.starts import last_start
@@ -340,6 +341,64 @@ def test_a_run_that_fails_ends_the_suite_with_its_code_and_the_next_call_begins_
     assert calls(tmp_path) == ["teacher", "half-seed0", "half-seed0", "naive-seed0"]
 
 
+MEETS = PRETENDED.replace(
+    "out.mkdir(",
+    """
+if out.name != "teacher":  # it ends when the other one has begun
+    print(out.name, "has", sorted(os.sched_getaffinity(0)), os.environ.get("CUDA_VISIBLE_DEVICES"))
+    (out.parent / f"{out.name}.begun").touch()
+    while len(list(out.parent.glob("*.begun"))) < 2:
+        time.sleep(0.01)
+    if STOPPED:
+        os.kill(os.getppid(), __import__("signal").SIGTERM)
+        time.sleep(60)
+out.mkdir(""",
+)
+
+
+def test_two_runs_at_once_share_cores_and_gpus_and_the_teacher_has_all_of_them(table, tmp_path, capfd, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
+    launcher = program(tmp_path, MEETS, CALLS=str(tmp_path / "calls"), STOPPED="False")
+    assert cli.main([*table, "--jobs", "2", "--launcher", launcher]) == 0
+    assert calls(tmp_path)[0] == "teacher" and sorted(calls(tmp_path)[1:]) == ["half-seed0", "naive-seed0"]
+    logs = [(tmp_path / "out" / f"{name}-seed0.log").read_text() for name in ("half", "naive")]
+    cores = sorted(os.sched_getaffinity(0))
+    parts = ([cores[: len(cores) // 2], cores[len(cores) // 2 :]]) if len(cores) > 1 else [cores, cores]
+    wanted = {f"has {part} {gpus}\n" for part, gpus in zip(parts, ("4", "5,6"), strict=True)}
+    assert {log.split(" ", 1)[1] for log in logs} == wanted
+    said = capfd.readouterr().out
+    assert "half-seed0: finished, -\n" in said and "naive-seed0: finished, -\n" in said
+    assert (tmp_path / "out" / ".lock").read_bytes() == b""
+    assert sorted(os.sched_getaffinity(0)) == cores
+
+
+def test_a_signal_reaches_all_runs_that_are_at_work(table, tmp_path, capfd):
+    launcher = program(tmp_path, MEETS, CALLS=str(tmp_path / "calls"), STOPPED="True")
+    assert cli.main([*table, "--jobs", "2", "--launcher", launcher]) == 75
+    said = capfd.readouterr()
+    assert all(f"{name}-seed0 ended with code 75; 1 of 3 runs have finished" in said.err for name in ("half", "naive"))
+    assert f"naive-seed0: see {tmp_path / 'out' / 'naive-seed0.log'}\n" in said.out
+
+
+def test_a_run_that_fails_lets_the_one_beside_it_end_and_no_other_begin(cfg, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "draw", lambda *_: [])
+    table = ["suite", "run", suite_file(tmp_path, **small(cfg, seeds=[0, 1]))]
+    launcher = pretended(tmp_path, FAILS="half-seed0")
+    assert cli.main([*table, "--jobs", "2", "--launcher", launcher]) == 1
+    begun = calls(tmp_path)
+    assert begun[0] == "teacher" and "half-seed0" in begun and len(begun) <= 4
+    assert cli.main([*table, "--jobs", "3", "--launcher", pretended(tmp_path)]) == 0
+    assert sorted(calls(tmp_path)[len(begun) :])[0] == "half-seed0" and len(calls(tmp_path)) == 6
+
+
+@pytest.mark.parametrize(
+    "things, parts, wanted", [("abcd", 2, ["ab", "cd"]), ("abc", 2, ["a", "bc"]), ("ab", 3, "aba")]
+)
+def test_what_is_shared_goes_to_all_and_where_it_is_less_two_have_the_same(things, parts, wanted):
+    assert ["".join(part) for part in shares(things, parts)] == list(wanted)
+    assert shares("", parts) == [()] * parts
+
+
 def test_a_run_that_has_not_come_to_its_end_is_started_again(table, tmp_path, capsys):
     assert cli.main([*table, "--launcher", pretended(tmp_path, STOPS="half-seed0")]) == 2
     assert "ended well without training" in capsys.readouterr().err
@@ -408,9 +467,7 @@ def test_a_suite_at_work_is_not_started_twice_and_its_status_says_what_it_does(t
         os.pwrite(lock, b"half-seed0", 0)
         orphan = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=(lock,))
     assert cli.main(table) == 2
-    assert (
-        f"{tmp_path / 'out'} is at work: half-seed0 has not ended; wait for it, or stop it" in capsys.readouterr().err
-    )
+    assert f"{tmp_path / 'out'} is at work, on half-seed0: wait for its end, or stop it" in capsys.readouterr().err
     assert cli.main(["suite", "status", table[2]]) == 0
     assert "half     0     running, saved at 0 images  -" in capsys.readouterr().out
     orphan.communicate(b"\n")

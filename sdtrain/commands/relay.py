@@ -1,14 +1,15 @@
-"""Starting one process after another, and handing signals on to the one at work."""
+"""Starting processes, one after another or some at once, and handing signals on to those at work."""
 
 from __future__ import annotations
 
 import os
 import signal
 import subprocess
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import FrameType
-from typing import Any
+from typing import IO, Any
 
 from sdtrain.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_REQUEUE, EXIT_USER_ERROR, ConfigError
 
@@ -18,15 +19,15 @@ LEAVING_SEC = 60.0  # what ranks may take to save when their launcher has left b
 
 
 class Relay:
-    """Inside `with`, a signal goes to the process at work; one that comes between two of them lets none begin.
+    """Inside `with`, a signal goes to every process at work; after one no other process begins.
 
-    Each process leads a session of its own, so that Ctrl-C reaches it once, through here.
+    Each process leads a session of its own, so that Ctrl-C reaches it once, through here. Threads may call `run`.
     """
 
     def __init__(self) -> None:
         self.seen: list[int] = []
-        self._waiting: list[int] = []
-        self._group = 0
+        self._told: dict[int, int] = {}  # how many of them each group at work has been sent
+        self._telling = threading.RLock()  # a handler may come in between, in the same thread
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Relay:
@@ -38,45 +39,50 @@ class Relay:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def run(self, command: Sequence[str], lock: int) -> int:
+    def run(
+        self, command: Sequence[str], lock: int, env: Mapping[str, str] | None = None, log: IO[bytes] | None = None
+    ) -> int:
         """Its exit code, those of sdtrain where a launcher hides them. The process inherits the descriptor `lock`.
 
-        Raises ConfigError for a program that cannot be started.
+        What it says goes to `log`, if there is one. Raises ConfigError for a program that cannot be started.
         """
         if self.seen:
             return self._outcome(-self.seen[-1])
+        more: dict[str, Any] = {"stdout": log, "stderr": log} if log else {}
         try:
-            process = subprocess.Popen(command, start_new_session=True, pass_fds=(lock,))
+            process = subprocess.Popen(command, start_new_session=True, pass_fds=(lock,), env=env, **more)
         except OSError as error:
             raise ConfigError(f"{command[0]} cannot be started ({error.strerror}); see --launcher") from None
-        self._group = process.pid
+        self._told[process.pid] = 0
         self._hand_on()
         code = process.wait()
-        self._wait_for_group()
-        self._group = 0
+        self._wait_for_group(process.pid)
+        del self._told[process.pid]
         return self._outcome(code)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.seen.append(number)
-        self._waiting.append(number)
         self._hand_on()
 
     def _hand_on(self) -> None:
-        while self._group and self._waiting:
-            self._send(self._waiting.pop(0))
+        with self._telling:
+            for group in [*self._told]:
+                while (told := self._told.get(group, len(self.seen))) < len(self.seen):
+                    self._told[group] = told + 1
+                    self._send(group, self.seen[told])
 
-    def _send(self, number: int) -> bool:
+    def _send(self, group: int, number: int) -> bool:
         """Whether there still was somebody to hear it."""
         try:
-            os.killpg(self._group, number)
+            os.killpg(group, number)
         except (ProcessLookupError, PermissionError):
             return False
         return True
 
-    def _wait_for_group(self) -> None:
+    def _wait_for_group(self, group: int) -> None:
         """`accelerate launch` of one process does not wait for it when a signal comes."""
         end = time.monotonic() + (LEAVING_SEC if self.seen else 0)
-        while time.monotonic() < end and self._send(0):
+        while time.monotonic() < end and self._send(group, 0):
             time.sleep(0.05)
 
     def _outcome(self, code: int) -> int:

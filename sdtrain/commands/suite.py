@@ -3,8 +3,9 @@
     runs/suites/NAME/
       teacher/                  trained once, an ordinary run
       ARM-seed0/, ARM-seed1/    ordinary runs
+      ARM-seed0.log             what it has said, with --jobs
       report.md, report.png     what `sdtrain report` makes of the runs that have finished
-      .lock                     held while a `suite run` or a run of it is at work; the name of that run
+      .lock                     held while a `suite run` or a run of it is at work; the names of those runs
 
 A configuration file lists the runs: see config/suite.py. Nothing else is remembered: a run whose newest start came to
 its end as it is asked now has finished, and any other one is started, which goes on where it stopped.
@@ -14,26 +15,25 @@ from __future__ import annotations
 
 import argparse
 import fcntl
-import json
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdtrain.commands import report
 from sdtrain.commands.relay import Relay
-from sdtrain.commands.results import planned
 from sdtrain.commands.suite_jobs import Job, submit
+from sdtrain.commands.suite_slots import Slot, divided
+from sdtrain.commands.suite_state import LOCK, finished, held, state, status, working_on
+from sdtrain.commands.suite_turns import AtWork, train
 from sdtrain.config.words import nearest
-from sdtrain.engine.positions import saved_img
-from sdtrain.engine.starts import last_start
 from sdtrain.engine.trackers import check_trackers
-from sdtrain.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_REQUEUE, EXIT_USER_ERROR, ConfigError, RunError, UserError
+from sdtrain.errors import EXIT_OK, EXIT_USER_ERROR, ConfigError, RunError, UserError
 from sdtrain.exits import tell
-from sdtrain.main import check_folder, other_teachers
+from sdtrain.main import check_folder
 
 if TYPE_CHECKING:
     from sdtrain.config.suite import Member, Suite
@@ -43,14 +43,11 @@ examples:
   sdtrain suite run sdakd_gcfsr --plan                  what would be trained, in which order
   sdtrain suite run sdakd_gcfsr --launcher "accelerate launch --config_file launch/node4.yaml"
   sdtrain suite run sdakd_gcfsr --only half --only half_naive_CC
+  sdtrain suite run small_sdgan --jobs 2                two runs at once, each with half of the cores and GPUs
   sdtrain suite submit sdakd_gcfsr --sbatch "--nodes=2 --time=12:00:00"
   sdtrain suite status sdakd_gcfsr
 
 The same command goes on where it stopped. Suites lie in configs/suites; a file of yours does as well."""
-LOCK = ".lock"
-ENGINE = "engine"  # a run writes down the one it has used, and all train to the same weights
-AFTER = dict.fromkeys((EXIT_REQUEUE, EXIT_INTERRUPTED), "the same command goes on there")
-MEND = "its last words say why; the same command goes on there"
 PROGRAM = Path(__file__).resolve().parents[1] / "main.py"
 
 
@@ -72,6 +69,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         add("--allow", action="append", default=[], metavar="KEY", help="go on although this key has changed")
     words = 'what starts sdtrain/main.py: "accelerate launch"'
     run.add_argument("--launcher", default=sys.executable, metavar="WORDS", help=words)
+    words = "runs at once, each with its share of this machine's cores and GPUs (default: 1, with all of them)"
+    run.add_argument("--jobs", type=int, default=1, metavar="N", help=words)
     queue.add_argument("--sbatch", default="", metavar="WORDS", help='more words for sbatch: "--nodes=2 --qos=long"')
 
 
@@ -86,6 +85,8 @@ def run(args: argparse.Namespace) -> int:
     members, more = chosen(suite, args.only), [word for key in args.allow for word in ("--allow", key)]
     if args.action == "submit":
         return put_into_queue(suite, members, args, more)
+    if args.jobs < 1:
+        raise ConfigError(f"--jobs {args.jobs} trains nothing: how many runs at once, 1 or more")
     command = [*words_of(args.launcher), str(PROGRAM)]
     commands = {member.out: [*command, *words(member), *more] for member in members}
     if args.plan:
@@ -94,8 +95,10 @@ def run(args: argparse.Namespace) -> int:
         check(member, args.allow)
     with locked(suite) as lock:
         check_datasets(members)
+        slots = divided(args.jobs) if args.jobs > 1 else [Slot()]
         with Relay() as relay:
-            code = train(suite, members, lambda member: start(relay, commands[member.out], lock, member))
+            at_work = AtWork(relay, lock)
+            code = train(suite, members, slots, lambda member, slot: at_work.start(commands[member.out], member, slot))
     return code or tables(suite)
 
 
@@ -172,29 +175,6 @@ def words(member: Member) -> list[str]:
     return ["--cfg", member.cfg, "--out", str(member.out), *overrides]
 
 
-def train(suite: Suite, members: Sequence[Member], start: Callable[[Member], int]) -> int:
-    """Train what has not finished, in order. Returns the code of the first run that does not finish, else 0."""
-    for number, member in enumerate(members, 1):
-        done = finished(member)
-        print(f"[{number}/{len(members)}] {member.out}{': has finished' if done else ''}", flush=True)
-        code = EXIT_OK if done else start(member)
-        if code:
-            rest = f"{sum(map(finished, members))} of {len(members)} runs have finished"
-            tell(f"suite {suite.name}: {member.out.name} ended with code {code}; {rest}; {AFTER.get(code, MEND)}")
-            return code
-    return EXIT_OK
-
-
-def start(relay: Relay, command: list[str], lock: int, member: Member) -> int:
-    """The exit code of a run. Raises RunError when it says 0 and has not finished."""
-    os.ftruncate(lock, 0)
-    os.pwrite(lock, member.out.name.encode(), 0)
-    code = relay.run(command, lock)
-    if code == EXIT_OK and not finished(member):
-        raise RunError(f"{member.out}: {shlex.join(command[:3])} ... ended well without training; see --launcher")
-    return code
-
-
 @contextmanager
 def locked(suite: Suite) -> Iterator[int]:
     """Hold the folder of the suite; the descriptor is for the runs. Raises RunError where it is held or unwritable."""
@@ -206,72 +186,10 @@ def locked(suite: Suite) -> Iterator[int]:
         raise RunError(f"{suite.out} cannot be written ({error.strerror}); choose another folder with --out") from None
     try:
         if not held(fd, fcntl.LOCK_EX):
-            raise RunError(f"{suite.out} is at work: {working_on(suite)} has not ended; wait for it, or stop it")
+            raise RunError(f"{suite.out} is at work, on {working_on(suite)}: wait for its end, or stop it")
         yield fd
     finally:
         os.close(fd)
-
-
-def held(fd: int, kind: int) -> bool:
-    """Whether the lock is ours now."""
-    try:
-        fcntl.flock(fd, kind | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
-
-
-def working_on(suite: Suite) -> str:
-    """The name of the run at work, "" when there is none."""
-    try:
-        with open(suite.out / LOCK) as file:
-            return "" if held(file.fileno(), fcntl.LOCK_SH) else file.read()
-    except OSError:
-        return ""
-
-
-def finished(member: Member) -> bool:
-    """Whether the newest start of the run came to its end, asked as it is now and with the teacher that there is."""
-    from sdtrain.config.compare import differences, read_tree, to_tree
-
-    written = member.out / "config.yaml"
-    if "finished" not in last_start(member.out) or not written.is_file():
-        return False
-    changed = (d for d in differences(read_tree(written), to_tree(member.config)) if d.key != ENGINE)
-    return not any(changed) and not any(other_teachers(member.config, member.out))
-
-
-def state(suite: Suite, member: Member) -> str:
-    """Where a run stands, in words."""
-    if finished(member):
-        return "finished"
-    total = f" of {all_img:,}" if (all_img := planned(member.out)[0]) else ""
-    where = f"at {saved_img(member.out):,}{total} images"
-    if working_on(suite) == member.out.name:
-        return f"running, saved {where}"
-    if "finished" in last_start(member.out):
-        return "finished, asked otherwise"
-    if (member.out / "config.yaml").exists():
-        return f"stopped {where}"
-    return "waits for teacher" if member.taught and suite.teacher and not finished(suite.teacher) else "not started"
-
-
-def best_of(member: Member) -> str:
-    """The metric that has chosen the weights in best/, "-" before there are any."""
-    key = getattr(member.config, "validation", member.config.metrics).select_by
-    try:
-        found = json.loads((member.out / "best" / "metrics.json").read_bytes())
-        return f"{key} {found[key]:.5g} at {found['seen_img']:,}"
-    except (OSError, ValueError, LookupError, TypeError):
-        return "-"
-
-
-def status(suite: Suite) -> str:
-    """A table: arm, seed, state, best metric."""
-    lines = [["arm", "seed", "state", "best"]]
-    lines += [[m.arm, str(m.config.seed), state(suite, m), best_of(m)] for m in suite.members]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
 def tables(suite: Suite) -> int:

@@ -261,6 +261,8 @@ class Metrics:
     """[images] Images through the extractor at once, a rank."""
     select_by: str = "fid"
     """The value that chooses `best/`, lower is better."""
+    cache: str | None = None
+    """Folder for the statistics of the real images, which runs may share; null = cache/ in the run folder."""
 
 
 @dataclass(frozen=True, kw_only=True)

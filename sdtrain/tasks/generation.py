@@ -6,6 +6,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -78,7 +79,7 @@ class GenerationTask(Task):
             self.keep_best(values)
 
     def evaluator(self, split: str) -> Evaluator:
-        """The evaluator of a split, made when first needed; statistics of real images are kept in the run folder."""
+        """The evaluator of a split, made when first needed; statistics of real images are kept for the next."""
         if split not in self._evaluators:
             c, m = self.run.config, self.run.config.metrics
             self._evaluators[split] = Evaluator(
@@ -92,7 +93,7 @@ class GenerationTask(Task):
                 pr_features=m.pr_features,
                 pr_precision=m.pr_precision,
                 weights={name: getattr(c.weights, name) or "download" for name in FILES},
-                cache=self.run.folder.path / "cache",
+                cache=Path(m.cache).expanduser() if m.cache else self.run.folder.path / "cache",
                 split=split,
                 latents_seed=latents_seed(c.seed, split),
                 batch_size=m.batch_size,
