@@ -64,13 +64,13 @@ def test_the_readme_of_the_shards_names_every_recipe() -> None:
     assert [recipe.name for recipe in RECIPES if f"`{recipe.name}`" not in text] == []
 
 
-def test_lists_of_recipes_are_made_by_the_command_of_their_recipe() -> None:
+def test_lists_of_recipes_lie_here_or_are_made_by_the_command_of_their_recipe() -> None:
     for recipe in RECIPES:
         content = yaml.safe_load(recipe.read_text())
         for entry in content["shards"].values():
             options = parsed(pack, *entry["pack"][2:])
             for name in filter(None, (options.list, options.exclude_list)):
-                if name.startswith("shards/"):
+                if name.startswith("shards/") and not (REPO / name).is_file():
                     assert f"splits {options.source} {Path(name).parent}" in " ".join(content["how_to_get"].split())
 
 
