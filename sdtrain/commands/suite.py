@@ -44,6 +44,7 @@ examples:
   sdtrain suite run sdakd_gcfsr --launcher "accelerate launch --config_file launch/node4.yaml"
   sdtrain suite run sdakd_gcfsr --only half --only half_naive_CC
   sdtrain suite run small_sdgan --jobs 2                two runs at once, each with half of the cores and GPUs
+  sdtrain suite run sdakd_gcfsr --jobs 2 --launcher "torchrun --standalone --nproc_per_node 4"    of 8 GPUs
   sdtrain suite submit sdakd_gcfsr --sbatch "--nodes=2 --time=12:00:00"
   sdtrain suite status sdakd_gcfsr
 

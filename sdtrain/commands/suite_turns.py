@@ -50,12 +50,14 @@ def train(suite: Suite, members: Sequence[Member], slots: Sequence[Slot], start:
                 rest = f"{sum(map(finished, members))} of {total} runs have finished"
                 tell(f"suite {suite.name}: {member.out.name} ended with code {code}; {rest}; {AFTER.get(code, MEND)}")
 
-    if len(slots) == 1 or members[:1] == [suite.teacher]:
-        work(Slot(), total if len(slots) == 1 else 1)
-    if len(slots) > 1:
-        with ThreadPoolExecutor(len(slots)) as threads:
-            for ended in [threads.submit(work, slot) for slot in slots]:
-                ended.result()
+    if len(slots) == 1:
+        work(slots[0])
+        return codes[0] if codes else EXIT_OK
+    if members[:1] == [suite.teacher]:
+        work(Slot(), 1)
+    with ThreadPoolExecutor(len(slots)) as threads:
+        for ended in [threads.submit(work, slot) for slot in slots]:
+            ended.result()
     return codes[0] if codes else EXIT_OK
 
 
