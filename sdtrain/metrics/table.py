@@ -91,7 +91,7 @@ def merged(parts: Iterable[dict[str, Any]]) -> dict[str, Any]:
 
 
 # networks with weights files of their own, under their names in `sdtrain.weights`
-FILES = ("inception", "vgg16", "dinov2", "clip")
+FILES = ("inception", "vgg16", "dinov2", "clip", "lite0")
 
 
 def words(identity: dict[str, Any]) -> str:
@@ -151,11 +151,19 @@ def kid_values(settings: Settings, real: Statistics, fake: Statistics) -> dict[s
     return {"kid": mean, "kid_std": std}
 
 
-def kid_clip_values(settings: Settings, real: Statistics, fake: Statistics) -> dict[str, Any]:
-    from sdtrain.metrics.kid import kid
+def kernel_distance_in(network: str, label: str) -> Metric:
+    """KID in the features of one network."""
+    name = f"kid_{network}"
 
-    mean, std = kid(real.features("clip"), fake.features("clip"))
-    return {"kid_clip": mean, "kid_clip_std": std}
+    def values(settings: Settings, real: Statistics, fake: Statistics) -> dict[str, Any]:
+        from sdtrain.metrics.kid import kid
+
+        mean, std = kid(real.features(network), fake.features(network))
+        return {name: mean, f"{name}_std": std}
+
+    more: dict[str, Any] = {"shown": {name: 6, f"{name}_std": 6}, "labels": {name: label}, "nets": of(network)}
+    more |= {"values": values, "keeps_rows": True, "protocol": kid_protocol}
+    return Metric(**more, network=lambda protocol: words(protocol[network]))
 
 
 def kid_protocol(settings: Settings) -> dict[str, Any]:
@@ -214,13 +222,7 @@ METRICS: dict[str, Metric] = {
     ),
     "fd_dinov2": distance_in("dinov2", "FD-DINOv2"),
     "fd_clip": distance_in("clip", "FD-CLIP"),
-    "kid_clip": Metric(
-        shown={"kid_clip": 6, "kid_clip_std": 6},
-        labels={"kid_clip": "KID-CLIP"},
-        nets=of("clip"),
-        values=kid_clip_values,
-        keeps_rows=True,
-        protocol=kid_protocol,
-        network=lambda protocol: words(protocol["clip"]),
-    ),
+    "kid_clip": kernel_distance_in("clip", "KID-CLIP"),
+    "fd_lite0": distance_in("lite0", "FD-Lite0"),
+    "kid_lite0": kernel_distance_in("lite0", "KID-Lite0"),
 }
