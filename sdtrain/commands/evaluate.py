@@ -221,6 +221,6 @@ def report(row: dict[str, Any]) -> None:
     print(f"{row['measured']} against {protocol['real_source']}, protocol {fingerprint(protocol)}")
     for metric in METRICS.values():
         for name in [name for name in metric.shown if name in row]:
-            print(f"  {name:12}{row[name]:<12.{DECIMALS[name]}f}{metric.network(protocol)}, {counts}")
+            print(f"  {name:14}{row[name]:<12.{DECIMALS[name]}f}{metric.network(protocol)}, {counts}")
     if "rfid_seeds" in row:
         print(f"  rfid over seeds {row['rfid_seeds']}, standard deviation with n - 1, rule {row['rfid_rule']}")
