@@ -506,7 +506,7 @@ def test_the_command_prints_a_table_appends_a_row_and_compares_with_an_earlier_o
     row = json.loads((tmp_path / "rows.jsonl").read_text())
     out = capsys.readouterr().out
     assert "9 generated, 14 real images" in out
-    assert f"fid         {row['fid']:.4f}" in out and f"recall      {row['recall']:.4f}" in out
+    assert f"fid           {row['fid']:.4f}" in out and f"recall        {row['recall']:.4f}" in out
     lines = {line.split()[0]: line for line in out.splitlines()[1:]}
     assert lines["fid"].endswith("random-inception 64, 9 generated, 14 real images")
     assert lines["recall"].endswith("random-inception 64 fp32, 9 generated, 14 real images")
