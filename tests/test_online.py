@@ -5,6 +5,7 @@ training be the plain one, and the methods that SDAKD is compared with would be 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,9 @@ def slow_tv(image: torch.Tensor) -> torch.Tensor:
     return rows.abs().sum() + columns.abs().sum()
 
 
+VGG = re.compile("style|feature")
+
+
 @pytest.fixture
 def omgd(lists, tmp_path) -> tuple[Any, Any]:  # noqa: F811
     return begun(online(lists, "omgd"), tmp_path)
@@ -114,6 +118,24 @@ def test_omgds_student_is_pulled_to_both_teachers_and_its_maps_to_the_wide_one(o
         theirs = wide_maps[layer].flatten(2).sum(2) / maps[layer][0, 0].numel()
         expected = expected + 10 * ((ours - theirs) ** 2).sum() / ours.numel()
     torch.testing.assert_close(loss, expected)
+
+
+@pytest.mark.parametrize("method, more", [("omgd", {}), ("dcd", {"sup": 1.0})])
+def test_without_style_and_feature_no_vgg_is_built_or_needed_and_the_rest_is_the_same(lists, tmp_path, method, more):  # noqa: F811
+    from sdtrain.plan import weights_needed
+
+    tree = online(lists, method)
+    plain, x = begun({**tree, "response": {"style": 0.0, "feature": 0.0, **more}}, tmp_path / "plain")
+    full, y = begun({**tree, "response": more}, tmp_path / "full")
+    assert plain.vgg is None and full.vgg is not None
+    assert "vgg16" not in weights_needed(load(tmp_path / "plain", {**tree, "response": {"style": 0, "feature": 0}}))
+    loss, terms = plain.loss_G(x)
+    whole, all_terms = full.loss_G(y)
+    assert {name for name in all_terms if name not in terms} == {name for name in all_terms if VGG.search(name)}
+    for name, value in terms.items():
+        torch.testing.assert_close(value, all_terms[name])
+    seen = sum((1e4 if "style" in n else 10.0) * value for n, value in all_terms.items() if VGG.search(n))
+    torch.testing.assert_close(loss, whole - seen)
 
 
 def test_the_student_learns_from_what_teachers_made_before_their_step(omgd, dcd):

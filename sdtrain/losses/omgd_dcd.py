@@ -81,17 +81,20 @@ def mean_total_variation(x: Tensor) -> Tensor:
     return (x[..., 1:, :] - x[..., :-1, :]).abs().mean() + (x[..., :, 1:] - x[..., :, :-1]).abs().mean()
 
 
-def omgd_terms(vgg: VGGFeatures, student: Tensor, *teachers: Tensor) -> list[dict[str, Tensor]]:
+def omgd_terms(vgg: VGGFeatures | None, student: Tensor, *teachers: Tensor) -> list[dict[str, Tensor]]:
     """The student's terms against each teacher, unweighted; the paper adds all up.
 
-    [N, 3, H, W] in [-1, 1] each -> scalars by name for each teacher; the gradient reaches the student alone.
+    [N, 3, H, W] in [-1, 1] each -> scalars by name for each teacher; the gradient reaches the student alone. Without a
+    VGG there is neither style nor feature.
     """
-    maps, tv, found = responses(vgg, student), total_variation(student), []
+    maps, tv, found = responses(vgg, student) if vgg else {}, total_variation(student), []
     for teacher in teachers:
-        with torch.no_grad():
-            aims = responses(vgg, teacher)
-        ssim = 1 - ssim_zero_padded(student, teacher.detach())
-        found.append({"ssim": ssim, **style_and_feature(maps, aims), "tv": tv})
+        terms = {"ssim": 1 - ssim_zero_padded(student, teacher.detach()), "tv": tv}
+        if vgg:
+            with torch.no_grad():
+                aims = responses(vgg, teacher)
+            terms |= style_and_feature(maps, aims)
+        found.append(terms)
     return found
 
 

@@ -90,8 +90,10 @@ def connectors(config: LoadedOnline, name: str, layers: Sequence[str], widths: S
     return made.train()
 
 
-def responses_of(config: LoadedOnline, builder: Builder) -> VGGFeatures:
-    """The frozen VGG16 in which images are compared. Raises WeightsError."""
+def responses_of(config: LoadedOnline, builder: Builder) -> VGGFeatures | None:
+    """The frozen VGG16 in which images are compared, None where they are not. Raises WeightsError."""
+    if not config.response.compares:
+        return None
     source: str | None = getattr(config.weights, weights_of_responses(config)["vgg16"])
     made = builder.frozen(response_network(builder.weights("vgg16", source)))
     assert isinstance(made, VGGFeatures)

@@ -32,7 +32,7 @@ class Online(OriginalRecipe):
         inputs: Photos | Faces,
         *,
         layers: tuple[str, ...],
-        vgg: VGGFeatures,
+        vgg: VGGFeatures | None,
         perceptual: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> None:
         """`layers`: maps that are distilled; `vgg`: in which responses are compared."""

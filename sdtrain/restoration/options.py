@@ -108,6 +108,11 @@ class Response:
     feature: NonNegative = 10.0
     """Weight of the distance of maps at relu2_2 of VGG16."""
 
+    @property
+    def compares(self) -> bool:
+        """Whether VGG16 is needed."""
+        return bool(self.style or self.feature)
+
 
 @dataclass(frozen=True, kw_only=True)
 class OnlineOptions(RestorationOptions):
@@ -127,6 +132,8 @@ if TYPE_CHECKING:
     class LoadedOnline(OnlineOptions, Loaded):  # type: ignore[misc]
         """A loaded configuration of a method whose teachers train beside the student."""
 
+        response: Response
+
 
 def weights_of_recipe(config: Loaded, perceptual: float = 0.0) -> dict[str, str]:
     """Frozen networks that training by the recipe and validation use: file -> key of `weights`.
@@ -138,6 +145,6 @@ def weights_of_recipe(config: Loaded, perceptual: float = 0.0) -> dict[str, str]
 
 
 def weights_of_responses(config: LoadedOnline) -> dict[str, str]:
-    """Frozen networks of OMGD and DCD: the recipe's, and the VGG16 in which they compare images."""
+    """Frozen networks of OMGD and DCD: the recipe's, and the VGG16 in which they compare images, if they do."""
     used = weights_of_recipe(config)
-    return used if "vgg16" in used else used | {"vgg16": "vgg16"}
+    return used if "vgg16" in used or not config.response.compares else used | {"vgg16": "vgg16"}

@@ -68,7 +68,7 @@ class DCD(Online):
     def response(self, x: Chunk, fake: Tensor) -> Terms:
         """Distances of the student's images [N, 3, H, W] to the teacher's, scalars."""
         r, terms, taught = self.o.response, Terms(), self.made["G_T_raw", x.draws.ghosts]
-        if r.style or r.feature:
+        if self.vgg:
             with torch.no_grad():
                 aims = responses(self.vgg, self.inputs.signed(taught))
             found = style_and_feature(responses(self.vgg, self.inputs.signed(fake)), aims)
