@@ -20,6 +20,7 @@ from sdtrain.data.read.budget import LIMITS, PictureLimits
 from sdtrain.data.read.images import decode_image, read_file
 
 ROWS = 64  # that are rounded at once: what they take stays in the processor's caches
+PNG_LEVEL = 3  # of a photograph a third of the time of the usual 6, for files a tenth larger
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
@@ -115,7 +116,7 @@ def png_of(picture: Picture) -> bytes:
 
 def _encode_png_8(values: np.ndarray, profile: bytes | None) -> bytes:
     out = io.BytesIO()
-    Image.fromarray(values).save(out, "PNG", icc_profile=profile)
+    Image.fromarray(values).save(out, "PNG", icc_profile=profile, compress_level=PNG_LEVEL)
     return out.getvalue()
 
 
@@ -126,7 +127,7 @@ def _encode_png_16(values: np.ndarray) -> bytes:
     above = np.concatenate([np.zeros_like(lines[:1]), lines[:-1]])
     filtered = np.concatenate([np.full((height, 1), 2, np.uint8), lines - above], axis=1)
     header = struct.pack(">IIBBBBB", width, height, 16, 6 if channels == 4 else 2, 0, 0, 0)
-    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(filtered.tobytes(), 6)), (b"IEND", b""))
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(filtered.tobytes(), PNG_LEVEL)), (b"IEND", b""))
     return PNG_SIGNATURE + b"".join(_chunk(kind, data) for kind, data in chunks)
 
 
