@@ -6,13 +6,16 @@ from __future__ import annotations
 
 import statistics
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from scipy import stats
 from test_report import gan, page, sdakd, undrawn
 
 from sdtrain.commands import arms
-from sdtrain.commands.results import read_runs
+from sdtrain.commands.report import arms_of_variation
+from sdtrain.commands.results import Written, read_runs
 
 __all__ = ["undrawn"]
 BASE, BETTER = [5.0, 5.5, 4.8, 5.2], [4.1, 4.7, 4.0, 4.2]
@@ -41,6 +44,24 @@ def test_means_and_differences_are_those_of_students_t_paired_by_seed(tmp_path: 
     assert difference == f"{statistics.fmean(both):.3f} +- {(high - low) / 2:.3f}"
     low, high = stats.t.interval(0.95, 3, statistics.fmean(BETTER), stats.sem(BETTER))
     assert mean == f"{statistics.fmean(BETTER):.3f} +- {(high - low) / 2:.3f}"
+
+
+def test_variation_is_compared_between_arms_as_metrics_are(tmp_path: Path) -> None:
+    def measured(**of_arms: list[float]) -> list[tuple[Any, Any]]:
+        return [
+            (Written(tmp_path, f"{name}-seed{seed}"), SimpleNamespace(mean=value))
+            for name, values in of_arms.items()
+            for seed, value in enumerate(values)
+        ]
+
+    found = arms_of_variation(measured(base=BASE, sd=BETTER, alone=[1.0]))
+    assert found is not None and "paired by seed with base" in found.caption
+    both = [b - a for a, b in zip(BASE, BETTER)]
+    half = stats.t.ppf(0.975, 3) * stats.sem(both)
+    assert [line[0] for line in found.rows] == ["base", "sd"] and found.rows[1][1] == "variation down"
+    assert found.rows[1][5:] == [f"{statistics.fmean(both):.3f} +- {half:.3f}", "yes", "2"]
+    assert arms_of_variation(measured(base=BASE, alone=[1.0])) is None
+    assert arms_of_variation([(Written(tmp_path, "plain"), SimpleNamespace(mean=1.0))]) is None
 
 
 @pytest.mark.parametrize("freedom", range(1, 31))

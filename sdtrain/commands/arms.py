@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from sdtrain.commands.material import missing_seeds
 from sdtrain.commands.results import METRICS, Row, Written, chosen, grouped, heading, printed
@@ -23,6 +23,10 @@ T = (
 NORMAL, POWER = 1.96, 0.842  # quantiles of 0.975, and of 0.8
 SEED = re.compile(r"seed[-_=]?(\d+)", re.IGNORECASE)
 HEAD = ["Arm", "Metric", "seeds", "mean", "deviation", "less the first arm", "told apart", "seeds for 80 %"]
+READING = (
+    "Mean and difference with intervals of 95 % (Student's t), not corrected for their number; differences are paired "
+    "by seed with {first}. Seeds for 80 %: how many would show a difference of this size with that chance."
+)
 Values = dict[int, float]  # of each seed
 
 
@@ -35,7 +39,13 @@ def tables_of_arms(runs: Sequence[Written], notes: list[str]) -> list[Table]:
 
 
 def by_seed(runs: Sequence[Written]) -> dict[int, Written]:
-    return {int(found[1]): run for run in runs if (found := SEED.search(run.name))}
+    return {seed: run for run in runs if (seed := seed_of(run)) is not None}
+
+
+def seed_of(run: Written) -> int | None:
+    """As its name says."""
+    found = SEED.search(run.name)
+    return int(found[1]) if found else None
 
 
 def table_of_arms(split: str, arms: dict[str, dict[int, Written]], notes: list[str]) -> Table | None:
@@ -58,12 +68,18 @@ def table_of_arms(split: str, arms: dict[str, dict[int, Written]], notes: list[s
     for key in keys:
         values = {name: {seed: row.values[key] for seed, row in found.items()} for name, found in rows.items()}
         lines += [line(name, key, mine, values[first]) for name, mine in values.items()]
-    said = (
-        f"Split {split}: arms over seeds, each run by the weights it has chosen. Mean and difference with intervals of "
-        f"95 % (Student's t), not corrected for their number; differences are paired by seed with {first}. Seeds for "
-        "80 %: how many would show a difference of this size with that chance."
-    )
+    said = f"Split {split}: arms over seeds, each run by the weights it has chosen. {READING.format(first=first)}"
     return Table(said, HEAD, lines, 2)
+
+
+def table_of_values(said: str, key: str, arms: Mapping[str, Values]) -> Table | None:
+    """One measurement of arms; None unless two of them have two seeds or more each."""
+    kept = {name: values for name, values in arms.items() if len(values) > 1}
+    if len(kept) < 2:
+        return None
+    first, base = next(iter(kept.items()))
+    lines = [line(name, key, mine, base) for name, mine in kept.items()]
+    return Table(f"{said} {READING.format(first=first)}", HEAD, lines, 2)
 
 
 def result(run: Written, split: str) -> Row | None:

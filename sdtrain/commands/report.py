@@ -15,13 +15,14 @@ import argparse
 import os
 import re
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sdtrain.commands import exhibits, pages, plots, tables
-from sdtrain.commands.arms import tables_of_arms
+from sdtrain.commands.arms import seed_of, table_of_values, tables_of_arms
 from sdtrain.commands.material import SHARES, Material, shares_of
 from sdtrain.commands.results import (
     FACTOR,
@@ -39,6 +40,9 @@ from sdtrain.commands.results import (
 from sdtrain.commands.speed_rows import sizes_of
 from sdtrain.commands.tables import Table
 from sdtrain.errors import EXIT_OK, ConfigError, UserError
+
+if TYPE_CHECKING:
+    from sdtrain.commands.snapshots import Variation
 
 NAME_IN_FILE = 100  # characters of a run's name in the name of its picture
 
@@ -230,7 +234,16 @@ def tables_of_variation(runs: Sequence[Written], args: argparse.Namespace, notes
     text += "standard deviation with n."
     head = ["Run", "at % of training", "at images", "variation down"]
     line = lambda run, v: [title(run), v.at_shares, v.at_images, f"{v.mean:.3f} +- {v.deviation:.3f}"]  # noqa: E731
-    return [Table(text, head, [line(*item) for item in part], 3) for part in parts]
+    made = [Table(text, head, [line(*item) for item in part], 3) for part in parts]
+    return [*made, *filter(None, (arms_of_variation(part) for part in parts))]
+
+
+def arms_of_variation(measured: Sequence[tuple[Written, Variation]]) -> Table | None:
+    arms: dict[str, dict[int, float]] = defaultdict(dict)
+    for run, found in measured:
+        if (seed := seed_of(run)) is not None:
+            arms[run.group][seed] = found.mean
+    return table_of_values("Arms over seeds.", "variation", arms)
 
 
 # Files
