@@ -42,6 +42,11 @@ class Span:
             weight *= (0.5 - (at - self.core_stop * scale) / width).clamp(0, 1)
         return weight
 
+    def shared(self, scale: int) -> slice:
+        """Of the whole output: all that this tile and the last one both count in, and no more than a pixel beyond."""
+        half = (self.overlap * scale + 1) // 2 + 1 if self.core_start else 0
+        return slice(max(self.core_start * scale - half, 0), self.core_start * scale + half)
+
     def parts(self, weights: Tensor) -> list[slice]:
         """Of the output of this tile: what is blended with the last one, its own, what is blended with the next."""
         (own,) = (weights == 1).nonzero(as_tuple=True)
@@ -111,9 +116,15 @@ def enlarge(
     """
     height, width = image.shape[-2:]
     padded = F.pad(image[None], (0, -width % fold, 0, -height % fold), mode="replicate")[0]
-    out = torch.zeros(image.shape[0], *(side * scale for side in padded.shape[-2:]))
-    for y in spans(padded.shape[-2], tile, overlap, fold):
-        for x in spans(padded.shape[-1], tile, overlap, fold):
+    # rows of pixels, as files have them; what tiles share is summed up, all else is written once
+    out = torch.empty(*(side * scale for side in padded.shape[-2:]), image.shape[0]).permute(2, 0, 1)
+    down, across = (spans(side, tile, overlap, fold) for side in padded.shape[-2:])
+    for y in down:
+        out[:, y.shared(scale)] = 0
+    for x in across:
+        out[:, :, x.shared(scale)] = 0
+    for y in down:
+        for x in across:
             part = padded[:, y.start : y.stop, x.start : x.stop].to(device)
             result = net(part[None])[0].float().cpu()
             blend(out, result, y, x, scale)
