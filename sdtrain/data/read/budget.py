@@ -85,6 +85,9 @@ class within:
         signal.setitimer(TIMER, 0)
 
 
+_starting = threading.Lock()  # until it runs, a new thread has the number of its starter and would be struck for it
+
+
 class _Watch:
     """Strikes the thread that made it with TooSlow, once it has worked for so long, and again each second."""
 
@@ -97,7 +100,8 @@ class _Watch:
         if hasattr(time, "pthread_getcpuclockid"):
             self._clock = time.pthread_getcpuclockid(threading.get_ident())
             self._end = time.clock_gettime(self._clock) + self._seconds
-            self._watcher.start()
+            with _starting:
+                self._watcher.start()
 
     def end(self) -> None:
         """From here on nothing strikes, also what has not arrived yet."""
@@ -123,7 +127,8 @@ class _Watch:
 def strike(thread: threading.Thread, error: type[BaseException] | None) -> None:
     """Have another thread raise `error` when it next runs Python; None takes back what has not arrived."""
     number, what = ctypes.c_ulong(thread.ident or 0), None if error is None else ctypes.py_object(error)
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(number, what)
+    with _starting:
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(number, what)
 
 
 def _time_is_up(*_: object) -> None:
