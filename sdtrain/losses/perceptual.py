@@ -7,15 +7,14 @@ gradient, only `x` gets a gradient, and no parent's `.train()` can wake the drop
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
-from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from sdtrain.errors import ConfigError, WeightsError
+from sdtrain.files import in_package
 from sdtrain.losses.vgg import WIDTHS, Frozen, Trunk, load_fitting
 from sdtrain.precision import full_precision
 from sdtrain.rng import generator
@@ -56,14 +55,14 @@ def package_heads(net: Net = "vgg") -> dict[str, Tensor]:
 
     Raises WeightsError when the package is not installed.
     """
-    spec = importlib.util.find_spec("lpips")
-    if spec is None or spec.origin is None:
+    path = in_package("lpips", f"weights/v0.1/{net}.pth")
+    if path is None:
         raise WeightsError(
             "LPIPS needs the linear heads of the package lpips, which is not installed; run `pip install lpips`."
         )
-    return torch.load(  # a file of an installed package, whose code could run as well
-        Path(spec.origin).parent / "weights" / "v0.1" / f"{net}.pth", map_location="cpu", weights_only=True
-    )
+    return torch.load(
+        path, map_location="cpu", weights_only=True
+    )  # of an installed package, whose code could run as well
 
 
 class LPIPS(Frozen):
