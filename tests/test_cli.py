@@ -10,6 +10,7 @@ from conftest import REPO, run_python
 
 from sdtrain import cli, exits
 from sdtrain.errors import ConfigError, UserError
+from sdtrain.weights import WEIGHTS
 
 
 def run_cli(*args: str, **more):
@@ -128,6 +129,7 @@ def test_doctor_without_torch_looks_at_packages_disk_and_weights(tmp_path: Path,
     code, out = doctor(capsys, "--out", str(tmp_path / "runs" / "deep"))
     assert code == 0 and out.endswith("nothing here would stop a run\n")
     assert "GB free in" in out and f"in {tmp_path}: none" in out
+    assert ("from installed packages: lite0\n" in out) == WEIGHTS["lite0"].place.is_file()
     assert not (tmp_path / "runs").exists()
 
 

@@ -99,7 +99,10 @@ def weights() -> Iterator[Finding]:
     from sdtrain.weights import WEIGHTS, cache_folder
 
     present = [name for name, entry in WEIGHTS.items() if entry.place.is_file()]
-    yield "ok" if present else "note", "weights", f"in {cache_folder()}: {', '.join(present) or 'none'}"
+    cached = [name for name in present if not WEIGHTS[name].packaged]
+    yield "ok" if present else "note", "weights", f"in {cache_folder()}: {', '.join(cached) or 'none'}"
+    if brought := [name for name in present if name not in cached]:
+        yield "ok", "weights", f"from installed packages: {', '.join(brought)}"
     absent = [name for name in WEIGHTS if name not in present]
     if absent:
         yield "note", "weights", f"absent: {', '.join(absent)} (`sdtrain fetch-weights NAME` where there is a network)"
