@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 
 SMALLEST_TILE = 64
 FACTORS = (4.0, 64.0)
-RESULT_BYTES = 60  # a pixel: float32 as the network gives it, weighed, clipped and rounded, then as it is written
+RESULT_BYTES = 24  # a pixel: whole numbers, and as they are encoded and written
+DEEP_BYTES = 60  # where they have 16 bits, or are float32 to be resized
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -250,17 +251,19 @@ class Upscaler:
 
         image = torch.from_numpy(picture.rgb.copy()).permute(2, 0, 1)
         height, width = image.shape[-2:]
-        refuse_result(height, width, self.times)
+        refuse_result(height, width, self.times, self.result_bytes(picture))
         if self.run is None:
             self.run = upscaling_run(self, image)
-        out = self.face(image, self.run) if self.found.kind == "gcfsr" else self._photo(image, progress)
+        bits = picture.bits if self.scale is None else None  # what is resized is rounded after
+        out = self.face(image, self.run) if self.found.kind == "gcfsr" else self._photo(image, bits, progress)
         if self.scale is not None:
             out = resized(out, (max(1, round(height * self.scale)), max(1, round(width * self.scale))))
         alpha = picture.alpha
         if alpha is not None:
             alpha = resized(torch.from_numpy(alpha.copy())[None], tuple(out.shape[-2:]))[0].numpy()
-        with torch.inference_mode():  # as it was made
-            out.clamp_(0, 1)
+        if out.is_floating_point():
+            with torch.inference_mode():  # as it was made
+                out.clamp_(0, 1)
         return replace(picture, rgb=out.permute(1, 2, 0).numpy(), alpha=alpha)
 
     @property
@@ -282,15 +285,19 @@ class Upscaler:
 
     def both_fit(self, last: Picture, this: Picture) -> bool:
         """Whether there is memory for the results of two pictures at once."""
-        pixels = sum(picture.rgb.shape[0] * picture.rgb.shape[1] for picture in (last, this))
-        return RESULT_BYTES * pixels * self.times**2 <= available_bytes()
+        need = sum(self.result_bytes(one) * one.rgb.shape[0] * one.rgb.shape[1] for one in (last, this))
+        return need * self.times**2 <= available_bytes()
+
+    def result_bytes(self, picture: Picture) -> int:
+        """What a pixel of the result takes at most, until it is written."""
+        return RESULT_BYTES if self.scale is None and picture.bits == 8 else DEEP_BYTES
 
     @property
     def fold(self) -> int:
         """What the sides of a tile must be a multiple of."""
         return 4 // self.net.scale if self.found.kind == "rrdbnet" else 1
 
-    def _photo(self, image: Tensor, progress: Callable[[int], object]) -> Tensor:
+    def _photo(self, image: Tensor, bits: int | None, progress: Callable[[int], object]) -> Tensor:
         import torch
 
         from sdtrain.interop.tiled import enlarge
@@ -298,7 +305,7 @@ class Upscaler:
         while True:
             try:
                 sizes = dict(tile=self.tile, overlap=self.overlap, fold=self.fold, scale=self.net.scale)
-                return enlarge(self.run, image, device=self.device, progress=progress, **sizes)
+                return enlarge(self.run, image, bits=bits, device=self.device, progress=progress, **sizes)
             except torch.OutOfMemoryError:
                 if self.tile // 2 < max(SMALLEST_TILE, 2 * self.overlap):
                     raise DataError(f"tiles of {self.tile} px do not fit into memory; use --device cpu") from None
@@ -333,9 +340,9 @@ class Upscaler:
         raise DataError(f"a {side} px face is no reduction by 4 to 64 of {full} px; say --factor, how blurred it is")
 
 
-def refuse_result(height: int, width: int, scale: float) -> None:
+def refuse_result(height: int, width: int, scale: float, result_bytes: int) -> None:
     """Raise DataError for a result that would not fit into the memory that is free."""
-    need, free = int(RESULT_BYTES * height * width * scale**2), available_bytes()
+    need, free = int(result_bytes * height * width * scale**2), available_bytes()
     if need > free:
         raise DataError(
             f"its result of {width * scale:.0f}x{height * scale:.0f} pixels needs {need >> 20} MB of memory, "

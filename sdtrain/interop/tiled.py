@@ -17,6 +17,8 @@ from torch.nn import functional as F
 
 from sdtrain.errors import ConfigError
 
+KINDS = {None: torch.float32, 8: torch.uint8, 16: torch.uint16}
+ROWS = 64  # that are rounded at once: what they take stays in the processor's caches
 AUTO_OVERLAP_MAX = 32  # beyond this the influence of a pixel is below 8-bit rounding for the usual networks
 
 
@@ -31,29 +33,15 @@ class Span:
     size: int  # of the whole axis
     overlap: int
 
-    def weights(self, scale: int) -> Tensor:
-        """How much each pixel of the output counts, [scale (stop - start)]; the tiles of an axis add up to one."""
-        at = torch.arange(self.start * scale, self.stop * scale, dtype=torch.float32) + 0.5
-        width = max(self.overlap * scale, 1)
-        weight = torch.ones_like(at)
-        if self.core_start > 0:
-            weight *= ((at - self.core_start * scale) / width + 0.5).clamp(0, 1)
-        if self.core_stop < self.size:
-            weight *= (0.5 - (at - self.core_stop * scale) / width).clamp(0, 1)
-        return weight
+    def shared(self, scale: int) -> tuple[int, int]:
+        """How many pixels of the output are blended with the last tile, and with the next."""
+        both = self.overlap * scale // 2 * 2
+        return both if self.core_start else 0, both if self.core_stop < self.size else 0
 
-    def shared(self, scale: int) -> slice:
-        """Of the whole output: all that this tile and the last one both count in, and no more than a pixel beyond."""
-        half = (self.overlap * scale + 1) // 2 + 1 if self.core_start else 0
-        return slice(max(self.core_start * scale - half, 0), self.core_start * scale + half)
-
-    def parts(self, weights: Tensor) -> list[slice]:
-        """Of the output of this tile: what is blended with the last one, its own, what is blended with the next."""
-        (own,) = (weights == 1).nonzero(as_tuple=True)
-        counts = weights.nonzero()
-        first, last = (int(counts[0]), int(counts[-1]) + 1) if len(counts) else (0, 0)
-        low, high = (int(own[0]), int(own[-1]) + 1) if len(own) else (last, last)
-        return [part for part in (slice(first, low), slice(low, high), slice(high, last)) if part.start < part.stop]
+    def counted(self, scale: int) -> slice:
+        """Where this tile counts in the whole output; nothing of it counts elsewhere."""
+        before, after = self.shared(scale)
+        return slice(self.core_start * scale - before // 2, self.core_stop * scale + after // 2)
 
 
 def spans(size: int, tile: int, overlap: int, fold: int = 1) -> list[Span]:
@@ -85,17 +73,52 @@ def auto_overlap(net: nn.Module) -> int:
     return min(2 * reach(net), AUTO_OVERLAP_MAX)
 
 
-def blend(out: Tensor, result: Tensor, y: Span, x: Span, scale: int) -> None:
-    """Add a tile's result [C, h, w], weighed, to the picture [C, H, W]; where it counts alone it is only copied."""
-    down, across = y.weights(scale), x.weights(scale)
-    for rows in y.parts(down):
-        for columns in x.parts(across):
-            own = result[:, rows, columns]
-            place = out[:, y.start * scale :, x.start * scale :][:, rows, columns]
-            if down[rows].min() == across[columns].min() == 1:
-                place.copy_(own)
-            else:
-                place += own * (down[rows, None] * across[columns])
+class Joined:
+    """A picture [C, H, W] in the making: tiles come row by row, each row from the left.
+
+    What two tiles share waits until both are there, so every pixel is written once: as the network gives it, or with
+    `bits` as a whole number, of values cut to [0, 1].
+    """
+
+    def __init__(self, out: Tensor, scale: int, overlap: int, bits: int | None) -> None:
+        self.out, self.scale, self.bits = out, scale, bits
+        width = overlap * scale
+        self.fade = (torch.arange(-(width // 2), width // 2) + 0.5) / max(width, 1) + 0.5  # how much the next counts
+        self.left = torch.empty(0)  # of the last tile, the columns that the next one shares
+        self.above = torch.empty(out.shape[0], len(self.fade), out.shape[2])  # rows of the last row of tiles
+
+    def add(self, made: Tensor, y: Span, x: Span) -> None:
+        """Take what the network has made of a tile, [C, scale h, scale w]."""
+        rows, columns = y.counted(self.scale), x.counted(self.scale)
+        top, first = y.start * self.scale, x.start * self.scale
+        made = made[:, rows.start - top : rows.stop - top, columns.start - first : columns.stop - first]
+        before, after = x.shared(self.scale)
+        done = made.shape[2] - after
+        if before:
+            self._add_columns(self.left.lerp(made[:, :, :before], self.fade), y, columns.start)
+        self._add_columns(made[:, :, before:done], y, columns.start + before)
+        self.left = made[:, :, done:].clone()  # no more of the tile is kept
+
+    def _add_columns(self, made: Tensor, y: Span, first: int) -> None:
+        columns, (before, after) = slice(first, first + made.shape[2]), y.shared(self.scale)
+        place, above, done = (
+            self.out[:, y.counted(self.scale), columns],
+            self.above[:, :, columns],
+            made.shape[1] - after,
+        )
+        if before:
+            self._write(place[:, :before], above.lerp(made[:, :before], self.fade[:, None]))
+        self._write(place[:, before:done], made[:, before:done])
+        if after:
+            above.copy_(made[:, done:])
+
+    def _write(self, place: Tensor, values: Tensor) -> None:
+        if self.bits is None:
+            place.copy_(values)
+            return
+        for first in range(0, values.shape[1], ROWS):
+            rows = slice(first, first + ROWS)
+            place[:, rows].copy_(values[:, rows].clamp(0, 1).mul_(2**self.bits - 1).round_())
 
 
 @torch.inference_mode()
@@ -107,26 +130,24 @@ def enlarge(
     fold: int = 1,
     tile: int = 512,
     overlap: int = AUTO_OVERLAP_MAX,
+    bits: int | None = None,
     device: torch.device | str = "cpu",
     progress: Callable[[int], object] = lambda pixels: None,
 ) -> Tensor:
-    """[3, H, W] -> [3, scale H, scale W], float32 on the CPU, by tiles on `device`; `progress` hears of pixels done.
+    """[3, H, W] in [0, 1] -> [3, scale H, scale W] on the CPU, by tiles on `device`.
 
-    `fold` is what sides must be a multiple of (pixel-unshuffle); the picture is extended by its edge and cut again.
+    float32 as the network gives it; with `bits` 8 or 16 uint8 or uint16, values beyond [0, 1] cut off. `fold` is what
+    sides must be a multiple of (pixel-unshuffle); the picture is extended by its edge and cut again. `progress` hears
+    of pixels done.
     """
     height, width = image.shape[-2:]
     padded = F.pad(image[None], (0, -width % fold, 0, -height % fold), mode="replicate")[0]
-    # rows of pixels, as files have them; what tiles share is summed up, all else is written once
-    out = torch.empty(*(side * scale for side in padded.shape[-2:]), image.shape[0]).permute(2, 0, 1)
-    down, across = (spans(side, tile, overlap, fold) for side in padded.shape[-2:])
-    for y in down:
-        out[:, y.shared(scale)] = 0
-    for x in across:
-        out[:, :, x.shared(scale)] = 0
-    for y in down:
-        for x in across:
+    rows, columns = (side * scale for side in padded.shape[-2:])
+    out = torch.empty(rows, columns, image.shape[0], dtype=KINDS[bits]).permute(2, 0, 1)  # pixels, as files have them
+    joined = Joined(out, scale, overlap, bits)
+    for y in spans(padded.shape[-2], tile, overlap, fold):
+        for x in spans(padded.shape[-1], tile, overlap, fold):
             part = padded[:, y.start : y.stop, x.start : x.stop].to(device)
-            result = net(part[None])[0].float().cpu()
-            blend(out, result, y, x, scale)
+            joined.add(net(part[None])[0].float().cpu(), y, x)
             progress((y.core_stop - y.core_start) * (x.core_stop - x.core_start))
     return out[:, : height * scale, : width * scale]

@@ -120,7 +120,7 @@ def photo(folder: Path, rounds: int) -> None:
 @torch.inference_mode()
 def tiled_against_bare(upscaler: Upscaler, source: Path, rounds: int) -> str:
     picture = read_picture(source)
-    image = torch.from_numpy(picture.rgb.copy()).permute(2, 0, 1)
+    image = torch.from_numpy(picture.rgb.copy()).permute(2, 0, 1).contiguous()  # as `enlarge` hands pieces to a network
     upscaler(picture)  # which chooses the run
     run, sizes = upscaler.run, {"tile": upscaler.tile, "overlap": upscaler.overlap}
     axes = [spans(side, **sizes) for side in image.shape[-2:]]
@@ -128,7 +128,7 @@ def tiled_against_bare(upscaler: Upscaler, source: Path, rounds: int) -> str:
     work = {
         "bare": lambda: [run(tile) for tile in tiles],
         "square": lambda: run(image[None, :, :512, :512]),
-        "tiled": lambda: enlarge(run, image, scale=4, **sizes),
+        "tiled": lambda: enlarge(run, image, scale=4, bits=8, **sizes),
         "network": lambda: upscaler(picture),
         "whole": lambda: end_to_end(upscaler, source, source.with_name("out.png")),
     }

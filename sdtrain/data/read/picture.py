@@ -26,7 +26,10 @@ PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 @dataclass(frozen=True)
 class Picture:
-    """Values in [0, 1]: rgb [H, W, 3] and alpha [H, W] (or None), float32; `bits` a channel; the colour profile."""
+    """rgb [H, W, 3] and alpha [H, W] (or None), `bits` a channel of a file, the colour profile.
+
+    Values are float32 in [0, 1]; of a result they may be the whole numbers of its file already.
+    """
 
     rgb: np.ndarray
     alpha: np.ndarray | None = None
@@ -60,13 +63,19 @@ def picture_of_values(rgb: np.ndarray) -> Picture:
 def values_of(picture: Picture) -> np.ndarray:
     """[H, W, 3], or 4 with alpha: whole numbers up to the largest of the picture's depth."""
     layers = [picture.rgb] if picture.alpha is None else [picture.rgb, picture.alpha[..., None]]
-    depth = sum(layer.shape[2] for layer in layers)
-    values = np.empty((*picture.rgb.shape[:2], depth), np.uint16 if picture.bits == 16 else np.uint8)
+    kind = np.uint16 if picture.bits == 16 else np.uint8
+    if len(layers) == 1 and picture.rgb.dtype == kind:
+        return picture.rgb
+    values = np.empty((*picture.rgb.shape[:2], sum(layer.shape[2] for layer in layers)), kind)
     for first in range(0, len(values), ROWS):
         rows = slice(first, first + ROWS)
-        part = np.concatenate([layer[rows] for layer in layers], axis=2) if len(layers) > 1 else layers[0][rows]
-        values[rows] = (part.clip(0, 1) * (2**picture.bits - 1)).round()
+        parts = [layer[rows] if layer.dtype == kind else rounded(layer[rows], picture.bits) for layer in layers]
+        np.concatenate(parts, axis=2, out=values[rows], casting="unsafe")
     return values
+
+
+def rounded(values: np.ndarray, bits: int) -> np.ndarray:
+    return (values.clip(0, 1) * (2**bits - 1)).round()
 
 
 def _unit(values: np.ndarray, bits: int) -> np.ndarray:
