@@ -27,7 +27,7 @@ from PIL import Image
 from test_pack import loose_tar, packed, parsed, photo, photos, png, refusal, verified
 from test_verify import edit, edit_index, refused, shards
 
-from sdtrain.commands import upscale
+from sdtrain.commands import upscaler
 from sdtrain.data.pack import pack
 from sdtrain.data.read import download
 from sdtrain.data.read.budget import PictureLimits, TooSlow, within
@@ -173,10 +173,10 @@ def test_the_plan_of_a_packing_is_the_same_as_before_there_was_a_limit_of_memory
 
 
 def test_an_enlargement_beyond_the_free_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(upscale, "available_bytes", lambda: 1 << 30)
+    monkeypatch.setattr(upscaler, "available_bytes", lambda: 1 << 30)
     with pytest.raises(DataError, match=r"^its result of 8000x8000 pixels needs 1464 MB of memory, 1024 MB are free"):
-        upscale.refuse_result(2000, 2000, 4, upscale.RESULT_BYTES)
-    upscale.refuse_result(1000, 1000, 4, upscale.DEEP_BYTES)
+        upscaler.refuse_result(2000, 2000, 4, upscaler.RESULT_BYTES)
+    upscaler.refuse_result(1000, 1000, 4, upscaler.DEEP_BYTES)
 
 
 # --- what lists the pictures

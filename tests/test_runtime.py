@@ -30,6 +30,7 @@ from sdtrain import cli
 from sdtrain.commands import upscale
 from sdtrain.commands.overlap import overlapped
 from sdtrain.commands.running import form_of, photo_parts, photo_run
+from sdtrain.commands.upscaler import Upscaler
 from sdtrain.data.read.budget import TooSlow, within
 from sdtrain.data.read.picture import png_of, read_picture
 from sdtrain.errors import ConfigError
@@ -299,7 +300,7 @@ def test_pictures_are_those_of_one_after_the_other_also_around_refused_ones(
     assert run(*words) == 2
     lines = capsys.readouterr().err.splitlines()
     assert [Path(line.split(": ")[0]).name for line in lines[1:]] == ["broken.png", "absent.png"]
-    upscaler = upscale.Upscaler.of(words_of(*words))
+    upscaler = Upscaler.of(words_of(*words))
     for name in ("a.png", "b.png", "c.png", "d.png"):
         expected = png_of(upscaler(read_picture(tmp_path / name)))
         assert (tmp_path / "out" / name).read_bytes() == expected

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from sdtrain.commands import upscale
 from sdtrain.commands.exporting import export
+from sdtrain.commands.upscaler import Upscaler
 from sdtrain.data.read.picture import Picture, _turn, png_of, read_picture, values_of
 from sdtrain.errors import ConfigError, DataError, WeightsError
 from sdtrain.files import write_bytes
@@ -368,7 +369,7 @@ def test_a_run_folder_gives_its_best_student(model: Path, tmp_path: Path) -> Non
 def test_what_is_cheap_to_see_is_said_before_a_network_is_read(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(upscale.Upscaler, "of", lambda args: pytest.fail("the network was read"))
+    monkeypatch.setattr(Upscaler, "of", lambda args: pytest.fail("the network was read"))
     Image.fromarray(photo(20, 16).astype(np.uint8)).save(tmp_path / "a.png")
     (tmp_path / "file").touch()
     out = tmp_path / "file" / "out"
@@ -425,7 +426,7 @@ def test_running_out_of_memory_halves_the_tiles(model: Path, tmp_path: Path) -> 
     parser = argparse.ArgumentParser()
     upscale.add_arguments(parser)
     args = parser.parse_args(["x", "--model", str(model), "--out", "y", "--tile", "256", "--device", "cpu"])
-    upscaler = upscale.Upscaler.of(args)
+    upscaler = Upscaler.of(args)
     picture = Picture(photo(20, 300, top=1).astype(np.float32), bits=16)
     whole = upscaler(picture)
     net = upscaler.net

@@ -381,9 +381,9 @@ def test_a_frame_that_cannot_be_enlarged_is_named(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from sdtrain.commands import upscale
+    from sdtrain.commands import upscaler
 
-    monkeypatch.setattr(upscale, "available_bytes", lambda: 1)
+    monkeypatch.setattr(upscaler, "available_bytes", lambda: 1)
     said = refusal(capsys, words(source, student, out := tmp_path / "out.mkv"))
     assert said.startswith(f"{source}, frame 0: its result of 96x64 pixels needs 0 MB of memory, 0 MB are free")
     assert not out.exists() and not list(Path(f"{out}.parts", ".pack").glob("*.nut"))

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from sdtrain.commands.upscale import Upscaler
+    from sdtrain.commands.upscaler import Upscaler
     from sdtrain.interop.network import Network
     from sdtrain.release.backends import Run
     from sdtrain.release.runtime import Piece, Runtime

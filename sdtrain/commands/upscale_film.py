@@ -19,12 +19,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from sdtrain.commands import film_options, shard_jobs
 from sdtrain.commands.shard_jobs import Job, Manifest, Work, mark
+from sdtrain.commands.upscaler import Upscaler
 from sdtrain.data.pack.film import MAX_FRAME_BYTES, Encoder, Form, Style, join, num_frames
 from sdtrain.data.pack.pack import other_plan
 from sdtrain.data.read.budget import PictureLimits
@@ -32,9 +33,6 @@ from sdtrain.data.read.film import Film, frame_times, frames, probe, programs, v
 from sdtrain.data.read.picture import picture_of_values, values_of
 from sdtrain.errors import EXIT_OK, ConfigError, DataError, UserError
 from sdtrain.files import AtomicFile, read_json, sha256_of_file, sync_folder, write_json
-
-if TYPE_CHECKING:
-    from sdtrain.commands.upscale import Upscaler
 
 ANY = PictureLimits(pixels=(1 << 31) - 1, megabytes=1 << 20)
 
@@ -76,12 +74,12 @@ class Task:
         return (end - self.times[first]) * base
 
 
-def run(args: argparse.Namespace, load: Callable[[argparse.Namespace], Upscaler]) -> int:
+def run(args: argparse.Namespace) -> int:
     """Returns 0. Raises ConfigError, DataError for the first film that cannot be enlarged."""
     film_options.check(args)
     pairs = film_options.targets(args.inputs, args.out)
     programs()
-    upscaler = shard_jobs.on_this_rank(lambda: load(args))
+    upscaler = shard_jobs.on_this_rank(lambda: Upscaler.of(args))
     for source, out in pairs:
         enlarge(task_of(source, out, upscaler, args), args.part)
     return EXIT_OK

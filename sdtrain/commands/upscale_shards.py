@@ -5,15 +5,15 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from sdtrain.commands import shard_jobs
 from sdtrain.commands.overlap import overlapped
 from sdtrain.commands.shard_jobs import Job, Manifest, Tick, shard_of
+from sdtrain.commands.upscaler import Upscaler
 from sdtrain.data.read.budget import PictureLimits
 from sdtrain.data.read.dataset import Dataset, open_dataset
 from sdtrain.data.read.images import ImageRejected
@@ -21,15 +21,12 @@ from sdtrain.data.read.picture import Picture, picture_of, png_of
 from sdtrain.errors import EXIT_OK, EXIT_USER_ERROR, ConfigError, DataError, UserError
 from sdtrain.files import sha256_of_file
 
-if TYPE_CHECKING:
-    from sdtrain.commands.upscale import Upscaler
-
 SHOWN = 20
 
 
-def run(args: argparse.Namespace, load: Callable[[argparse.Namespace], Upscaler]) -> int:
+def run(args: argparse.Namespace) -> int:
     """Returns 0, or 2 when a picture was refused. Raises ConfigError, DataError before anything is written."""
-    upscaler = shard_jobs.on_this_rank(lambda: load(args))
+    upscaler = shard_jobs.on_this_rank(lambda: Upscaler.of(args))
     dataset = open_dataset(str(args.inputs[0]), limits=upscaler.limits)
     jobs = plan_jobs(dataset, upscaler, args.out)
     refuse_own(args.out, dataset)

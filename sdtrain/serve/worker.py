@@ -20,7 +20,8 @@ import torch
 
 from sdtrain.commands.sample import png_of_pixels, walk
 from sdtrain.commands.source import Source, file_of
-from sdtrain.commands.upscale import FACTORS, Upscaler, add_arguments
+from sdtrain.commands.upscale import add_arguments
+from sdtrain.commands.upscaler import FACTORS, Upscaler
 from sdtrain.data.read.images import ImageRejected, hush
 from sdtrain.data.read.picture import Picture, picture_of, png_of
 from sdtrain.engine.ranks import pick_device

@@ -34,7 +34,7 @@ from PIL import Image  # noqa: E402
 
 from sdtrain.activations import Watch  # noqa: E402
 from sdtrain.commands.overlap import overlapped  # noqa: E402
-from sdtrain.commands.upscale import Upscaler  # noqa: E402
+from sdtrain.commands.upscaler import Upscaler  # noqa: E402
 from sdtrain.data.read.picture import Picture, png_of, read_picture  # noqa: E402
 from sdtrain.files import write_bytes  # noqa: E402
 from sdtrain.interop.network import Network  # noqa: E402
