@@ -7,6 +7,7 @@ own, a table could mix numbers that do not compare, and a mistake would end in a
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import shutil
 import signal
@@ -357,6 +358,26 @@ def test_bench_amortises_what_is_done_every_few_steps(config):
     variant = Variant("lazy", lazy, torch.device("cpu"), 16, (1, 1))
     assert variant.shares() == {"ema": 1, "G": 1, "G_pl": 1 / 4, "D": 1, "D_r1": 1 / 16}
     assert variant.step_seconds({"G": 1.0, "G_pl": 4.0, "D": 1.0, "D_r1": 16.0, "ema": 0.0}) == 4.0
+
+
+def test_bench_amortises_lazy_self_distillation(config, monkeypatch):
+    from sdtrain.commands.variants import BETWEEN, Variant, compare, synthetic
+    from sdtrain.config.load import load_config
+    from sdtrain.engine.timing import Clock
+
+    lazy = load_config(config, ["sd.alpha=1", "sd.loss=l1", "sd.augment=false", "sd.every=5"])
+    variant = Variant("lazy", lazy, torch.device("cpu"), 16, (1, 1))
+    assert variant.shares() == {"ema": 1, "G": 1 / 5, BETWEEN: 4 / 5, "D": 1}
+    assert variant.step_seconds({"G": 5.0, BETWEEN: 2.5, "D": 1.0, "ema": 0.0}) == 4.0
+    phases, before = [], variant.method.L_SD
+    monkeypatch.setattr(
+        variant.method, "L_SD", lambda fake, x, draws: (phases.append(x.step), before(fake, x, draws))[1]
+    )
+    batch = synthetic(lazy, variant.method.feed, 16, 2)
+    compare([variant], itertools.repeat(batch), 2, Clock(torch.device("cpu")))
+    assert set(phases) == {0, 240, 480}, "every fifth step has L_SD, and those between have none"
+    assert list(variant.seconds) == ["G", BETWEEN, "D", "ema"] and len(variant.seconds[BETWEEN]) == 2
+    assert set(variant.memory) == {"G", BETWEEN, "D"} and variant.memory[BETWEEN] < variant.memory["G"]
 
 
 def test_bench_runs_on_noise_and_says_so(config, capsys):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -22,6 +23,7 @@ from sdtrain.methods.sdgan.method import SDGAN
 from sdtrain.rng import generator
 from sdtrain.trainer import Trainer
 
+BETWEEN = "G without L_SD"
 PERIOD = 48  # steps after which lazy regularisation (every 4, every 16) has been through all its combinations
 
 
@@ -38,6 +40,7 @@ class Variant:
         before = self._allocated()
         self.trainer = Trainer(config, device, resolution, class_counts, num_samples=config.batch_size)
         self.method = self.trainer.method
+        self.sd_every = config.sd.every if config.sd.alpha else 1
         self.stage = self.method.stages[-1]
         self.trainer.enter(self.stage)
         warm_up(self.trainer)
@@ -54,17 +57,26 @@ class Variant:
     def step(self, chunks: list[Chunk], clock: Clock) -> dict[str, float]:
         """One step with every phase it can have; seconds by phase."""
         found = {}
-        for phase in self.method.phases(self.stage, chunks[0].step):
-            found[phase.name], _ = clock.time(partial(self.trainer.engine.run, phase, chunks))
+        for name, phase, x in self.due(chunks):
+            found[name], _ = clock.time(partial(self.trainer.engine.run, phase, x))
         found["ema"], _ = clock.time(self.trainer.average)
         self.trainer.engine.settle(late=True)
         self.trainer.engine.meter.clear()
         return found
 
+    def due(self, chunks: list[Chunk]) -> Iterator[tuple[str, Phase, list[Chunk]]]:
+        """Every phase that a step can have; where L_SD is lazy, G's also as it is in the steps between."""
+        for phase in self.method.phases(self.stage, chunks[0].step):
+            yield phase.name, phase, chunks
+            if phase.name == "G" and self.sd_every > 1:
+                yield BETWEEN, phase, [replace(chunk, step=chunk.step + 1) for chunk in chunks]
+
     def shares(self) -> dict[str, float]:
         """How often each phase runs: 1, or 1/16 for a lazy one."""
         names = [phase.name for step in range(PERIOD) for phase in self.method.phases(self.stage, step)]
-        return {"ema": 1.0, **{name: names.count(name) / PERIOD for name in dict.fromkeys(names)}}
+        found = {"ema": 1.0, **{name: names.count(name) / PERIOD for name in dict.fromkeys(names)}}
+        often = 1 / self.sd_every
+        return found if often == 1 else {**found, "G": often, BETWEEN: 1 - often}
 
     def step_seconds(self, found: dict[str, float]) -> float:
         """Seconds of an average step, lazy phases in their proportion."""
@@ -81,9 +93,9 @@ class Variant:
     def measure_memory(self, chunks: list[Chunk]) -> None:
         """Bytes of each phase, as if no other variant was there: what stays, and what the phase needs beside."""
         work = self._allocated_in if self.device.type == "cuda" else self._counted_in
-        for phase in self.method.phases(self.stage, chunks[0].step):
-            beside = work(phase, chunks)
-            self.memory[phase.name] = beside + self._optimizer_bytes() + (self.built or self._weights())
+        for name, phase, x in self.due(chunks):
+            beside = work(phase, x)
+            self.memory[name] = beside + self._optimizer_bytes() + (self.built or self._weights())
         self.trainer.engine.meter.clear()
 
     def _allocated_in(self, phase: Phase, chunks: list[Chunk]) -> int:
@@ -143,7 +155,7 @@ def compare(variants: list[Variant], batches: Iterator[Batch], rounds: int, cloc
             began = time.perf_counter()
             batch = next(batches)
             waited = time.perf_counter() - began
-            chunks = variant.chunks(batch, number * PERIOD)
+            chunks = variant.chunks(batch, number * PERIOD * variant.sd_every)
             found = variant.step(chunks, clock)
             if number == 0:
                 variant.measure_memory(chunks)
