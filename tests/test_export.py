@@ -39,6 +39,7 @@ from sdtrain.models.stylegan2 import networks as stylegan2
 from sdtrain.models.stylenat import networks as stylenat
 from sdtrain.release.forms import Release
 from sdtrain.release.outward import Outward, in_order, input_name
+from sdtrain.release.pictures import spread
 from sdtrain.release.snapshot import snapshot_bytes
 from sdtrain.rng import Draws
 
@@ -151,6 +152,12 @@ def test_every_file_of_an_export_gives_its_consumer_the_network_of_training(name
         assert "spandrel" in {row["consumer"] for row in rows}
     assert Image.open(to / "preview.png").size[0] >= 32
     snippets_run(to, monkeypatch)
+
+
+def test_pictures_are_taken_from_all_over_a_list():
+    numbers = [torch.tensor(i) for i in range(12)]
+    assert [int(x) for x in spread(numbers, 3)] == [2, 6, 10]
+    assert [int(x) for x in spread(numbers[:2], 3)] == [0, 1] and spread([], 3) == []
 
 
 def snippets_run(to: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -92,6 +92,15 @@ def sdakd(folder: Path, stages: dict[str, list[float]], test: float) -> Path:
 # Tables
 
 
+@pytest.mark.parametrize("where", ["features", "fid"])
+def test_a_distance_in_features_of_a_random_network_is_not_called_that_of_papers(where, tmp_path, undrawn):
+    random = {where: {"extractor": "random-inception", "tap": 64, "seed": 0}}
+    said = page(tmp_path, gan(tmp_path / "small", [2.0, 1.0], **random))
+    assert "| FID in random features down | rFID down | Precision up |" in said and "| FID down" not in said
+    assert "by FID in random features, " in said
+    assert "| FID down | rFID down |" in page(tmp_path, gan(tmp_path / "usual", [2.0, 1.0]))
+
+
 def test_a_students_number_is_from_its_own_stage_and_the_teachers_has_a_line_of_its_own(tmp_path, undrawn):
     stages = {"teacher": [40.0, 30.0], "supervised": [90.0, 80.0], "adversarial": [60.0, 50.0, 55.0]}
     said = page(tmp_path, sdakd(tmp_path / "half", stages, 52.0), sdakd(tmp_path / "plain", {"naive": [70.0]}, 72.0))

@@ -67,7 +67,8 @@ def table_of_arms(split: str, arms: dict[str, dict[int, Written]], notes: list[s
     lines = []
     for key in keys:
         values = {name: {seed: row.values[key] for seed, row in found.items()} for name, found in rows.items()}
-        lines += [line(name, key, mine, values[first]) for name, mine in values.items()]
+        column = heading(key, next(iter(rows[first].values())).protocol)
+        lines += [line(name, key, column, mine, values[first]) for name, mine in values.items()]
     said = f"Split {split}: arms over seeds, each run by the weights it has chosen. {READING.format(first=first)}"
     return Table(said, HEAD, lines, 2)
 
@@ -78,7 +79,7 @@ def table_of_values(said: str, key: str, arms: Mapping[str, Values]) -> Table | 
     if len(kept) < 2:
         return None
     first, base = next(iter(kept.items()))
-    lines = [line(name, key, mine, base) for name, mine in kept.items()]
+    lines = [line(name, key, heading(key, {}), mine, base) for name, mine in kept.items()]
     return Table(f"{said} {READING.format(first=first)}", HEAD, lines, 2)
 
 
@@ -88,9 +89,9 @@ def result(run: Written, split: str) -> Row | None:
     return max(rows, key=lambda row: row.seen_img or 0, default=None)
 
 
-def line(name: str, key: str, mine: Values, base: Values) -> list[str]:
+def line(name: str, key: str, column: str, mine: Values, base: Values) -> list[str]:
     values = list(mine.values())
-    about = [name, heading(key), str(len(values)), mean_of(key, values), printed(key, statistics.stdev(values))]
+    about = [name, column, str(len(values)), mean_of(key, values), printed(key, statistics.stdev(values))]
     both = [mine[seed] - base[seed] for seed in mine.keys() & base.keys()]
     if mine is base or len(both) < 2:
         return [*about, "-", "-", "-"]

@@ -113,8 +113,9 @@ def measured(source: Path, file: Path) -> tuple[list[Table], list[str]]:
         return [], [none]
     keys = list(dict.fromkeys(key for row in ours for key in row.values if not key.endswith("_std")))
     rows = [[who(row), *(printed(key, row.values[key]) if key in row.values else "-" for key in keys)] for row in ours]
-    table = Table(f"Measured on {split}:", ["", *(heading(key) for key in keys)], rows)
-    return [table], [f"protocol: {json.dumps(row.protocol)}" for row in ours if row.protocol][:1]
+    protocol = next((row.protocol for row in ours if row.protocol), {})
+    table = Table(f"Measured on {split}:", ["", *(heading(key, protocol) for key in keys)], rows)
+    return [table], [f"protocol: {json.dumps(protocol)}"] if protocol else []
 
 
 def is_of(row: Row, split: str, file: Path) -> bool:

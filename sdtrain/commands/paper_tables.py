@@ -100,7 +100,8 @@ def table(paper: Paper, numbers: Sequence[Measured]) -> Table:
     head = [*paper.words]
     for column in paper.columns:
         split, key = column.split("/")
-        head += [heading(key, f" ({split})"), "published"]
+        protocol = next((one.row.protocol for one in numbers if one.column == column), {})
+        head += [heading(key, protocol, f" ({split})"), "published"]
     lines = []
     for words in dict.fromkeys([*paper.published, *(one.words for one in numbers)]):
         line = [*words]

@@ -6,11 +6,11 @@ import io
 import itertools
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sdtrain.commands.results import METRICS, RISING, Written, better, grouped, series
+from sdtrain.commands.results import METRICS, RISING, Written, better, called, grouped, series
 from sdtrain.commands.tables import Table, one_line, shortened
 from sdtrain.files import write_bytes
 
@@ -80,7 +80,7 @@ def curves(runs: Sequence[Written], file: Path, smooth: int | None, notes: list[
     figure = new_figure(4.6 * columns + 0.6, 3.1 * rows + 0.7 + 0.2 * math.ceil(len(groups) / abreast))
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for ax, (panel, lines) in zip(axes, panels.items()):
-        dress(ax, panel, lines)
+        dress(ax, panel, lines, protocol_of(groups, panel))
         for group, stage, points in lines:
             draw(ax, points, colours[group], style_of(stage), smooth, min(0.25, 2 / len(lines)))
         if panel[0]:
@@ -129,15 +129,22 @@ def style_of(stage: str) -> Any:
     return next((style for start, style in STYLES.items() if stage.startswith(start)), "-")
 
 
-def dress(ax: Any, panel: Panel, lines: list[Line]) -> None:
+def protocol_of(groups: dict[str, list[Written]], panel: Panel) -> dict[str, Any]:
+    """How the first of a panel's values was measured."""
+    rows = (row for runs in groups.values() for run in runs for row in run.rows)
+    return next((row.protocol for row in rows if row.split == panel[0] and panel[1] in row.values), {})
+
+
+def dress(ax: Any, panel: Panel, lines: list[Line], protocol: Mapping[str, Any]) -> None:
     """Titles, axes with their units, and a grid."""
     from matplotlib.ticker import MaxNLocator
 
     split, key = panel
     values = [mean for _, _, points in lines for _, mean, _ in points]
     logarithmic = bool(split) and key not in (*RISING, "kid", "lpips") and min(values) > 0
-    kind = f"{METRICS[key]}, {'higher' if key in RISING else 'lower'} is better" if split else "mean over a tick"
-    title = f"{METRICS[key].split(' [')[0]} ({split})" if split else key
+    name = called(key, protocol)
+    kind = f"{name}, {'higher' if key in RISING else 'lower'} is better" if split else "mean over a tick"
+    title = f"{name.split(' [')[0]} ({split})" if split else key
     ax.set_title(shortened([title], LEGEND)[title], parse_math=False)
     ax.set(xlabel="images seen", yscale="log" if logarithmic else "linear")
     ax.set_ylabel(kind, fontsize=8)

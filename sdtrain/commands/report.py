@@ -29,6 +29,7 @@ from sdtrain.commands.results import (
     METRICS,
     Row,
     Written,
+    called,
     chosen,
     comparable,
     conflicts,
@@ -174,8 +175,10 @@ def table_of_metrics(split: str, entries: list[Entry]) -> Table:
     if any(row.stage or row.network not in ("G", "G_ema") for row in rows) or len({row.network for row in rows}) > 1:
         words += ["Network", "Stage"]
     about = {"Run": lambda e: title(e.run), "Network": lambda e: e.row.network, "Stage": lambda e: e.row.stage or "-"}
+    protocol = next((row.protocol for row in rows if row.protocol), {})
     lines = [[*(about[w](e) for w in words), images(e.row), *(cell(e.row, key) for key in keys)] for e in entries]
-    return Table(caption(split, entries), [*words, "images", *map(heading, keys)], lines, len(words))
+    head = [*words, "images", *(heading(key, protocol) for key in keys)]
+    return Table(caption(split, entries), head, lines, len(words))
 
 
 def title(run: Written) -> str:
@@ -202,7 +205,7 @@ def caption(split: str, entries: Sequence[Entry]) -> str:
     if split != "val":
         return f"Split {split}: last evaluation of each run, {measured}."
     keys = dict.fromkeys(judge([entry.row], entry.run.select_by) for entry in entries)
-    by = " or ".join(METRICS[key] for key in keys if key)
+    by = " or ".join(called(key, p) for key in keys if key)
     by += ", whichever chose the run's weights" if len(keys) > 1 else ""
     each = "each stage of each run" if any(row.stage for row in rows) else "each run"
     return f"Split val: best evaluation of {each} by {by}, {measured}."

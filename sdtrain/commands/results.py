@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,6 +25,7 @@ METRICS |= {"psnr_y": "PSNR-Y [dB]", "ssim_y": "SSIM-Y", "lpips": "LPIPS"}
 RISING = (*(key for metric in table.METRICS.values() for key in metric.rising), "psnr_y", "ssim_y")  # higher is better
 MEASURED = re.compile(rf"(?:{'|'.join(METRICS)})(?:_std|_\d+)?")
 FACTOR = re.compile(r"fid_(\d+)")
+IN_FEATURES = ("fid", "fid_biased", "kid")  # of the network that is chosen by `metrics.extractor`
 DIGITS = {"kid": 5, "ssim_y": 4, "lpips": 4}
 SEED_OF_NAME = re.compile(r"[-_.]?seed[-_=]?\d+", re.IGNORECASE)
 WORDS = ("kind", "stage", "split", "weights", "method", "measured")
@@ -34,11 +35,18 @@ NUMBER, FINITE = "values that are no numbers", "values that are not finite"
 OBJECT, PLACE = "rows that are no JSON objects", "rows without a position, or with a stage or protocol that is none"
 
 
-def heading(key: str, more: str = "") -> str:
-    """What stands over a column of this measurement."""
+def called(key: str, protocol: Mapping[str, Any]) -> str:
+    """The name of a measurement. In features of a random network, FID and KID must not be taken for those of papers."""
     factor = FACTOR.fullmatch(key)
     name = f"FID x{factor[1]}" if factor else METRICS.get(key, key)
-    return f"{name}{more} {'up' if key in RISING else 'down'}"
+    features = protocol.get("features") or protocol.get("fid") or {}
+    random = features.get("extractor") == "random-inception" and (factor or key in IN_FEATURES)
+    return f"{name} in random features" if random else name
+
+
+def heading(key: str, protocol: Mapping[str, Any], more: str = "") -> str:
+    """What stands over a column of this measurement."""
+    return f"{called(key, protocol)}{more} {'up' if key in RISING else 'down'}"
 
 
 def printed(key: str, value: float, spread: float | None = None) -> str:

@@ -27,7 +27,8 @@ SIZES = ((48, 64), (96, 72))  # height and width of the two cases, where picture
 LEAST = 8  # pixels of a side
 MOST = 64  # pictures that are read
 SPLITS = ("test", "val")
-COLUMNS = 4
+COLUMNS = 4  # samples in a row of a preview
+STRIPS = 3  # pictures in a preview
 
 
 def held_back(source: Path, folder: Path | None) -> tuple[list[Tensor], str]:
@@ -43,8 +44,14 @@ def held_back(source: Path, folder: Path | None) -> tuple[list[Tensor], str]:
         if path.is_file():
             found = [x for x in read_tensors(path).values() if is_shown(x)]
             if found:
-                return found[:MOST], f"the inputs that the run measures on ({split})"
+                return spread(found, MOST), f"the inputs that the run measures on ({split})"
     return [smooth_noise(i) for i in range(4)], "smooth noise, for want of a run's inputs (say --images FOLDER)"
+
+
+def spread(pictures: list[Tensor], most: int) -> list[Tensor]:
+    """At most so many, from all over the list: neighbours may be pieces of one photograph."""
+    count = min(most, len(pictures))
+    return [pictures[(2 * i + 1) * len(pictures) // (2 * count)] for i in range(count)]
 
 
 def is_shown(x: Tensor) -> bool:
@@ -114,7 +121,7 @@ def preview(source: Path, network: Network, outward: Outward, pictures: list[Ten
 
 def _strips(outward: Outward, pictures: list[Tensor]) -> Tensor:
     rows = []
-    for i, picture in enumerate(pictures[:3]):
+    for i, picture in enumerate(spread(pictures, STRIPS)):
         x = (
             as_face(picture, outward.side)[None]
             if outward.kind == FACE
