@@ -4,6 +4,8 @@ one arm could be paired with others, and numbers of two protocols could be subtr
 
 from __future__ import annotations
 
+import math
+import random
 import statistics
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +18,7 @@ from test_report import gan, page, sdakd, undrawn
 from sdtrain.commands import arms
 from sdtrain.commands.report import arms_of_variation
 from sdtrain.commands.results import Written, read_runs
+from sdtrain.commands.roughness import roughness
 
 __all__ = ["undrawn"]
 BASE, BETTER = [5.0, 5.5, 4.8, 5.2], [4.1, 4.7, 4.0, 4.2]
@@ -44,6 +47,28 @@ def test_means_and_differences_are_those_of_students_t_paired_by_seed(tmp_path: 
     assert difference == f"{statistics.fmean(both):.3f} +- {(high - low) / 2:.3f}"
     low, high = stats.t.interval(0.95, 3, statistics.fmean(BETTER), stats.sem(BETTER))
     assert mean == f"{statistics.fmean(BETTER):.3f} +- {(high - low) / 2:.3f}"
+
+
+def test_roughness_is_two_for_noise_small_for_a_curve_and_of_the_last_stage(tmp_path: Path) -> None:
+    draw = random.Random(0)
+    noise = [draw.gauss(0, 1) for _ in range(4000)]
+    line = [math.sin(i / 300) for i in range(4000)]
+    curves = {("", "G/adv", "main"): dict(enumerate(noise)), ("", "D/real", "main"): dict(enumerate(line))}
+    early = {("", "G/adv", "teacher"): dict(enumerate(line[:2000])), ("", "G/sup", "teacher"): {0: 1.0, 9: 2.0}}
+    few = {("", "D/fake", "main"): {number: 1.0 * number for number in range(3991, 4000)}}
+    found = roughness(Written(tmp_path, "a", curves=early | curves | few))
+    assert found.keys() == {"G/adv", "D/real"} and found["G/adv"] == pytest.approx(2, abs=0.1)
+    assert found["D/real"] < 1e-4
+    steps = [b - a for a, b in zip(noise, noise[1:])]
+    assert found["G/adv"] == statistics.variance(steps) / statistics.variance(noise)
+
+
+def test_roughness_is_compared_between_arms_and_its_absence_is_said(tmp_path: Path, undrawn: None, capsys: Any) -> None:
+    runs = [gan(tmp_path / f"{arm}-seed{n}", [9.0, 8.0 + n, *[7.0] * 10]) for n in range(2) for arm in ("base", "sd")]
+    text = page(tmp_path, *runs, "--roughness")
+    assert "| Run | G/adv |" in text and cells(text, "sd", "roughness of G/adv")[0] == "2"
+    page(tmp_path, gan(tmp_path / "short", [9.0]), "--roughness")
+    assert "no run has the 10 rows of losses" in capsys.readouterr().err
 
 
 def test_variation_is_compared_between_arms_as_metrics_are(tmp_path: Path) -> None:

@@ -73,14 +73,17 @@ def table_of_arms(split: str, arms: dict[str, dict[int, Written]], notes: list[s
     return Table(said, HEAD, lines, 2)
 
 
-def table_of_values(said: str, key: str, arms: Mapping[str, Values]) -> Table | None:
-    """One measurement of arms; None unless two of them have two seeds or more each."""
-    kept = {name: values for name, values in arms.items() if len(values) > 1}
-    if len(kept) < 2:
-        return None
-    first, base = next(iter(kept.items()))
-    lines = [line(name, key, heading(key, {}), mine, base) for name, mine in kept.items()]
-    return Table(f"{said} {READING.format(first=first)}", HEAD, lines, 2)
+def table_of_values(said: str, measured: Mapping[str, Mapping[str, Values]]) -> Table | None:
+    """Measurements of arms; None unless there is one of which two arms have two seeds or more each."""
+    every = {key: {name: of for name, of in arms.items() if len(of) > 1} for key, arms in measured.items()}
+    first = next((next(iter(arms)) for arms in every.values() if len(arms) > 1), "")
+    lines = [
+        line(name, key, heading(key, {}), mine, arms[first])
+        for key, arms in every.items()
+        if len(arms) > 1 and first in arms
+        for name, mine in arms.items()
+    ]
+    return Table(f"{said} {READING.format(first=first)}", HEAD, lines, 2) if lines else None
 
 
 def result(run: Written, split: str) -> Row | None:

@@ -38,6 +38,7 @@ from sdtrain.commands.results import (
     printed,
     read_runs,
 )
+from sdtrain.commands.roughness import tables_of_roughness
 from sdtrain.commands.speed_rows import sizes_of
 from sdtrain.commands.tables import Table
 from sdtrain.errors import EXIT_OK, ConfigError, UserError
@@ -62,6 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--shares", default=SHARES, metavar="PERCENT", help=f"of training, where --variation looks (default: {SHARES})")
     add("--latents", type=int, default=480, help="latents of --variation (default: 480)")
     add("--pairs", choices=("consecutive", "all_pairs"), default="consecutive", help="weights --variation compares")
+    add("--roughness", action="store_true", help="how unsteady losses are: variance of steps / variance of values")
     add("--interplay", action="store_true", help="Figure 6: images that L_SD and D like least and most")
     add("--interplay-latents", type=int, default=10_000, metavar="N", help="latents of --interplay (default: 10000)")
     add("--extremes", type=int, default=200, help="images kept at either end of L_SD (default: 200)")
@@ -85,6 +87,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         found = tables_of_arms(runs, notes) + tables_of_metrics(runs, notes)
         found += tables_of_variation(runs, args, notes) if args.variation else []
+        found += tables_of_roughness(runs, notes) if args.roughness else []
         extremes = of_each(runs, lambda run: interplay(run, args), notes) if args.interplay else []
         files = draw(runs, extremes, args, notes)
         if args.out.suffix in tables.PAGES:
@@ -246,7 +249,7 @@ def arms_of_variation(measured: Sequence[tuple[Written, Variation]]) -> Table | 
     for run, found in measured:
         if (seed := seed_of(run)) is not None:
             arms[run.group][seed] = found.mean
-    return table_of_values("Arms over seeds.", "variation", arms)
+    return table_of_values("Arms over seeds.", {"variation": arms})
 
 
 # Files
