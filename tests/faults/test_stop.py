@@ -155,9 +155,9 @@ def check_hang(name: str, ranks: list[dict[str, Any]]) -> None:
 
 
 def test_nothing_is_alarmed_by_a_slow_first_step_or_a_long_evaluation(place: Path) -> None:
-    slow = {"how": "sleep", "sec": 4}
+    slow = {"how": "sleep", "sec": 8}  # longer than the timeout, which a process that gets no turn must not reach
     points = [{"point": "in a step", **slow, "rank": 1}, {"point": "in an evaluation", **slow, "time": 2, "rank": 1}]
-    jobs = [job(place, f"slow{i}", "timeout=2s", ranks=2, harm=harm) for i, harm in enumerate(points)]
+    jobs = [job(place, f"slow{i}", "timeout=5s", ranks=2, harm=harm) for i, harm in enumerate(points)]
     for done in run_jobs(place, jobs):
         assert [one["code"] for one in done["ranks"]] == [0, 0], done
 
