@@ -265,7 +265,7 @@ def look_at_board(run: Path, out: Path) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("pages", nargs="*", type=Path, metavar="PAGE.html")
+    parser.add_argument("pages", nargs="*", type=lambda page: Path(page).resolve(), metavar="PAGE.html")
     parser.add_argument("--tensorboard", type=Path, metavar="RUN")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for the screenshots")
     args = parser.parse_args()

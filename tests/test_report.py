@@ -115,6 +115,7 @@ def test_a_students_number_is_from_its_own_stage_and_the_teachers_has_a_line_of_
     assert "| half | student | adversarial | 70 | 52.000 | 44.000 | 60.000 |" in test
     assert "| plain | student | naive | 10 | 72.000 | 64.000 | 80.000 |" in test
     assert "plain | bicubic" not in test, "the same images enlarged the same way are one line"
+    assert "plain | teacher" not in test, "nor is one teacher of two students listed twice"
     assert "52.000" not in val and "50.000" not in test.replace("150.000", "")
 
 

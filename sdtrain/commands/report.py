@@ -159,10 +159,11 @@ def note_conflicts(firsts: Sequence[tuple[str, dict[str, Any]]], notes: list[str
 
 
 def without_repeats(entries: list[Entry]) -> list[Entry]:
-    """Bicubic enlargement of the same images is the same in every run: one line is enough."""
+    """Bicubic enlargement, or one teacher, on the same images is the same in every run: one line is enough."""
     kept: list[Entry] = []
     for entry in entries:
-        known = (other.row for other in kept if other.row.network == entry.row.network == "bicubic")
+        same = entry.row.network if entry.row.seen_img is None else ""  # what the run has not trained
+        known = (other.row for other in kept if other.row.network == same and other.row.seen_img is None)
         if not any((row.values, row.protocol) == (entry.row.values, entry.row.protocol) for row in known):
             kept.append(entry)
     return kept
