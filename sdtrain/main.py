@@ -233,7 +233,7 @@ def start(config: Config) -> torch.device:
     from sdtrain.engine.threads import set_threads
 
     PULSE.restart()
-    wait = LONGER * config.timeout
+    wait = 2 * LONGER * config.timeout  # the watch, which names who is late, comes first
     device = start_ranks(tf32=config.tf32, deterministic=config.deterministic, timeout_sec=wait)
     set_threads()
     level = logging.INFO if is_main() else logging.WARNING

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from sdtrain.errors import RankFailed
+from sdtrain.exits import part
 from sdtrain.metrics.evaluate import Evaluator
 from sdtrain.metrics.images import open_images
 from sdtrain.rng import generator
@@ -41,4 +42,4 @@ if __name__ == "__main__":
         values["fault"] = f"{type(error).__name__}: {error}"
     with open(f"{out}.{dist.get_rank()}", "w") as file:
         json.dump(values, file)
-    dist.destroy_process_group()
+    part(0)

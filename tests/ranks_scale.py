@@ -16,7 +16,7 @@ from sdtrain import weights
 from sdtrain.engine.ranks import by_all, by_main, first_said, from_main, rank, start_ranks, tensors_from_main, world
 from sdtrain.engine.shared import read_by_main, shared_digest
 from sdtrain.errors import DataError, UserError
-from sdtrain.exits import run_command
+from sdtrain.exits import part, run_command
 from sdtrain.main import main
 
 
@@ -72,3 +72,4 @@ if __name__ == "__main__":
     assert world() == 2
     helpers(Path(job["weights"]))
     a_start(job)
+    part(0)

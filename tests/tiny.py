@@ -539,7 +539,7 @@ def program(file: Path) -> None:
     for number, job in enumerate(json.loads(file.read_text())):
         results.append(forked(job, file.with_suffix(f".log{number}")) if world == 1 else do(job, rank))
     file.with_suffix(f".{rank}").write_text(json.dumps(results))
-    importlib.import_module("sdtrain.engine.ranks").destroy()
+    importlib.import_module("sdtrain.exits").part(0)
 
 
 if __name__ == "__main__":

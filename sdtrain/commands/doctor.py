@@ -25,12 +25,14 @@ RENDEZVOUS_TIMEOUT_SEC = 120
 
 # Two processes meet through gloo and add up their ranks: what every CPU run and every CUDA start-up needs.
 RENDEZVOUS = """
-import torch, torch.distributed as dist
+import os, torch, torch.distributed as dist
 dist.init_process_group("gloo")
 total = torch.tensor([dist.get_rank() + 1])
 dist.all_reduce(total)
 assert dist.get_world_size() == 2 and total.item() == 3, (dist.get_world_size(), total)
+dist.barrier()
 dist.destroy_process_group()
+os._exit(0)  # threads of the group may abort a process in the interpreter's exit
 """
 
 Finding = tuple[str, str, str]  # "ok", "note" or "bad"; what was looked at; what was found

@@ -75,19 +75,29 @@ class Silence:
 
 
 def accused(ranks: Mapping[int, Silence], timeout_sec: float, slow: Collection[str] = LONG) -> list[str]:
-    """A sentence for each rank that is silent too long; who waits is not to blame unless all wait for each other."""
+    """A sentence for each rank that is silent too long; who waits is not to blame unless all wait for each other.
+
+    The last that a stopped process wrote may be that it waits, in passing: all wait when all still write, and have
+    been silent for the shortest of their limits.
+    """
     reason = max(silence.record.reason for silence in ranks.values())
     gone, stuck, waiting = [], [], []
     there = {number: found for number, found in ranks.items() if not found.record.done}
+    limits = {number: _limit(found.record.mark, timeout_sec, slow, reason) for number, found in there.items()}
+    shortest = min(limits.values(), default=0.0)
+    all_wait = all(
+        found.record.mark.waiting and found.main_sec > shortest and found.process_sec < GONE_SEC
+        for found in there.values()
+    )
     for number, found in there.items():
         record, mark = found.record, found.record.mark
-        limit, where = _limit(mark, timeout_sec, slow, reason), f"rank {number} ({record.who})"
+        limit, where = limits[number], f"rank {number} ({record.who})"
         place = f"step {mark.step}, section {mark.section}"
         if found.process_sec > min(limit, timeout_sec if mark.settled else max(timeout_sec, START_PATIENCE_SEC)):
             gone.append(f"{where} does not answer for {found.process_sec:.0f} s: stopped or gone, last seen in {place}")
         elif found.main_sec > limit and not mark.waiting:
             stuck.append(f"{where} has not moved for {found.main_sec:.0f} s in {place}")
-        elif found.main_sec > limit and all(found.record.mark.waiting for found in there.values()):
+        elif found.main_sec > limit and all_wait:
             waiting.append(f"{where} has waited for the others for {found.main_sec:.0f} s in {place}, {mark.waiting}")
     return gone or stuck or waiting
 

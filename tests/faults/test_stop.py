@@ -174,6 +174,12 @@ def test_who_waits_for_others_is_not_blamed_while_another_is_stuck() -> None:
     assert not accused(dict([waits, silence(1, main=3.0, section="pictures")]), 5.0)
     assert accused(dict([waits]), 5.0)[0].startswith("rank 0 (pid 1 on host) has waited for the others for 9 s in step")
     gone = silence(2, process=6.0, section="D", step=4)
+    in_passing = silence(1, process=4.0, main=4.0, section="D", step=4, waiting="agree_max")  # and then stopped
+    assert not accused(dict([waits, in_passing]), 5.0)
+    assert not accused(dict([waits, silence(1, process=4.0, main=5.5, section="D", waiting="agree_max")]), 5.0)
+    assert not accused(dict([waits, silence(1, main=3.0, section="D", waiting="agree_max")]), 5.0)  # it has just come
+    both = dict([waits, silence(1, main=5.5, section="D", waiting="barrier")])
+    assert [text[:6] for text in accused(both, 5.0)] == ["rank 0", "rank 1"]
     assert [text[:6] for text in accused(dict([waits, stuck, gone]), 5.0)] == ["rank 2"]
 
 
