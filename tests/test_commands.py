@@ -369,10 +369,13 @@ def test_bench_amortises_lazy_self_distillation(config, monkeypatch):
     variant = Variant("lazy", lazy, torch.device("cpu"), 16, (1, 1))
     assert variant.shares() == {"ema": 1, "G": 1 / 5, BETWEEN: 4 / 5, "D": 1}
     assert variant.step_seconds({"G": 5.0, BETWEEN: 2.5, "D": 1.0, "ema": 0.0}) == 4.0
-    phases, before = [], variant.method.L_SD
-    monkeypatch.setattr(
-        variant.method, "L_SD", lambda fake, x, draws: (phases.append(x.step), before(fake, x, draws))[1]
-    )
+    phases, plain = [], variant.method.L_SD
+
+    def noted(fake, x, draws):
+        phases.append(x.step)
+        return plain(fake, x, draws)
+
+    monkeypatch.setattr(variant.method, "L_SD", noted)
     batch = synthetic(lazy, variant.method.feed, 16, 2)
     compare([variant], itertools.repeat(batch), 2, Clock(torch.device("cpu")))
     assert set(phases) == {0, 240, 480}, "every fifth step has L_SD, and those between have none"

@@ -280,3 +280,8 @@ def test_maps_of_their_own_size_are_for_a_discriminator_that_takes_them(lists, t
     tree = online(lists, "dcd", **FACES) | {"map_size": "own"}
     with pytest.raises(ConfigError, match="set map_size: image"):
         load_config(write(tmp_path / "cfg", tree))
+    tree = online(lists, "dcd") | {"map_size": "own"}
+    load_config(write(tmp_path / "cfg", tree))
+    tree["degradation"] = tree["degradation"] | {"crop_size": 24}
+    with pytest.raises(ConfigError, match="maps of a crop of 24 are 6 pixels wide, .* multiples of 8: set map_size"):
+        load_config(write(tmp_path / "cfg", tree))

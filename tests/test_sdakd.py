@@ -593,6 +593,7 @@ REFUSALS = [
     ({"validation__lq": []}, "validation.lq is []: name at least one way"),
     ({"validation__select_by": "fid"}, "validation.select_by fid is not measured"),
     ({"degradation__crop_size": 16}, "recipe.sharpen_target needs crops of at least 26 pixels, not 16"),
+    ({"degradation__crop_size": 28}, "crop_size 28 does not fit the networks, which take multiples of 8: set 24 or 32"),
     ({"n2": "soon"}, "write a number and its unit, such as 30 epochs, 500 steps or 64k images"),
     ({"model__discriminator": {"kind": "gcfsr"}}, "a gcfsr discriminator does not belong to a rrdbnet generator"),
 ]

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sdtrain.commands.results import Row, chosen, heading, printed, read_runs
+from sdtrain.commands.results import Row, chosen, heading, printed, protocol_of, read_runs
 from sdtrain.commands.source import config_of, position_of
 from sdtrain.commands.tables import Table, in_markdown, markdown, one_line
 from sdtrain.config.compare import to_tree
@@ -113,7 +113,7 @@ def measured(source: Path, file: Path) -> tuple[list[Table], list[str]]:
         return [], [none]
     keys = list(dict.fromkeys(key for row in ours for key in row.values if not key.endswith("_std")))
     rows = [[who(row), *(printed(key, row.values[key]) if key in row.values else "-" for key in keys)] for row in ours]
-    protocol = next((row.protocol for row in ours if row.protocol), {})
+    protocol = protocol_of(ours)
     table = Table(f"Measured on {split}:", ["", *(heading(key, protocol) for key in keys)], rows)
     return [table], [f"protocol: {json.dumps(protocol)}"] if protocol else []
 

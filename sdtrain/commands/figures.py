@@ -10,7 +10,7 @@ from sdtrain.commands import plots
 from sdtrain.commands.material import Configured, Material, missing_seeds
 from sdtrain.commands.pages import Figure
 from sdtrain.commands.papers import setting, variant
-from sdtrain.commands.results import Written, called, heading, printed, series
+from sdtrain.commands.results import Written, called, heading, printed, protocol_of, series
 from sdtrain.commands.tables import Table
 
 DISTILLED = ("", "+SD_L1", "+SD")  # what Figure 3 compares; the others are ablations
@@ -118,7 +118,7 @@ def panels(curves: Sequence[Curve]) -> Any:
             ax.set_visible(bool(here))
             if not here:
                 continue
-            plots.dress(ax, ("val", "fid"), [(one.name, "", one.points) for one in here], protocol_of(here))
+            plots.dress(ax, ("val", "fid"), [(one.name, "", one.points) for one in here], protocol_of_curves(here))
             ax.set_title(f"{model}, {images}", fontsize=10, parse_math=False)
             for one in here:
                 plots.draw(ax, one.points, colours[one.name], "-", 0, 0.2)
@@ -153,7 +153,7 @@ def best_values(number: str, curves: Sequence[Curve]) -> Table:
         "Data",
         "Model",
         "Variant",
-        f"best {heading('fid', protocol_of(curves))}",
+        f"best {heading('fid', protocol_of_curves(curves))}",
         "at images",
         "runs",
         "of baseline's images",
@@ -171,12 +171,12 @@ def all_points(curves: Sequence[Curve]) -> Table:
         for one in curves
         for images, mean, deviation in one.points
     ]
-    name = called("fid", protocol_of(curves))
+    name = called("fid", protocol_of_curves(curves))
     head = ["Data", "Model", "Variant", "images seen", name, "standard deviation", "runs"]
     return Table(f"{name} over images seen.", head, lines, 3)
 
 
-def protocol_of(curves: Iterable[Curve]) -> dict[str, Any]:
-    """How the values of the curves were measured, which is one way for all."""
-    rows = (row for one in curves for run in one.runs for row in run.rows if row.split == "val" and "fid" in row.values)
-    return next((row.protocol for row in rows), {})
+def protocol_of_curves(curves: Iterable[Curve]) -> dict[str, Any]:
+    """How their values were measured, which is one way for all."""
+    rows = (row for one in curves for run in one.runs for row in run.rows)
+    return protocol_of(row for row in rows if row.split == "val" and "fid" in row.values)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sdtrain.commands.results import METRICS, RISING, Written, better, called, grouped, series
+from sdtrain.commands.results import METRICS, RISING, Written, better, called, grouped, protocol_of, series
 from sdtrain.commands.tables import Table, one_line, shortened
 from sdtrain.files import write_bytes
 
@@ -79,8 +79,10 @@ def curves(runs: Sequence[Written], file: Path, smooth: int | None, notes: list[
     abreast = names_abreast(list(groups), 4.6 * columns)
     figure = new_figure(4.6 * columns + 0.6, 3.1 * rows + 0.7 + 0.2 * math.ceil(len(groups) / abreast))
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    measured = [row for runs in groups.values() for run in runs for row in run.rows]
     for ax, (panel, lines) in zip(axes, panels.items()):
-        dress(ax, panel, lines, protocol_of(groups, panel))
+        of_panel = (row for row in measured if row.split == panel[0] and panel[1] in row.values)
+        dress(ax, panel, lines, protocol_of(of_panel))
         for group, stage, points in lines:
             draw(ax, points, colours[group], style_of(stage), smooth, min(0.25, 2 / len(lines)))
         if panel[0]:
@@ -127,12 +129,6 @@ def colours_of(number: int) -> list[Any]:
 
 def style_of(stage: str) -> Any:
     return next((style for start, style in STYLES.items() if stage.startswith(start)), "-")
-
-
-def protocol_of(groups: dict[str, list[Written]], panel: Panel) -> dict[str, Any]:
-    """How the first of a panel's values was measured."""
-    rows = (row for runs in groups.values() for run in runs for row in run.rows)
-    return next((row.protocol for row in rows if row.split == panel[0] and panel[1] in row.values), {})
 
 
 def dress(ax: Any, panel: Panel, lines: list[Line], protocol: Mapping[str, Any]) -> None:

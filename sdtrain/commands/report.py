@@ -36,6 +36,7 @@ from sdtrain.commands.results import (
     heading,
     judge,
     printed,
+    protocol_of,
     read_runs,
 )
 from sdtrain.commands.roughness import tables_of_roughness
@@ -179,7 +180,7 @@ def table_of_metrics(split: str, entries: list[Entry]) -> Table:
     if any(row.stage or row.network not in ("G", "G_ema") for row in rows) or len({row.network for row in rows}) > 1:
         words += ["Network", "Stage"]
     about = {"Run": lambda e: title(e.run), "Network": lambda e: e.row.network, "Stage": lambda e: e.row.stage or "-"}
-    protocol = next((row.protocol for row in rows if row.protocol), {})
+    protocol = protocol_of(rows)
     lines = [[*(about[w](e) for w in words), images(e.row), *(cell(e.row, key) for key in keys)] for e in entries]
     head = [*words, "images", *(heading(key, protocol) for key in keys)]
     return Table(caption(split, entries), head, lines, len(words))
@@ -201,7 +202,7 @@ def cell(row: Row, key: str) -> str:
 def caption(split: str, entries: Sequence[Entry]) -> str:
     """Which rows these are, and of how many images."""
     rows = [entry.row for entry in entries]
-    p = next((row.protocol for row in rows if row.protocol), {})
+    p = protocol_of(rows)
     if "num_images" in p:
         measured = f"{p['num_images']} images, low quality: {p.get('lq', '?')}"
     else:

@@ -297,6 +297,11 @@ def grouped(runs: Sequence[Written]) -> dict[str, list[Written]]:
     return groups
 
 
+def protocol_of(rows: Iterable[Row]) -> dict[str, Any]:
+    """How the first of these was measured that says how."""
+    return next((row.protocol for row in rows if row.protocol), {})
+
+
 def protocols(runs: Iterable[Written]) -> Iterator[dict[str, Any]]:
     """How each run validates, its own latents aside."""
     return (row.protocol for run in runs for row in run.rows if row.split == "val")

@@ -101,11 +101,8 @@ class Joined:
 
     def _add_columns(self, made: Tensor, y: Span, first: int) -> None:
         columns, (before, after) = slice(first, first + made.shape[2]), y.shared(self.scale)
-        place, above, done = (
-            self.out[:, y.counted(self.scale), columns],
-            self.above[:, :, columns],
-            made.shape[1] - after,
-        )
+        place, above = self.out[:, y.counted(self.scale), columns], self.above[:, :, columns]
+        done = made.shape[1] - after
         if before:
             self._write(place[:, :before], above.lerp(made[:, :before], self.fade[:, None]))
         self._write(place[:, before:done], made[:, before:done])

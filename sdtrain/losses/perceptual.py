@@ -60,9 +60,8 @@ def package_heads(net: Net = "vgg") -> dict[str, Tensor]:
         raise WeightsError(
             "LPIPS needs the linear heads of the package lpips, which is not installed; run `pip install lpips`."
         )
-    return torch.load(
-        path, map_location="cpu", weights_only=True
-    )  # of an installed package, whose code could run as well
+    # a file of an installed package, whose code could run as well
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 class LPIPS(Frozen):

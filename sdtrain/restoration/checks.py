@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -21,12 +22,13 @@ NEEDS = (  # pixels
     "the second-order degradation needs {} pixels; lower the upper end of degradation.kernel_size, raise the lower end "
     "of degradation.resize_range1, or use larger images"
 )
+UNET_SIDES = 8  # a unet_sn discriminator halves and doubles three times
 WIDTHS = ("num_feat", "num_grow_ch", "num_style_feat")
 
 
 def problems(config: Loaded, by_recipe: bool = True) -> list[tuple[str, str]]:
     """Combinations that cannot work, as (keys, sentence). `by_recipe`: something trains as the original work does."""
-    checks = (_kinds, _widths, _penalty, _inputs, _validation)
+    checks = (_kinds, _widths, _penalty, _inputs, _crop, _validation)
     found = [problem for check in checks for problem in check(config)]
     return found + list(_target(config)) if by_recipe else found
 
@@ -80,6 +82,18 @@ def _inputs(config: Loaded) -> Iterator[tuple[str, str]]:
         yield from _degradation(config)
 
 
+def _crop(config: Loaded) -> Iterator[tuple[str, str]]:
+    """The generator enlarges to the crop, and the discriminator looks at it."""
+    unet, crop = config.model.discriminator.kind == "unet_sn", config.degradation.crop_size
+    step = math.lcm(scale_of(config), UNET_SIDES if unet else 1)
+    if config.model.generator.kind != "gcfsr" and crop > 0 and crop % step:
+        beside = " or ".join(str(side) for side in (crop - crop % step, crop - crop % step + step) if side)
+        yield (
+            "degradation.crop_size",
+            f"degradation.crop_size {crop} does not fit the networks, which take multiples of {step}: set {beside}",
+        )
+
+
 def _target(config: Loaded) -> Iterator[tuple[str, str]]:
     crop = config.degradation.crop_size
     if config.model.generator.kind != "gcfsr" and config.recipe.sharpen_target and crop <= USM_MARGIN:
@@ -126,6 +140,11 @@ def scale_of(config: Loaded) -> int:
     """How much the generator enlarges; GCFSR keeps the size."""
     generator = config.model.generator
     return getattr(generator, "scale", 0) or getattr(generator, "upscale", 1)
+
+
+def map_side(config: Loaded) -> int:
+    """The side of a generator's maps of a crop; RRDBNet folds until they are a quarter of the image."""
+    return config.degradation.crop_size // (4 if config.model.generator.kind == "rrdbnet" else scale_of(config))
 
 
 def crop_of(config: Loaded) -> int:

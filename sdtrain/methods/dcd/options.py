@@ -47,9 +47,14 @@ def problems(config: Loaded) -> list[tuple[str, str]]:
 
 
 def _map_size(config: Loaded) -> Iterator[tuple[str, str]]:
-    kind = config.model.discriminator.kind
-    if config.map_size == "own" and kind != "unet_sn":
-        yield "map_size", f"a {kind} discriminator takes images of one size: set map_size: image"
+    D, crop = config.model.discriminator.kind, config.degradation.crop_size
+    if config.map_size == "image":
+        return
+    if D != "unet_sn":
+        yield "map_size", f"a {D} discriminator takes images of one size: set map_size: image"
+    elif (side := checks.map_side(config)) % checks.UNET_SIDES:
+        said = f"the generator's maps of a crop of {crop} are {side} pixels wide, and a unet_sn discriminator takes"
+        yield "map_size", f"{said} multiples of {checks.UNET_SIDES}: set map_size: image, or another crop_size"
 
 
 METHOD = MethodDeclaration(
