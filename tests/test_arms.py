@@ -37,13 +37,22 @@ def cells(text: str, arm: str, metric: str) -> list[str]:
     return [cell.strip() for cell in found.strip("|").split("|")][2:]
 
 
+def seeds_for_80_percent(both: list[float]) -> int:
+    """By the noncentral t, of which `seeds_needed` is an approximation."""
+    effect = abs(statistics.fmean(both)) / statistics.stdev(both)
+    return next(
+        n for n in range(2, 100_000) if stats.nct.sf(stats.t.ppf(0.975, n - 1), n - 1, effect * math.sqrt(n)) >= 0.8
+    )
+
+
 def test_means_and_differences_are_those_of_students_t_paired_by_seed(tmp_path: Path, undrawn: None) -> None:
     text = page(tmp_path, *suite(tmp_path, base=BASE, sd=BETTER))
     assert cells(text, "base", "FID down")[3:] == ["-", "-", "-"]
     seeds, mean, deviation, difference, apart, needed = cells(text, "sd", "FID down")
     both = [b - a for a, b in zip(BASE, BETTER)]
     low, high = stats.t.interval(0.95, 3, statistics.fmean(both), stats.sem(both))
-    assert (seeds, deviation, apart, needed) == ("4", f"{statistics.stdev(BETTER):.3f}", "yes", "2")
+    assert (seeds, deviation, apart) == ("4", f"{statistics.stdev(BETTER):.3f}", "yes")
+    assert int(needed) == seeds_for_80_percent(both)
     assert difference == f"{statistics.fmean(both):.3f} +- {(high - low) / 2:.3f}"
     low, high = stats.t.interval(0.95, 3, statistics.fmean(BETTER), stats.sem(BETTER))
     assert mean == f"{statistics.fmean(BETTER):.3f} +- {(high - low) / 2:.3f}"
@@ -84,7 +93,7 @@ def test_variation_is_compared_between_arms_as_metrics_are(tmp_path: Path) -> No
     both = [b - a for a, b in zip(BASE, BETTER)]
     half = stats.t.ppf(0.975, 3) * stats.sem(both)
     assert [line[0] for line in found.rows] == ["base", "sd"] and found.rows[1][1] == "variation down"
-    assert found.rows[1][5:] == [f"{statistics.fmean(both):.3f} +- {half:.3f}", "yes", "2"]
+    assert found.rows[1][5:] == [f"{statistics.fmean(both):.3f} +- {half:.3f}", "yes", str(seeds_for_80_percent(both))]
     assert arms_of_variation(measured(base=BASE, alone=[1.0])) is None
     assert arms_of_variation([(Written(tmp_path, "plain"), SimpleNamespace(mean=1.0))]) is None
 
@@ -92,14 +101,20 @@ def test_variation_is_compared_between_arms_as_metrics_are(tmp_path: Path) -> No
 @pytest.mark.parametrize("freedom", range(1, 31))
 def test_the_quantiles_are_students(freedom: int) -> None:
     assert arms.T[freedom - 1] == pytest.approx(stats.t.ppf(0.975, freedom), abs=6e-4)
+    assert arms.T_POWER[freedom - 1] == pytest.approx(stats.t.ppf(0.8, freedom), abs=6e-4)
+
+
+@pytest.mark.parametrize("effect", [9.0, 4.0, 2.0, 1.715, 1.0, 0.6, 0.55, 0.5, 0.2])
+def test_so_many_seeds_show_a_difference_with_the_chance_that_is_said(effect: float) -> None:
+    exact = seeds_for_80_percent([effect - 1, effect, effect + 1])
+    assert arms.seeds_needed(effect) == pytest.approx(exact, abs=1 if exact > 31 else 0)
 
 
 def test_what_seeds_cannot_tell_apart_is_said_with_how_many_could(tmp_path: Path, undrawn: None) -> None:
     text = page(tmp_path, *suite(tmp_path, base=BASE, same=[5.1, 5.2, 5.0, 5.3]))
     *_, apart, needed = cells(text, "same", "FID down")
     both = [0.1, -0.3, 0.2, 0.1]
-    chance = (1.96 + 0.842) ** 2 * statistics.variance(both) / statistics.fmean(both) ** 2
-    assert apart == "no" and int(needed) == pytest.approx(chance, abs=1)
+    assert apart == "no" and int(needed) == pytest.approx(seeds_for_80_percent(both), abs=1)
 
 
 def test_a_seed_that_only_one_arm_has_is_left_out_of_the_difference_and_named(tmp_path: Path, undrawn: None) -> None:

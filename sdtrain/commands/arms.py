@@ -15,12 +15,16 @@ from sdtrain.commands.results import METRICS, Row, Written, chosen, grouped, hea
 from sdtrain.commands.tables import Table
 from sdtrain.metrics.protocol import conflicts
 
-# the quantile 0.975 of Student's t, by degrees of freedom from 1; beyond them the normal one
+# quantiles 0.975 and 0.8 of Student's t, by degrees of freedom from 1; beyond them the normal ones
 T = (
     *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131),
     *(2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
 )
-NORMAL, POWER = 1.96, 0.842  # quantiles of 0.975, and of 0.8
+T_POWER = (
+    *(1.376, 1.061, 0.978, 0.941, 0.920, 0.906, 0.896, 0.889, 0.883, 0.879, 0.876, 0.873, 0.870, 0.868, 0.866),
+    *(0.865, 0.863, 0.862, 0.861, 0.860, 0.859, 0.858, 0.858, 0.857, 0.856, 0.856, 0.855, 0.855, 0.854, 0.854),
+)
+NORMAL, NORMAL_POWER = 1.96, 0.842
 SEED = re.compile(r"seed[-_=]?(\d+)", re.IGNORECASE)
 HEAD = ["Arm", "Metric", "seeds", "mean", "deviation", "less the first arm", "told apart", "seeds for 80 %"]
 READING = (
@@ -100,8 +104,8 @@ def line(name: str, key: str, column: str, mine: Values, base: Values) -> list[s
         return [*about, "-", "-", "-"]
     difference, spread = statistics.fmean(both), statistics.stdev(both)
     apart = abs(difference) > half_width(both)
-    seeds = math.ceil(((NORMAL + POWER) * spread / difference) ** 2) if difference else None
-    return [*about, mean_of(key, both, "+"), "yes" if apart else "no", str(max(seeds, 2)) if seeds is not None else "-"]
+    needed = str(seeds_needed(abs(difference) / spread)) if difference and spread else "-"
+    return [*about, mean_of(key, both, "+"), "yes" if apart else "no", needed]
 
 
 def mean_of(key: str, values: Sequence[float], sign: str = "") -> str:
@@ -111,6 +115,15 @@ def mean_of(key: str, values: Sequence[float], sign: str = "") -> str:
 
 def half_width(values: Sequence[float]) -> float:
     """Of the 95 % interval of the mean."""
-    freedom = len(values) - 1
-    t = T[freedom - 1] if freedom <= len(T) else NORMAL
-    return t * statistics.stdev(values) / math.sqrt(len(values))
+    return quantile(T, NORMAL, len(values)) * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def seeds_needed(effect: float) -> int:
+    """How many show, with a chance of 80 %, a difference of `effect` of its deviations."""
+    enough = range(2, len(T) + 2)
+    found = (n for n in enough if math.sqrt(n) * effect >= quantile(T, NORMAL, n) + quantile(T_POWER, NORMAL_POWER, n))
+    return next(found, math.ceil(((NORMAL + NORMAL_POWER) / effect) ** 2 + NORMAL**2 / 2))
+
+
+def quantile(of_few: Sequence[float], normal: float, seeds: int) -> float:
+    return of_few[seeds - 2] if seeds - 2 < len(of_few) else normal
