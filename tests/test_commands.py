@@ -409,7 +409,8 @@ def test_variation_and_interplay_come_from_the_checkpoints(run_folder, tmp_path,
     words = ["--variation", "--latents", 4, "--interplay", "--interplay-latents", 24, "--extremes", 9]
     assert command("report", run_folder, "--out", tmp_path / "page.md", *words, "--lpips", "random") == 0
     out = capsys.readouterr().out
-    assert "LPIPS between consecutive weights, 4 latents" in out and "| toy | 40, 100 | 16, 32 |" in out
+    assert "LPIPS of random weights between consecutive weights, 4 latents" in out
+    assert "| toy | 40, 100 | 16, 32 |" in out
     picture = tmp_path / "page_interplay_toy.png"
     assert picture.is_file() and f"![{picture.stem}]" in (tmp_path / "page.md").read_text()
 

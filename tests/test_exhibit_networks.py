@@ -64,7 +64,8 @@ def test_table_3_is_the_measured_variation_in_the_row_of_its_configuration(pair)
     assert row.values == {"variation": expected.mean, "variation_std": expected.deviation}
     assert rows["StyleGAN2-ADA"][0] == f"{expected.mean:.3f} +- {expected.deviation:.3f}"
     assert ["FFHQ", "ProjectedGAN", "-", "0.470 +- 0.028"] in table.rows
-    assert "LPIPS between consecutive weights at 20,40,60,80,100 % of training, 6 latents" in table.caption
+    how = "LPIPS of random weights between consecutive weights at 20,40,60,80,100 % of training, 6 latents"
+    assert how in table.caption
     assert {row[1] for row in origins.rows} == {"sd", "base"}
 
 
@@ -109,7 +110,7 @@ def test_figure_9_has_the_values_that_figure_6_leaves_out_and_baselines_are_in_n
     (plain,), (full,) = evolution.figure6(asked), evolution.figure9(asked)
     texts = [{ax.get_xlabel() for ax in figure.draw().axes} - {""} for figure in (plain, full)]
     assert texts[0] == set() and len(texts[1]) == 8 and all("L_SD" in text for text in texts[1])
-    assert len(full.points.rows) == 16 and "sd" in full.caption
+    assert len(full.points.rows) == 16 and "sd" in full.caption and "(LPIPS of random weights)" in full.caption
 
 
 def test_two_runs_side_by_side_have_the_same_latents_whatever_their_seeds(pair, tmp_path, monkeypatch):

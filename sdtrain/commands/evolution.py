@@ -31,13 +31,15 @@ SIDE_BY_SIDE, COLUMNS = 12, 4  # images of each run in Figure 12
 
 def table3(material: Material) -> list[Table]:
     """Average variation between weights, measured here; [] where no run has what it takes."""
-    runs = [measured(run, found) for run, _, found in variations(material)]
-    if not runs:
+    found = [(run, variation) for run, _, variation in variations(material)]
+    if not found:
         return []
+    runs = [measured(run, variation) for run, variation in found]
     args = material.args
     table, origins = paper_table(PAPERS["sdgan-table3"], replace(material, runs=runs))
     how = (
-        f" LPIPS between {args.pairs.replace('_', ' ')} weights at {args.shares} % of training, {args.latents} latents;"
+        f" {found[0][1].distance} between {args.pairs.replace('_', ' ')} weights at {args.shares} % of training,"
+        f" {args.latents} latents;"
     )
     return [replace(table, caption=f"{table.caption}{how} of one run +- over latents (n)."), origins]
 
@@ -107,10 +109,10 @@ def figure_of_evolution(
         for latent, sequence in zip(chosen, images):
             rows.append(ImageRow(name, sequence))
             lines.append([run.name, name, str(latent), f"{v.per_latent[latent]:.6f}", f"{v.mean:.6f}", v.at_images])
-    said = f"{title}, images of fixed latents along training. Of each run the latents whose mean LPIPS between "
-    said += f"consecutive columns is nearest to the mean over {len(found[0][2].per_latent)} (Table 3)."
-    if material.args.pairs != "consecutive":
-        said = said.replace("consecutive columns", "all pairs of columns")
+    columns = "consecutive columns" if material.args.pairs == "consecutive" else "all pairs of columns"
+    v = found[0][2]
+    said = f"{title}, images of fixed latents along training. Of each run the latents whose mean {v.distance} between "
+    said += f"{columns} is nearest to the mean over {len(v.per_latent)} (Table 3)."
     head = ["Run", "Data and model", "latent", "its variation", "mean", "at images"]
     heads = [f"{share:g}%" for share in found[0][2].folders]
     return Figure(said, partial(image_sheets.rows_of_images, rows, heads), Table(said, head, lines, 2))
@@ -150,7 +152,7 @@ def figures_of_interplay(material: Material, number: str, values: bool) -> list[
         data, model = place(config)
         said = (
             f"{number} of SD-GAN: {model}{variant(config.sd)}, {data} ({run.name}). Left to right: D(x) rises; above: "
-            f"largest L_SD, below: smallest.{' Under each image: D(x), L_SD.' * values}"
+            f"largest L_SD, below: smallest ({found['distance']}).{' Under each image: D(x), L_SD.' * values}"
         )
         points = Table(said, ["L_SD is", "latent", "D(x)", "L_SD"], lines_of(found), 1)
         figures.append(Figure(said, partial(plots.quadrants, found, run.name, values), points))

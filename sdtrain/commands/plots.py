@@ -255,5 +255,6 @@ def quadrants(found: dict[str, Any], name: str, values: bool = True) -> Any:
     axes[0][5].set_title("max D(x)", loc="right")
     text = figure.suptitle("")
     text.set_parse_math(False)
-    text.set_text(f"{shortened([name], 80)[name]} at {count(found['seen_img'])} images: {found['num_latents']} latents")
+    how = f"{found['num_latents']} latents, L_SD is {found['distance']}"
+    text.set_text(f"{shortened([name], 80)[name]} at {count(found['seen_img'])} images: {how}")
     return figure

@@ -238,11 +238,11 @@ def tables_of_variation(runs: Sequence[Written], args: argparse.Namespace, notes
     found = of_each(runs, lambda run: variation(run, shares, args, notes), notes)
     parts = comparable(found, lambda item: item[1].protocol)
     note_conflicts([(part[0][0].name, part[0][1].protocol) for part in parts], notes)
-    text = f"LPIPS between {args.pairs.replace('_', ' ')} weights, {args.latents} latents: mean over latents +- "
+    text = f"between {args.pairs.replace('_', ' ')} weights, {args.latents} latents: mean over latents +- "
     text += "standard deviation with n."
     head = ["Run", "at % of training", "at images", "variation down"]
     line = lambda run, v: [title(run), v.at_shares, v.at_images, f"{v.mean:.3f} +- {v.deviation:.3f}"]  # noqa: E731
-    made = [Table(text, head, [line(*item) for item in part], 3) for part in parts]
+    made = [Table(f"{part[0][1].distance} {text}", head, [line(*item) for item in part], 3) for part in parts]
     return [*made, *filter(None, (arms_of_variation(part) for part in parts))]
 
 

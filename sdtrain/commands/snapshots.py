@@ -81,8 +81,11 @@ def listed(shares: Iterable[float]) -> str:
     return ", ".join(f"{share:g}" for share in shares)
 
 
-def lpips_of(run: Path, args: argparse.Namespace, device: torch.device) -> LPIPS:
-    """The run's own LPIPS unless `--lpips` says otherwise. Raises WeightsError when its file is missing."""
+def lpips_of(run: Path, args: argparse.Namespace, device: torch.device) -> tuple[LPIPS, str]:
+    """The run's own LPIPS unless `--lpips` says otherwise, and what tables call it.
+
+    Raises WeightsError when its file is missing.
+    """
     from sdtrain.errors import WeightsError
 
     config = config_of(run)
@@ -90,7 +93,8 @@ def lpips_of(run: Path, args: argparse.Namespace, device: torch.device) -> LPIPS
     problems = check_weights({"lpips_vgg": source})
     if problems:
         raise WeightsError(" ".join(problems))
-    return LPIPS(load_weights("lpips_vgg", source)).to(device)
+    called = "LPIPS of random weights" if source == "random" else "LPIPS"  # which must not be taken for that of papers
+    return LPIPS(load_weights("lpips_vgg", source)).to(device), called
 
 
 def images_of(source: Source, indices: Sequence[int], batch: int) -> Tensor:
@@ -111,6 +115,7 @@ class Variation:
     protocol: dict[str, Any]
     per_latent: Tensor  # [latents], float64
     folders: dict[float, Path]  # share -> weights
+    distance: str  # LPIPS, or LPIPS of random weights
 
 
 def variation(run: Written, shares: Sequence[float], args: argparse.Namespace, notes: list[str]) -> Variation:
@@ -120,7 +125,7 @@ def variation(run: Written, shares: Sequence[float], args: argparse.Namespace, n
     """
     device = pick_device(args.device)
     folders = weights_at(run, shares, notes)
-    lpips = lpips_of(run.path, args, device)
+    lpips, called = lpips_of(run.path, args, device)
     sources = [Source(folder, device, data=getattr(args, "data", None)) for folder in folders.values()]
     distance = lambda x, y: lpips(x.to(device), y.to(device)).cpu()  # noqa: E731
     parts = []
@@ -132,7 +137,7 @@ def variation(run: Written, shares: Sequence[float], args: argparse.Namespace, n
     images = ", ".join(f"{position(folder):,}" for folder in folders.values())
     protocol = {"shares": listed(folders), "lpips weights": digest(lpips)}
     mean, deviation = values.mean().item(), values.std(correction=0).item()
-    return Variation(mean, deviation, listed(folders), images, protocol, values, folders)
+    return Variation(mean, deviation, listed(folders), images, protocol, values, folders, called)
 
 
 def digest(net: torch.nn.Module) -> str:
@@ -157,7 +162,7 @@ def interplay(run: Path, args: argparse.Namespace) -> dict[str, Any]:
     path = checkpoint.path
     teacher = Source(path, device, data=getattr(args, "data", None))
     student = Source(path, device, data=getattr(args, "data", None), weights="raw")
-    lpips, D = lpips_of(run, args, device), discriminator(path, teacher)
+    (lpips, called), D = lpips_of(run, args, device), discriminator(path, teacher)
     distances = []
     for first in range(0, args.interplay_latents, args.batch):
         part = range(first, min(first + args.batch, args.interplay_latents))
@@ -165,7 +170,7 @@ def interplay(run: Path, args: argparse.Namespace) -> dict[str, Any]:
         distances.append(lpips(x, y).cpu())
     scores = torch.cat(distances)
     order = scores.argsort(descending=True).tolist()
-    found: dict[str, Any] = {"num_latents": args.interplay_latents, "seen_img": position(path)}
+    found: dict[str, Any] = {"num_latents": args.interplay_latents, "seen_img": position(path), "distance": called}
     for name, chosen in (("worst", order[: args.extremes]), ("best", order[-args.extremes :])):
         found[name] = quadrant(D, teacher, sorted(chosen), scores)
     return found
