@@ -96,9 +96,26 @@ def sdakd(folder: Path, stages: dict[str, list[float]], test: float) -> Path:
 def test_a_distance_in_features_of_a_random_network_is_not_called_that_of_papers(where, tmp_path, undrawn):
     random = {where: {"extractor": "random-inception", "tap": 64, "seed": 0}}
     said = page(tmp_path, gan(tmp_path / "small", [2.0, 1.0], **random))
-    assert "| FID in random features down | rFID down | Precision up |" in said and "| FID down" not in said
+    precision = "Precision in random features" if where == "features" else "Precision"
+    assert f"| FID in random features down | rFID down | {precision} up |" in said and "| FID down" not in said
     assert "by FID in random features, " in said
     assert "| FID down | rFID down |" in page(tmp_path, gan(tmp_path / "usual", [2.0, 1.0]))
+
+
+@pytest.mark.parametrize(
+    "key, protocol, name",
+    [
+        ("recall", {"pr_features": {"extractor": "vgg16"}, "features": {"extractor": "random-inception"}}, "Recall"),
+        ("recall", {"features": {"extractor": "random-inception"}}, "Recall in random features"),
+        ("fid_16", {"fid": {"extractor": "random-inception"}}, "FID x16 in random features"),
+        ("fd_lite0", {"features": {"extractor": "random-inception"}}, "FD-Lite0"),
+        ("lpips", {"lpips": "alex, random"}, "LPIPS of random weights"),
+        ("lpips", {"lpips": "alex, download"}, "LPIPS"),
+        ("fid", {"features": "not a dict"}, "FID"),
+    ],
+)
+def test_a_measurement_is_named_by_what_its_protocol_says_of_it(key, protocol, name):
+    assert results.called(key, protocol) == name
 
 
 def test_a_students_number_is_from_its_own_stage_and_the_teachers_has_a_line_of_its_own(tmp_path, undrawn):

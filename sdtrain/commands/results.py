@@ -25,7 +25,10 @@ METRICS |= {"psnr_y": "PSNR-Y [dB]", "ssim_y": "SSIM-Y", "lpips": "LPIPS"}
 RISING = (*(key for metric in table.METRICS.values() for key in metric.rising), "psnr_y", "ssim_y")  # higher is better
 MEASURED = re.compile(rf"(?:{'|'.join(METRICS)})(?:_std|_\d+)?")
 FACTOR = re.compile(r"fid_(\d+)")
-IN_FEATURES = ("fid", "fid_biased", "kid")  # of the network that is chosen by `metrics.extractor`
+FEATURES_OF = {  # a measurement -> where a protocol says in whose features it was made, the first that is there
+    **dict.fromkeys(("fid", "fid_biased", "kid"), ("features", "fid")),
+    **dict.fromkeys(("precision", "recall"), ("pr_features", "features")),
+}
 DIGITS = {"kid": 5, "ssim_y": 4, "lpips": 4}
 SEED_OF_NAME = re.compile(r"[-_.]?seed[-_=]?\d+", re.IGNORECASE)
 WORDS = ("kind", "stage", "split", "weights", "method", "measured")
@@ -36,11 +39,14 @@ OBJECT, PLACE = "rows that are no JSON objects", "rows without a position, or wi
 
 
 def called(key: str, protocol: Mapping[str, Any]) -> str:
-    """The name of a measurement. In features of a random network, FID and KID must not be taken for those of papers."""
+    """The name of a measurement, which by a random network must not be taken for that of papers."""
     factor = FACTOR.fullmatch(key)
     name = f"FID x{factor[1]}" if factor else METRICS.get(key, key)
-    features = protocol.get("features") or protocol.get("fid") or {}
-    random = features.get("extractor") == "random-inception" and (factor or key in IN_FEATURES)
+    if key == "lpips":
+        return f"{name} of random weights" if str(protocol.get(key)).endswith(", random") else name
+    places = FEATURES_OF.get("fid" if factor else key, ())
+    features = next((protocol[place] for place in places if protocol.get(place)), None)
+    random = isinstance(features, dict) and features.get("extractor") == "random-inception"
     return f"{name} in random features" if random else name
 
 
