@@ -484,7 +484,7 @@ def test_runs_saved_at_unlike_shares_have_tables_of_their_own(run_folder, tmp_pa
     snapshot_of(run, 16, 7)
     assert command("report", run_folder, run, "--out", tmp_path / "a.md", *VARIATION) == 0
     said = capsys.readouterr()
-    assert said.out.count("LPIPS between consecutive weights") == 2
+    assert said.out.count("LPIPS of random weights between consecutive weights") == 2
     assert "toy and other: shares 40, 100 and 20, 40, 100" in said.err
 
 
