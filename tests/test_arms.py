@@ -83,19 +83,19 @@ def test_roughness_is_compared_between_arms_and_its_absence_is_said(tmp_path: Pa
 def test_variation_is_compared_between_arms_as_metrics_are(tmp_path: Path) -> None:
     def measured(**of_arms: list[float]) -> list[tuple[Any, Any]]:
         return [
-            (Written(tmp_path, f"{name}-seed{seed}"), SimpleNamespace(mean=value))
+            (Written(tmp_path, f"{name}-seed{seed}"), SimpleNamespace(mean=value, distance="LPIPS"))
             for name, values in of_arms.items()
             for seed, value in enumerate(values)
         ]
 
     found = arms_of_variation(measured(base=BASE, sd=BETTER, alone=[1.0]))
-    assert found is not None and "paired by seed with base" in found.caption
+    assert found is not None and "seeds, LPIPS. " in found.caption and "paired by seed with base" in found.caption
     both = [b - a for a, b in zip(BASE, BETTER)]
     half = stats.t.ppf(0.975, 3) * stats.sem(both)
     assert [line[0] for line in found.rows] == ["base", "sd"] and found.rows[1][1] == "variation down"
     assert found.rows[1][5:] == [f"{statistics.fmean(both):.3f} +- {half:.3f}", "yes", str(seeds_for_80_percent(both))]
     assert arms_of_variation(measured(base=BASE, alone=[1.0])) is None
-    assert arms_of_variation([(Written(tmp_path, "plain"), SimpleNamespace(mean=1.0))]) is None
+    assert arms_of_variation([(Written(tmp_path, "plain"), SimpleNamespace(mean=1.0, distance="LPIPS"))]) is None
 
 
 @pytest.mark.parametrize("freedom", range(1, 31))
@@ -108,6 +108,12 @@ def test_the_quantiles_are_students(freedom: int) -> None:
 def test_so_many_seeds_show_a_difference_with_the_chance_that_is_said(effect: float) -> None:
     exact = seeds_for_80_percent([effect - 1, effect, effect + 1])
     assert arms.seeds_needed(effect) == pytest.approx(exact, abs=1 if exact > 31 else 0)
+
+
+@pytest.mark.parametrize("both", [[1e99, -1e99, 1e-300], [1.0, -1.0, 1e-200], [0.5, 0.5, 0.5]])
+def test_differences_of_which_no_number_of_seeds_can_be_said_have_a_dash(both: list[float]) -> None:
+    found = arms.line("arm", "fid", "FID down", dict(enumerate(both)), dict.fromkeys(range(3), 0.0))
+    assert found[-1] == "-"
 
 
 def test_what_seeds_cannot_tell_apart_is_said_with_how_many_could(tmp_path: Path, undrawn: None) -> None:

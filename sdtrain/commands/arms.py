@@ -25,6 +25,7 @@ T_POWER = (
     *(0.865, 0.863, 0.862, 0.861, 0.860, 0.859, 0.858, 0.858, 0.857, 0.856, 0.856, 0.855, 0.855, 0.854, 0.854),
 )
 NORMAL, NORMAL_POWER = 1.96, 0.842
+NO_EFFECT = 1e-3  # of a deviation: what millions of seeds would show is not worth their number
 SEED = re.compile(r"seed[-_=]?(\d+)", re.IGNORECASE)
 HEAD = ["Arm", "Metric", "seeds", "mean", "deviation", "less the first arm", "told apart", "seeds for 80 %"]
 READING = (
@@ -104,7 +105,8 @@ def line(name: str, key: str, column: str, mine: Values, base: Values) -> list[s
         return [*about, "-", "-", "-"]
     difference, spread = statistics.fmean(both), statistics.stdev(both)
     apart = abs(difference) > half_width(both)
-    needed = str(seeds_needed(abs(difference) / spread)) if difference and spread else "-"
+    effect = abs(difference) / spread if spread else 0.0
+    needed = str(seeds_needed(effect)) if effect > NO_EFFECT else "-"
     return [*about, mean_of(key, both, "+"), "yes" if apart else "no", needed]
 
 

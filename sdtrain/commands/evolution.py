@@ -31,15 +31,14 @@ SIDE_BY_SIDE, COLUMNS = 12, 4  # images of each run in Figure 12
 
 def table3(material: Material) -> list[Table]:
     """Average variation between weights, measured here; [] where no run has what it takes."""
-    found = [(run, variation) for run, _, variation in variations(material)]
+    found = variations(material)
     if not found:
         return []
-    runs = [measured(run, variation) for run, variation in found]
-    args = material.args
+    runs, args = [measured(run, v) for run, _, v in found], material.args
     table, origins = paper_table(PAPERS["sdgan-table3"], replace(material, runs=runs))
     how = (
-        f" {found[0][1].distance} between {args.pairs.replace('_', ' ')} weights at {args.shares} % of training,"
-        f" {args.latents} latents;"
+        f" {snapshots.distances(v for _, _, v in found)} between {args.pairs.replace('_', ' ')} weights"
+        f" at {args.shares} % of training, {args.latents} latents;"
     )
     return [replace(table, caption=f"{table.caption}{how} of one run +- over latents (n)."), origins]
 
@@ -110,9 +109,9 @@ def figure_of_evolution(
             rows.append(ImageRow(name, sequence))
             lines.append([run.name, name, str(latent), f"{v.per_latent[latent]:.6f}", f"{v.mean:.6f}", v.at_images])
     columns = "consecutive columns" if material.args.pairs == "consecutive" else "all pairs of columns"
-    v = found[0][2]
-    said = f"{title}, images of fixed latents along training. Of each run the latents whose mean {v.distance} between "
-    said += f"{columns} is nearest to the mean over {len(v.per_latent)} (Table 3)."
+    distance = snapshots.distances(v for _, _, v in found)
+    said = f"{title}, images of fixed latents along training. Of each run the latents whose mean {distance} between "
+    said += f"{columns} is nearest to the mean over {len(found[0][2].per_latent)} (Table 3)."
     head = ["Run", "Data and model", "latent", "its variation", "mean", "at images"]
     heads = [f"{share:g}%" for share in found[0][2].folders]
     return Figure(said, partial(image_sheets.rows_of_images, rows, heads), Table(said, head, lines, 2))

@@ -247,11 +247,13 @@ def tables_of_variation(runs: Sequence[Written], args: argparse.Namespace, notes
 
 
 def arms_of_variation(measured: Sequence[tuple[Written, Variation]]) -> Table | None:
+    from sdtrain.commands.snapshots import distances
+
     arms: dict[str, dict[int, float]] = defaultdict(dict)
     for run, found in measured:
         if (seed := seed_of(run)) is not None:
             arms[run.group][seed] = found.mean
-    return table_of_values("Arms over seeds.", {"variation": arms})
+    return table_of_values(f"Arms over seeds, {distances(v for _, v in measured)}.", {"variation": arms})
 
 
 # Files

@@ -148,6 +148,11 @@ def digest(net: torch.nn.Module) -> str:
     return found.hexdigest()
 
 
+def distances(found: Iterable[Variation]) -> str:
+    """What their numbers are distances of, each name once."""
+    return " or ".join(dict.fromkeys(variation.distance for variation in found))
+
+
 @torch.no_grad()
 def interplay(run: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Figure 6: of many latents the largest and smallest LPIPS(G, G_ema), and of each the lowest and highest D logits.
