@@ -86,11 +86,11 @@ def tick(run: Run) -> None:
     run.engine.meter.clear()
     seconds, sections = run.timer.read()
     seconds -= sections.get("evaluate", 0.0)  # speed is that of training
-    run.timer.restart()
-    if passed := evaluations(run, run.last_tick_img, run.seen_img):
-        run.eval_seconds = sections.get("evaluate", 0.0) / passed
-    images = (run.seen_img - run.last_tick_img) or run.config.batch_size
-    run.last_tick_img = run.seen_img
+    passed = evaluations(run, run.timed_from_img, run.seen_img)
+    if passed and "evaluate" in sections:  # that at the end of a stage is timed by nobody
+        run.eval_seconds = sections["evaluate"] / passed
+    images = (run.seen_img - run.timed_from_img) or run.config.batch_size
+    run.restart_timer()
     mine = [sections.get("data", 0.0) / max(seconds, 1e-9), peak_memory_gb(run.device)]
     waited, memory = max_over_ranks(mine, run.device)
     perf = {

@@ -50,7 +50,7 @@ class Run(Trainer):
         super().__init__(config, device, resolution, dataset.class_counts, num_samples=dataset.num_samples)
         self.dataset, self.resolution = dataset, resolution
         self.folder = RunFolder(out, config)
-        self.last_tick_img = 0
+        self.timed_from_img = 0  # what the timer has measured began there
         self.first_step = -1  # of this process; -1 = not known yet
         self.eval_seconds = 0.0  # of the last evaluation; 0 = none yet
         self.bad_samples: Sequence[object] = ()
@@ -90,7 +90,11 @@ class Run(Trainer):
             with state_of(inside) as state:
                 self.engine.meter.load_state(Meter.shared_out(state["meters"], world()), self.device)
         warm_up(self)
+        self.restart_timer()
+
+    def restart_timer(self) -> None:
         self.timer.restart()
+        self.timed_from_img = self.seen_img
 
     def batches(self) -> Iterator[Batch]:
         """The steps of this stage from the present position, with the time spent waiting for each on the timer.
@@ -223,7 +227,6 @@ class Run(Trainer):
             "origin": self.origin,
             "method": self.method.state(),
             "best": self.best,
-            "last_tick_img": self.last_tick_img,
             "skipped": self.skipped,
             "skipped_in_a_row": self.skipped_in_a_row,
             "undone": self.undone,
@@ -235,7 +238,7 @@ class Run(Trainer):
         stages = [stage.name for stage in self.method.stages]
         checkpoint.refuse(wrong_state(checkpoint.state, self.method.state(), stages, self.config.batch_size))
         with state_of(checkpoint) as state:
-            self.step, self.last_tick_img, self.skipped = (int(state[n]) for n in ("step", "last_tick_img", "skipped"))
+            self.step, self.skipped = int(state["step"]), int(state["skipped"])
             self.skipped_in_a_row = int(state.get("skipped_in_a_row", 0))
             self.best, self.undone = dict(state["best"]), [str(what) for what in state.get("undone", ())]
             self.folder.owed = [row for row in state.get("owed", ()) if is_row(row)]

@@ -10,6 +10,7 @@ import json
 import os
 import resource
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,6 +36,7 @@ from sdtrain.engine.scale import Asked, for_more, predicted, sent_in_step
 from sdtrain.engine.timing import Timer
 from sdtrain.main import main
 from sdtrain.plan import make_plan, render
+from sdtrain.run import Run
 
 COLLECTIVES = ("all_reduce", "all_gather_object", "broadcast_object_list", "broadcast", "barrier", "all_gather")
 RANKS, WORKERS, IMAGES = 1024, 8, 70_000
@@ -64,10 +66,12 @@ def a_run(rows: list[dict[str, Any]]) -> Any:
     stages = [SimpleNamespace(name="main", end_img=96)]
     task, method = SimpleNamespace(eval_img=0), SimpleNamespace(stages=stages)
     engine, device = SimpleNamespace(meter=meter), torch.device("cpu")
-    counts: dict[str, Any] = {"seen_img": 32, "last_tick_img": 16, "skipped": 0, "eval_seconds": 0.0}
+    counts: dict[str, Any] = {"seen_img": 32, "timed_from_img": 16, "skipped": 0, "eval_seconds": 0.0}
     counts["bad_samples"] = ["a.png", "b.png"]
     parts = {"engine": engine, "device": device, "timer": timer, "folder": folder, "config": config, "task": task}
-    return SimpleNamespace(**parts, **counts, method=method, stage=stages[0])
+    run = SimpleNamespace(**parts, **counts, method=method, stage=stages[0])
+    run.restart_timer = partial(Run.restart_timer, run)
+    return run
 
 
 def test_a_tick_is_two_collectives_of_as_many_numbers_at_any_world_size(
@@ -89,6 +93,23 @@ def test_a_tick_is_two_collectives_of_as_many_numbers_at_any_world_size(
     assert train["G/adv"] == 3.0 and train["D/real"] == 1.0
     assert perf["bad_samples"] == 2 and isinstance(perf["bad_samples"], int)
     assert perf["data_wait_frac"] > 0 and perf["peak_mem_gb"] > 0
+
+
+def test_speed_counts_the_images_that_were_timed_where_a_start_or_a_stage_lies_between_two_ticks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rows: list[dict[str, Any]] = []
+    run = a_run(rows)
+    run.checkpoint, run.enter, run.task.hand_over = None, lambda *_: None, lambda: None
+    run.task.eval_img, run.seen_img, run.eval_seconds = 24, 24, 3.0
+    monkeypatch.setattr("sdtrain.run.warm_up", lambda _: None)
+    Run.begin(run, run.stage)
+    for seen, seconds, sections in ((32, 10.0, {}), (64, 20.0, {"evaluate": 4.0})):
+        run.seen_img = seen
+        monkeypatch.setattr(run.timer, "read", lambda found=(seconds, sections): found)
+        loop.tick(run)
+    assert [row["sec_per_kimg"] for row in rows if row["kind"] == "perf"] == [10 / 8 * 1000, 16 / 32 * 1000]
+    assert run.eval_seconds == 4.0
 
 
 def test_what_the_main_rank_reads_or_cannot_read_all_ranks_have_and_one_says_it(shards: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 MOST = 1 << 53  # images, steps
-COUNTS = ("step", "seen_img", "last_tick_img", "skipped")
+COUNTS = ("step", "seen_img", "skipped")
 SLOTS = ({"step", "exp_avg", "exp_avg_sq"}, {"momentum_buffer"})  # of Adam, of plain descent
 Wrong = str | None
 
