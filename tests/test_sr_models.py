@@ -14,8 +14,10 @@ import pytest
 import torch
 from conftest import GOLDEN, shared_dir
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
+from sdtrain.config.load import load_config
+from sdtrain.contracts import Chunk
 from sdtrain.errors import ConfigError, WeightsError
 from sdtrain.interop.architectures import recognise, require
 from sdtrain.interop.loading import load_network
@@ -31,6 +33,7 @@ from sdtrain.models.srvgg import networks as srvgg
 from sdtrain.models.srvgg import options as srvgg_options
 from sdtrain.models.unet_sn import networks as unet_sn
 from sdtrain.models.unet_sn import options as unet_sn_options
+from sdtrain.restoration.inputs import Photos
 from sdtrain.rng import Draws
 
 sys.path.insert(0, str(GOLDEN))
@@ -226,6 +229,20 @@ def test_spectral_vectors_advance_once_a_pass_however_it_is_cut() -> None:
     for name, value in official.state_dict().items():
         assert torch.equal(states[0][name], states[1][name])
         torch.testing.assert_close(states[0][name], value)
+
+
+def test_on_a_cpu_convolutions_get_channels_last_and_find_the_same() -> None:
+    planes = torch.rand(2, 3, 16, 16)
+    net = unet_sn.Discriminator(unet_sn.DiscriminatorOptions(num_feat=4)).eval()
+    assert net.features(planes).is_contiguous(memory_format=torch.channels_last)
+    G = small_rrdb().eval()
+    seen: list[Tensor] = []
+    G.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    draws = Draws(seed=0, step=0, ghosts=(0,), ghost_batch=2)
+    chunk = Chunk(step=0, seen_img=0, real=planes, labels=None, draws=draws, inputs={"lq": planes})
+    made = Photos(load_config("small/sdakd"), scale=4)(G, chunk, draws)
+    assert seen[0].is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(made, G(planes))
 
 
 def test_sides_that_do_not_fit_are_named() -> None:

@@ -89,7 +89,10 @@ class Photos:
         return usm(x.real) if self.sharp_target else x.real
 
     def __call__(self, G: Any, x: Chunk, draws: Draws, layers: Sequence[str] = ()) -> Any:
-        return G(x.inputs["lq"], layers=layers)
+        lq = x.inputs["lq"]
+        if lq.is_cpu:  # up to a quarter less time there
+            lq = lq.contiguous(memory_format=torch.channels_last)
+        return G(lq, layers=layers)
 
     def state(self) -> dict[int, dict[str, Tensor]]:
         """The pool, {ghost: {name: [...]}}, {} without one."""
