@@ -7,13 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import run_ranks
 from PIL import Image
-from test_sdakd import finished, lists  # noqa: F401
+from test_sdakd import finished, lists, load, settings  # noqa: F401
 from tiny import picture
 
 from sdtrain import cli
 from sdtrain.commands.evaluate_sr import made_by
+from sdtrain.commands.source import config_of
+from sdtrain.metrics.features import lite0
+from sdtrain.metrics.fid import fid_of_features
+from sdtrain.metrics.protocol import conflicts
+from sdtrain.plan import weights_needed
+from sdtrain.restoration.inputs import make_inputs
+from sdtrain.tasks.validation import ValidationList
 
 NAMES = ("fid", "psnr_y", "ssim_y")
 
@@ -60,6 +68,32 @@ def test_other_photographs_and_metrics_can_be_asked_for(finished, lists, tmp_pat
     assert sorted((finished / "inputs").iterdir()) == kept and list(tmp_path.glob("lq-*/inputs/test.safetensors"))
 
 
+def test_distances_in_the_features_of_other_networks_are_those_of_their_rows_on_1_and_2_ranks(finished, tmp_path):  # noqa: F811
+    words = ["evaluate", str(finished), "--metrics", "psnr_y,fd_lite0", "--json", str(tmp_path / "rows.jsonl")]
+    assert cli.main(words) == 0
+    done = run_ranks(2, "-m", "sdtrain.cli", *words)
+    assert done.returncode == 0 and "  lite0 1280, 3 images" in done.stdout, done
+    one, two = rows(tmp_path / "rows.jsonl")
+    own = [row for row in rows(finished / "metrics.jsonl") if row["kind"] == "eval" and row["split"] == "test"][-1]
+    assert one["psnr_y"] == own["psnr_y"] and one["fd_lite0"] == two["fd_lite0"]
+    assert one["protocol"] == two["protocol"] and one["protocol"]["fd_lite0"]["extractor"] == "lite0"
+    assert conflicts(own["protocol"], one["protocol"]) == []
+
+    config, net = config_of(finished), lite0("package")
+    photos = ValidationList(config, "test", make_inputs(config), finished, torch.device("cpu"))
+    (setting,) = photos.settings
+    real = torch.cat([net(photos.hq(i)[None]) for i in range(3)])
+    fake = torch.cat([net(photos.bicubic(i, setting)) for i in range(3)])
+    assert one["bicubic"]["fd_lite0"] == pytest.approx(fid_of_features(real, fake))
+
+
+def test_the_files_of_the_networks_that_validation_compares_by_are_asked_for_before_training(lists, tmp_path):  # noqa: F811
+    more = {"names": ["psnr_y", "fd_lite0", "fd_clip"], "select_by": "fd_lite0"}
+    tree = settings(lists)
+    config = load(tmp_path, tree | {"validation": tree["validation"] | more})
+    assert {"lite0", "clip"} <= set(weights_needed(config)) and "dinov2" not in weights_needed(config)
+
+
 def test_a_folder_of_pictures_inside_a_run_is_measured_as_pictures(finished, tmp_path):  # noqa: F811
     folder = finished / "upscaled"
     folder.mkdir()
@@ -72,7 +106,10 @@ def test_a_folder_of_pictures_inside_a_run_is_measured_as_pictures(finished, tmp
 
 def test_what_cannot_be_measured_is_one_sentence(finished, capsys):  # noqa: F811
     said = refusal(capsys, finished, "--metrics", "rfid")
-    assert said == "sdtrain: --metrics has rfid; choose from fid, psnr_y, ssim_y, lpips for super-resolution"
+    own = "fid, psnr_y, ssim_y, lpips, fd_lite0, fd_dinov2, fd_clip"
+    assert said == f"sdtrain: --metrics has rfid; choose from {own} for super-resolution"
+    said = refusal(capsys, finished, "--metrics", "fd_lite0", "--lite0", "nowhere.pth")
+    assert said.startswith("sdtrain: The lite0 weights (") and "are not at nowhere.pth" in said
     said = refusal(capsys, finished, "--num", 5)
     assert said == f"sdtrain: --num: {finished} enlarges every image of a list; leave it out"
     said = refusal(capsys, finished, "--split", "train")

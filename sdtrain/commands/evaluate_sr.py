@@ -10,14 +10,16 @@ import argparse
 import hashlib
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from sdtrain.commands.eval_rows import append, compare, last_row
 from sdtrain.commands.source import ROLE, file_of, of_run, position_of, run_folder_of
 from sdtrain.errors import EXIT_OK, ConfigError, WeightsError
-from sdtrain.metrics.table import words
+from sdtrain.metrics.table import FILES, words
+from sdtrain.restoration.options import Measured, networks_of
 
-NAMES = ("fid", "psnr_y", "ssim_y", "lpips")
+NAMES = get_args(Measured)
+FEATURES = [name for name in NAMES if name.startswith(("fid", "fd_"))]
 SPLITS = ("test", "val")
 NOT_HERE = ("num", "num_real", "seeds", "seed", "batch_size")
 
@@ -78,13 +80,13 @@ def configured(args: argparse.Namespace, config: Any) -> Any:
         data=replace(config.data, **{args.split: source}, cache=None, allow_pipe=args.allow_pipe),
         validation=replace(config.validation, names=names),
         metrics=replace(config.metrics, extractor=extractor, tap=args.tap or config.metrics.tap),
-        weights=replace(config.weights, inception=args.inception or config.weights.inception),
+        weights=replace(config.weights, **{n: source for n in FILES if (source := getattr(args, n)) is not None}),
     )
     w = config.weights
-    needs = {"alex": w.alex or "download"} if "lpips" in names else {}
+    files = networks_of(names)
     if "fid" in names and config.metrics.extractor == "inception" and w.inception != "random":
-        needs["inception"] = w.inception or "download"
-    problems = check_weights(needs)
+        files.append("inception")
+    problems = check_weights({name: getattr(w, name) or "download" for name in files})
     if problems:
         raise WeightsError(" ".join(problems))
     return config
@@ -116,6 +118,6 @@ def report(row: dict[str, Any], plain: dict[str, float], source: str) -> None:
 
 def made_by(name: str, protocol: dict[str, Any]) -> str:
     """The network or the rule behind a value; NAME_FACTOR is a value of one factor."""
-    if name.startswith("fid"):
-        return words(protocol["fid"])
+    if features := next((protocol[n] for n in FEATURES if name.startswith(n)), None):
+        return words(features)
     return protocol["lpips" if name.startswith("lpips") else "psnr_y, ssim_y"]

@@ -11,7 +11,9 @@ from sdtrain.errors import ConfigError
 # says where, not how: free to differ
 DESCRIPTIVE = ("real_source", "fake_source", "split", "sdtrain")
 # whoever has no such entry did not measure what it is about
-OPTIONAL = ("metrics", "features", "kid", "pr_k", "rfid", "fid", "lpips")
+NETWORKS = ("lite0", "dinov2", "clip")
+OF_NETWORKS = (*NETWORKS, *(f"fd_{network}" for network in NETWORKS))  # of generators, of super-resolution
+OPTIONAL = ("metrics", "features", "kid", "pr_k", "pr_precision", "rfid", "fid", "lpips", *OF_NETWORKS)
 
 
 def latents_seed(seed: int, split: str) -> int:

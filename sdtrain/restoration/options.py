@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -41,6 +42,7 @@ class Recipe:
 
 
 Lq = Literal["second_order", "bicubic", "down_up"]
+Measured = Literal["fid", "psnr_y", "ssim_y", "lpips", "fd_lite0", "fd_dinov2", "fd_clip"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,9 +56,9 @@ class Validation:
     """[times] GCFSR: one FID each; their mean chooses."""
     seed: int = 0
     """Of the degradation and of layer noise; keep it, so that numbers of runs compare."""
-    names: tuple[Literal["fid", "psnr_y", "ssim_y", "lpips"], ...] = ("fid", "psnr_y", "ssim_y", "lpips")
-    """What is measured."""
-    select_by: Literal["fid", "psnr_y", "ssim_y", "lpips"] = "fid"
+    names: tuple[Measured, ...] = ("fid", "psnr_y", "ssim_y", "lpips")
+    """What is measured; fd_lite0, fd_dinov2, fd_clip are Frechet distances in the features of those networks."""
+    select_by: Measured = "fid"
     """What chooses the best weights of a stage; the paper: lowest FID."""
     strips: Count = 4
     """[images] Images shown as LQ | bicubic | student | teacher | HQ."""
@@ -141,7 +143,12 @@ def weights_of_recipe(config: Loaded, perceptual: float = 0.0) -> dict[str, str]
     `perceptual`: the weight of a perceptual loss beside the recipe's.
     """
     used: dict[str, str] = {config.perceptual: "perceptual"} if config.recipe.perceptual or perceptual else {}
-    return used | ({"alex": "alex"} if "lpips" in config.validation.names and config.data.val else {})
+    return used | ({name: name for name in networks_of(config.validation.names)} if config.data.val else {})
+
+
+def networks_of(names: Iterable[str]) -> list[str]:
+    """The files, but for FID's, of networks that metrics of super-resolution compare images by."""
+    return [name.removeprefix("fd_") for name in names if name.startswith("fd_")] + ["alex"] * ("lpips" in names)
 
 
 def weights_of_responses(config: LoadedOnline) -> dict[str, str]:

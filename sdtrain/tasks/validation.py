@@ -157,21 +157,20 @@ class ValidationList:
     def _measure(self, upscale: Upscale, setting: Setting) -> dict[str, float]:
         singles = self._singles(setting.factor)
         rows = torch.zeros(len(self), len(singles), dtype=torch.float64, device=self.device)
-        features = torch.zeros(len(self), self.extractor.width if self.extractor else 0, device=self.device)
+        features = {n: torch.zeros(len(self), net.width, device=self.device) for n, net in self.extractors.items()}
 
         def measure(i: int) -> None:
             fake, real = upscale(i, setting), self.hq(i).to(self.device)[None]
             for column, distance in enumerate(singles.values()):
                 rows[i, column] = distance(fake, real)[0]
-            if self.extractor:
-                features[i] = self.extractor(fake)[0]
+            for name, extractor in self.extractors.items():
+                features[name][i] = extractor(fake)[0]
 
         share_out(len(self), measure, self.between)
         sum_over_ranks([rows])
+        sum_over_ranks(list(features.values()))
         values = dict(zip(singles, rows.mean(0).tolist()))
-        if self.extractor:
-            sum_over_ranks([features])
-            values["fid"] = fid_of_features(self.real_features, features)
+        values |= {name: fid_of_features(self.real_features[name], found) for name, found in features.items()}
         return {name: values[name] for name in self.options.names}
 
     def _singles(self, factor: int) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
@@ -187,29 +186,38 @@ class ValidationList:
         return {name: known[name] for name in self.options.names if name in known}
 
     @cached_property
-    def real_features(self) -> Tensor:
-        """Features of all images, float32 [num_samples, width]. Collective."""
-        assert self.extractor is not None
-        rows = torch.zeros(len(self), self.extractor.width, device=self.device)
-        extractor = self.extractor
+    def real_features(self) -> dict[str, Tensor]:
+        """By metric: features of all images, float32 [num_samples, width]. Collective."""
+        rows = {name: torch.zeros(len(self), net.width, device=self.device) for name, net in self.extractors.items()}
 
         def measure(i: int) -> None:
-            rows[i] = extractor(self.hq(i).to(self.device)[None])[0]
+            for name, extractor in self.extractors.items():
+                rows[name][i] = extractor(self.hq(i).to(self.device)[None])[0]
 
         share_out(len(self), measure, self.between)
-        sum_over_ranks([rows])
+        sum_over_ranks(list(rows.values()))
         return rows
 
     @cached_property
-    def extractor(self) -> Extractor | None:
-        if "fid" not in self.options.names:
-            return None
-        from sdtrain.metrics.features import inception, random_inception
+    def extractors(self) -> dict[str, Extractor]:
+        """By metric: the network in whose features it is a Frechet distance. Collective."""
+        names = [name for name in self.options.names if name == "fid" or name.startswith("fd_")]
+        return {name: self._extractor(name) for name in names}
 
-        m, source = self.config.metrics, self.config.weights.inception or "download"
+    def _extractor(self, metric: str) -> Extractor:
+        from sdtrain.metrics import features
+
+        kind = "inception" if metric == "fid" else metric.removeprefix("fd_")
+        m, source = self.config.metrics, getattr(self.config.weights, kind) or "download"
+        if kind != "inception":
+            made: Callable[..., Extractor] = getattr(features, kind)
+            return made(source, self.device)
         if m.extractor == "random-inception" or source == "random":
-            return random_inception(0, int(m.tap), lambda: [self.hq(i)[None] for i in range(len(self))], self.device)
-        return inception(source, int(m.tap), self.device)
+            return features.random_inception(0, int(m.tap), self._calibration, self.device)
+        return features.inception(source, int(m.tap), self.device)
+
+    def _calibration(self) -> list[Tensor]:
+        return [self.hq(i)[None] for i in range(len(self))]
 
     @cached_property
     def lpips(self) -> Any:
@@ -231,7 +239,8 @@ class ValidationList:
             "lq_hash": self.lq_hash,
             "factors": list(dict.fromkeys(setting.factor for setting in self.settings)),
             "seed": o.seed,
-            "fid": self.extractor.identity if self.extractor else None,
+            "fid": None,
+            **{name: net.identity for name, net in self.extractors.items()},
             "lpips": f"alex, {self.config.weights.alex or 'download'}" if "lpips" in o.names else None,
             "psnr_y, ssim_y": f"8 bits, border {0 if self.faces else self.inputs.scale}",
         }
