@@ -114,15 +114,16 @@ def evaluations(run: Run, begin_img: int, end_img: int) -> int:
 
 
 def progress(run: Run, losses: dict[str, float], perf: dict[str, float]) -> None:
-    """One line a tick: where, how fast, how long still, and the losses."""
+    """One line a tick: where, how fast, how long still (to the next stage, of another speed), and the losses."""
     if not is_main():
         return
-    total = run.method.stages[-1].end_img
-    left = (total - run.seen_img) / 1000 * perf["sec_per_kimg"]
-    left += evaluations(run, run.seen_img, total + 1) * run.eval_seconds
+    total, end = run.method.stages[-1].end_img, run.stage.end_img
+    left = (end - run.seen_img) / 1000 * perf["sec_per_kimg"]
+    left += evaluations(run, run.seen_img, end + 1) * run.eval_seconds
+    then = next((f" to {stage.name}" for stage in run.method.stages if stage.end_img > end), "")
     main = {n: v for n, v in losses.items() if n.count("/") == 1 and not n.endswith(("/loss", "_sign"))}
     log.info(
-        "%s %s of %s (%.1f%%)  %.1f s/kimg  wait %.0f%%  ETA %s  %s",
+        "%s %s of %s (%.1f%%)  %.1f s/kimg  wait %.0f%%  ETA %s%s  %s",
         run.stage.name,
         count(run.seen_img),
         count(total),
@@ -130,6 +131,7 @@ def progress(run: Run, losses: dict[str, float], perf: dict[str, float]) -> None
         perf["sec_per_kimg"],
         100 * perf["data_wait_frac"],
         duration(left),
+        then,
         "  ".join(f"{n} {v:.4g}" for n, v in main.items()),
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from statistics import mean, median
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ MOST = 1 << 53  # images or seconds that anybody will wait for
 CENTURY = 3.15e9
 NEWEST = 8  # ticks whose speed is taken for that of the rest
 FEW_FAKES, FEW_SEEDS = 1_000, 3  # below these, rFID of the same network moves as much as training moves it
+WIDTHS = {"fd_lite0": 1280, "fd_clip": 512}  # features of a network that comes in one width
 MISSED = {
     "log_img": "no loss and no speed is logged",
     "sample_img": "no image is drawn",
@@ -29,18 +30,24 @@ MISSED = {
 }
 
 
-def forecast(out: Path | None, total_img: int) -> dict[str, Any]:
-    """Seconds to the end by the newest perf rows of a run folder; {} without one.
+def forecast(out: Path | None, end_img: Mapping[str, int]) -> dict[str, Any]:
+    """Seconds to the end of the present stage by its newest perf rows in a run folder; {} without one.
 
-    `sec_per_kimg` is training alone; `seconds` has the evaluations as they came.
+    `end_img` has the stages in order. `sec_per_kimg` is training alone; `seconds` has the evaluations as they came.
+    `then` are the stages that follow, whose speed nobody knows yet.
     """
     rows = _perf_rows(out / "metrics.jsonl") if out else []
     if not rows:
         return {}
+    stage = rows[-1].get("stage")
+    rows = [row for row in rows if row.get("stage") == stage]
+    end = next((end for name, end in end_img.items() if name == stage), max(end_img.values(), default=0))
     speed = median(row["sec_per_kimg"] for row in rows)
     whole = speed + mean(row.get("sec/evaluate", 0.0) for row in rows)
-    left = max(total_img - rows[-1]["seen_img"], 0)
-    return {"left_img": left, "sec_per_kimg": speed, "seconds": left / 1000 * whole, "ticks": len(rows)}
+    left = max(end - rows[-1]["seen_img"], 0)
+    then = [name for name, later in end_img.items() if later > end]
+    found = {"left_img": left, "sec_per_kimg": speed, "seconds": left / 1000 * whole, "ticks": len(rows)}
+    return found | {"stage": stage, "then": then}
 
 
 def _perf_rows(file: Path) -> list[dict[str, Any]]:
@@ -65,7 +72,9 @@ def render_forecast(found: dict[str, Any], name: str) -> str:
         return f"more than a century, at {found['sec_per_kimg']:.3g} s/kimg"
     end = time.strftime("%Y-%m-%d %H:%M", time.localtime(time.time() + found["seconds"]))
     measured = f"{found['sec_per_kimg']:.3g} s/kimg in the last {found['ticks']} ticks of this run"
-    return f"{duration(found['seconds'])} for {found['left_img']} images more, until {end} ({measured})"
+    of = f" of {found['stage']}" if found["then"] else ""
+    then = f"; then {', '.join(found['then'])}, each at a speed of its own" if found["then"] else ""
+    return f"{duration(found['seconds'])} for {found['left_img']} images more{of}, until {end} ({measured}){then}"
 
 
 def warnings(config: Config, dataset: Dataset, total_img: int) -> list[str]:
@@ -95,12 +104,13 @@ def _few(config: Config, num_photographs: int) -> Iterator[str]:
     names = of_list.names if of_list else m.names
     real = num_photographs if of_list else min(m.num_real or num_photographs, num_photographs)
     few = min(real, real if of_list else m.num_fake)
-    if "fid" in names and few < m.tap:
-        yield (
-            f"fid of {few} images in {m.tap} features: the covariance of fewer images than features is singular, so "
-            f"most of the value is bias that depends on the number; take {m.tap} real and generated images or more, "
-            "or compare only values of the same number"
-        )
+    for name, width in {"fid": m.tap, **WIDTHS}.items():
+        if name in names and few < width:
+            yield (
+                f"{name} of {few} images in {width} features: the covariance of fewer images than features is "
+                "singular, so most of the value is bias that depends on the number; take "
+                f"{width} real and generated images or more, or compare only values of the same number"
+            )
     lottery = m.num_fake < FEW_FAKES or m.seeds < FEW_SEEDS
     if not of_list and "rfid" in names and lottery:
         yield (

@@ -181,7 +181,7 @@ def make_plan(
         "weights_missing": check_weights(needs),
         "init": initial.described if initial else {},
         "switched_off": _switched_off(config),
-        "forecast": forecast(out, total_img),
+        "forecast": forecast(out, {s.name: s.end_img for s in method.stages}),
         "warnings": warnings(config, dataset, total_img),
     }
 

@@ -54,9 +54,10 @@ def test_what_never_happens_before_the_end_is_said_with_its_key(shards: Path, tm
 
 
 def test_fid_of_fewer_images_than_features_and_rfid_of_few_are_said(shards: Path, tmp_path: Path) -> None:
-    few = {"names": ["fid", "rfid"], "num_fake": 500, "seeds": 3, "tap": 64}
-    fid, rfid = warned(planned(tmp_path, tiny_config(shards, **SENSIBLE, metrics=few)))
+    few = {"names": ["fid", "rfid", "fd_lite0"], "num_fake": 500, "seeds": 3, "tap": 64}
+    fid, lite0, rfid = warned(planned(tmp_path, tiny_config(shards, **SENSIBLE, metrics=few)))
     assert fid.startswith("fid of 48 images in 64 features: the covariance of fewer images than features is singular")
+    assert lite0.startswith("fd_lite0 of 48 images in 1280 features: the covariance of fewer images than features")
     assert rfid.startswith("rfid of 500 generated images in 3 random networks: its spread makes choosing weights a lot")
     [seeds] = warned(planned(tmp_path, tiny_config(shards, **SENSIBLE, metrics={**SOUND, "seeds": 2})))
     assert "in 2 random networks" in seeds
@@ -96,16 +97,34 @@ def test_batch_norms_of_each_ghost_are_as_many_as_there_are_ghosts(shards: Path,
 
 
 def test_the_forecast_is_that_of_the_newest_rows_of_the_run_folder(tmp_path: Path) -> None:
-    assert forecast(tmp_path, 96_000) == forecast(None, 96_000) == {}
+    ends = {"first": 24_000, "second": 96_000}
+    assert forecast(tmp_path, ends) == forecast(None, ends) == {}
     rows = [{"kind": "perf", "seen_img": 1000 * i, "sec_per_kimg": 900.0 if i < 5 else 10.0} for i in range(1, 13)]
     rows[-1]["sec/evaluate"] = 16.0
     lines = [*map(json.dumps, rows), json.dumps({"kind": "train", "seen_img": 12_000}), '{"kind": "perf", "se']
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
-    found = forecast(tmp_path, 96_000)
-    assert found == {"left_img": 84_000, "sec_per_kimg": 10.0, "seconds": 84 * 12.0, "ticks": 8}
+    found = forecast(tmp_path, ends)
+    told = {"left_img": 84_000, "sec_per_kimg": 10.0, "seconds": 84 * 12.0, "ticks": 8}
+    assert found == told | {"stage": None, "then": []}
     text = render_forecast(found, "x")
     assert text.startswith("16m48s for 84000 images more, until 2")
     assert text.endswith("(10 s/kimg in the last 8 ticks of this run)")
+
+
+def test_the_forecast_of_a_stage_ends_with_it_and_takes_no_speed_of_another(tmp_path: Path) -> None:
+    stages = ["first"] * 12 + ["second"] * 3
+    rows = [{"seen_img": 1000 * i, "sec_per_kimg": 5.0 + 35 * (s == "second")} for i, s in enumerate(stages, 1)]
+    lines = [json.dumps({"kind": "perf", "stage": s, **row}) for s, row in zip(stages, rows)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    ends = {"first": 12_000, "second": 20_000, "third": 30_000, "fourth": 40_000}
+    found = forecast(tmp_path, ends)
+    assert found == {
+        **{"left_img": 5_000, "sec_per_kimg": 40.0, "seconds": 200.0, "ticks": 3},
+        **{"stage": "second", "then": ["third", "fourth"]},
+    }
+    text = render_forecast(found, "x")
+    assert text.startswith("3m20s for 5000 images more of second, until 2")
+    assert text.endswith(" ticks of this run); then third, fourth, each at a speed of its own")
 
 
 def test_the_plan_of_a_run_folder_that_has_ticks_says_when_it_ends(

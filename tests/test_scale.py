@@ -112,6 +112,20 @@ def test_speed_counts_the_images_that_were_timed_where_a_start_or_a_stage_lies_b
     assert run.eval_seconds == 4.0
 
 
+def test_the_time_that_is_left_ends_with_the_stage_since_the_next_has_another_speed(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    run = a_run([])
+    run.method.stages.append(SimpleNamespace(name="adversarial", end_img=960))
+    with caplog.at_level("INFO", logger="sdtrain"):
+        for stage in run.method.stages:
+            run.stage = stage
+            loop.progress(run, {}, {"sec_per_kimg": 1000.0, "data_wait_frac": 0.0})
+    first, last = caplog.messages
+    assert "main 32 of 960 (3.3%)" in first and "  ETA 1m04s to adversarial  " in first
+    assert "  ETA 15m28s  " in last
+
+
 def test_what_the_main_rank_reads_or_cannot_read_all_ranks_have_and_one_says_it(shards: Path, tmp_path: Path) -> None:
     weights = tmp_path / "vgg.safetensors"
     tree = tiny_config(shards, total_img=16, log_img=16, save_img=16)

@@ -127,7 +127,7 @@ def known_speed(asked: Asked, out: Path | None) -> dict[str, Any]:
     """Seconds per 1000 images of one rank, stated or of a run folder's newest ticks; {} where there is neither."""
     if asked.speed:
         return {"sec_per_kimg": asked.speed, "from": "--speed"}
-    ticks = forecast(out, 0)
+    ticks = forecast(out, {})
     if out is None or not ticks:
         return {}
     started = last_start(out).get("world_size", 1)
