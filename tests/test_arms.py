@@ -4,6 +4,7 @@ one arm could be paired with others, and numbers of two protocols could be subtr
 
 from __future__ import annotations
 
+import json
 import math
 import random
 import statistics
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 from scipy import stats
-from test_report import gan, page, sdakd, undrawn
+from test_report import gan, page, protocol, sdakd, undrawn
 
 from sdtrain.commands import arms
 from sdtrain.commands.report import arms_of_variation
@@ -56,6 +57,22 @@ def test_means_and_differences_are_those_of_students_t_paired_by_seed(tmp_path: 
     assert difference == f"{statistics.fmean(both):.3f} +- {(high - low) / 2:.3f}"
     low, high = stats.t.interval(0.95, 3, statistics.fmean(BETTER), stats.sem(BETTER))
     assert mean == f"{statistics.fmean(BETTER):.3f} +- {(high - low) / 2:.3f}"
+
+
+def test_arms_are_compared_by_each_metric_that_two_of_them_have(tmp_path: Path, undrawn: None) -> None:
+    """As where runs stand beside a file of `evaluate --json`, which measures something else."""
+    runs = suite(tmp_path, base=BASE, sd=BETTER)
+    file = tmp_path / "lite0.jsonl"
+    with file.open("w") as rows:
+        for run in runs:
+            value = BASE[0] + ("sd" in run.name) + int(run.name[-1]) / 8
+            split = {"kind": "eval", "split": "val", "protocol": protocol()}
+            rows.write(json.dumps({**split, "measured": run.name, "seen_img": 100, "fd_lite0": value}) + "\n")
+    text = page(tmp_path, *runs, file)
+    assert cells(text, "sd", "FID down")[0] == cells(text, "lite0: sd", "FD-Lite0 down")[0] == "4"
+    assert cells(text, "lite0: sd", "FD-Lite0 down")[3:] == ["+1.000", "yes", "-"]
+    assert "paired by seed with base or lite0: base." in text
+    assert not [row for row in text.splitlines() if row.startswith(("| lite0: sd | FID", "| sd | FD-Lite0"))]
 
 
 def test_roughness_is_two_for_noise_small_for_a_curve_and_of_the_last_stage(tmp_path: Path) -> None:
@@ -110,7 +127,7 @@ def test_so_many_seeds_show_a_difference_with_the_chance_that_is_said(effect: fl
     assert arms.seeds_needed(effect) == pytest.approx(exact, abs=1 if exact > 31 else 0)
 
 
-@pytest.mark.parametrize("both", [[1e99, -1e99, 1e-300], [1.0, -1.0, 1e-200], [0.5, 0.5, 0.5]])
+@pytest.mark.parametrize("both", [[1e99, -1e99, 1e-300], [1.0, -1.0, 1e-200], [0.5, 0.5, 0.5], [1.0, -1.0, 0.2]])
 def test_differences_of_which_no_number_of_seeds_can_be_said_have_a_dash(both: list[float]) -> None:
     found = arms.line("arm", "fid", "FID down", dict(enumerate(both)), dict.fromkeys(range(3), 0.0))
     assert found[-1] == "-"

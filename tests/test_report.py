@@ -136,6 +136,15 @@ def test_a_students_number_is_from_its_own_stage_and_the_teachers_has_a_line_of_
     assert "52.000" not in val and "50.000" not in test.replace("150.000", "")
 
 
+def test_the_legend_names_those_who_have_a_line(tmp_path, monkeypatch):
+    named: list[list[str]] = []
+    monkeypatch.setattr(plots, "legend", lambda figure, colours, *rest: named.append(list(colours)))
+    run, file = gan(tmp_path / "run", [5.0, 4.0]), tmp_path / "later.jsonl"
+    file.write_text(json.dumps({"kind": "eval", "measured": "run", "fid": 3.0, "protocol": protocol(split="test")}))
+    assert plots.curves(results.read_runs([run, file])[0], tmp_path / "curves.png", None, [])
+    assert named == [["run"]]
+
+
 def test_a_row_of_evaluate_belongs_to_the_split_its_protocol_names(tmp_path, undrawn):
     one = {"kind": "eval", "measured": "runs/a", "weights": "ema", "fid": 9.0, "bicubic": {"fid": 99.0}}
     two = {"kind": "eval", "measured": "runs/b", "weights": "raw", "fid": 8.0}

@@ -25,7 +25,7 @@ T_POWER = (
     *(0.865, 0.863, 0.862, 0.861, 0.860, 0.859, 0.858, 0.858, 0.857, 0.856, 0.856, 0.855, 0.855, 0.854, 0.854),
 )
 NORMAL, NORMAL_POWER = 1.96, 0.842
-NO_EFFECT = 1e-3  # of a deviation: what millions of seeds would show is not worth their number
+NO_EFFECT = 0.1  # of a deviation: what it takes 788 seeds to show is not worth their number
 SEED = re.compile(r"seed[-_=]?(\d+)", re.IGNORECASE)
 HEAD = ["Arm", "Metric", "seeds", "mean", "deviation", "less the first arm", "told apart", "seeds for 80 %"]
 READING = (
@@ -64,31 +64,37 @@ def table_of_arms(split: str, arms: dict[str, dict[int, Written]], notes: list[s
         if unlike := conflicts(next(iter(rows[first].values())).protocol, next(iter(rows[name].values())).protocol):
             notes.append(f"{name} is not compared with {first}: {unlike[0]}")
             del rows[name]
-    everywhere = [row.values.keys() for found in rows.values() for row in found.values()]
-    keys = [key for key in METRICS if all(key in measured for measured in everywhere)]
-    if len(rows) < 2 or not keys:
-        return None
-    missing_seeds({f"{split} {name}": set(found) for name, found in rows.items()}, notes)
-    lines = []
-    for key in keys:
-        values = {name: {seed: row.values[key] for seed, row in found.items()} for name, found in rows.items()}
-        column = heading(key, next(iter(rows[first].values())).protocol)
-        lines += [line(name, key, column, mine, values[first]) for name, mine in values.items()]
-    said = f"Split {split}: arms over seeds, each run by the weights it has chosen. {READING.format(first=first)}"
-    return Table(said, HEAD, lines, 2)
+    measured: dict[str, dict[str, Values]] = {key: {} for key in METRICS}
+    columns: dict[str, str] = {}
+    for key, arms_of_key in measured.items():
+        for name, found in rows.items():
+            if all(key in row.values for row in found.values()):
+                arms_of_key[name] = {seed: row.values[key] for seed, row in found.items()}
+                columns.setdefault(key, heading(key, next(iter(found.values())).protocol))
+    table = table_of_values(
+        f"Split {split}: arms over seeds, each run by the weights it has chosen.", measured, columns
+    )
+    if table is not None:
+        missing_seeds({f"{split} {name}": set(found) for name, found in rows.items()}, notes)
+    return table
 
 
-def table_of_values(said: str, measured: Mapping[str, Mapping[str, Values]]) -> Table | None:
-    """Measurements of arms; None unless there is one of which two arms have two seeds or more each."""
+def table_of_values(
+    said: str, measured: Mapping[str, Mapping[str, Values]], columns: Mapping[str, str] | None = None
+) -> Table | None:
+    """Measurements of arms, of each those that have it; None unless two arms have two seeds or more of one.
+
+    `columns`: the headings of measurements that have another than their names.
+    """
     every = {key: {name: of for name, of in arms.items() if len(of) > 1} for key, arms in measured.items()}
-    first = next((next(iter(arms)) for arms in every.values() if len(arms) > 1), "")
+    every = {key: arms for key, arms in every.items() if len(arms) > 1}
+    firsts = list(dict.fromkeys(next(iter(arms)) for arms in every.values()))
     lines = [
-        line(name, key, heading(key, {}), mine, arms[first])
+        line(name, key, (columns or {}).get(key) or heading(key, {}), mine, next(iter(arms.values())))
         for key, arms in every.items()
-        if len(arms) > 1 and first in arms
         for name, mine in arms.items()
     ]
-    return Table(f"{said} {READING.format(first=first)}", HEAD, lines, 2) if lines else None
+    return Table(f"{said} {READING.format(first=' or '.join(firsts))}", HEAD, lines, 2) if lines else None
 
 
 def result(run: Written, split: str) -> Row | None:

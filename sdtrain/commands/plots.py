@@ -73,6 +73,8 @@ def curves(runs: Sequence[Written], file: Path, smooth: int | None, notes: list[
     panels = dict(itertools.islice(panels.items(), PANELS))
     if not panels:
         return False
+    drawn = {group for lines in panels.values() for group, _, _ in lines}
+    groups = {name: members for name, members in groups.items() if name in drawn}  # no name without a line
     colours = dict(zip(groups, colours_of(len(groups))))
     columns = min(COLUMNS, len(panels))
     rows = math.ceil(len(panels) / columns)
