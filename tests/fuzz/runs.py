@@ -212,7 +212,7 @@ def rows_file(chance: Random, folder: Path) -> Path:
 def read_rows(path: Path) -> None:
     """What --against and --plan take from rows."""
     shutil.copy(path, path.with_name("metrics.jsonl"))
-    render_forecast(forecast(path.parent, 96), "run")
+    render_forecast(forecast(path.parent, {"main": 48, "last": 96}), "run")
     eval_rows.compare(eval_rows.last_row(path), {"fid": 1.0, "protocol": PROTOCOL})
 
 
@@ -335,7 +335,7 @@ def resume(path: Path) -> None:
     """What a run does that goes on in this folder, up to its first step; then the plan's forecast."""
     run = template()
     main.has_checkpoints(path)
-    forecast(path, 96)
+    forecast(path, {"main": 48, "last": 96})
     main.check_folder(run.config, path, [])
     run.folder = RunFolder(path, run.config)
     run.checkpoint, run.step = None, 0
