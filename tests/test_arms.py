@@ -75,6 +75,38 @@ def test_arms_are_compared_by_each_metric_that_two_of_them_have(tmp_path: Path, 
     assert not [row for row in text.splitlines() if row.startswith(("| lite0: sd | FID", "| sd | FD-Lite0"))]
 
 
+LITE0 = [{"extractor": "lite0", "weights": weights} for weights in ("one", "another")]
+
+
+def later(file: Path, arm: str, protocols: list[dict[str, Any]]) -> Path:
+    """What `evaluate --json` says of an arm's seeds."""
+    row = {"kind": "eval", "seen_img": 100, "fd_lite0": 5.0}
+    lines = [{**row, "measured": f"{arm}-seed{seed}", "protocol": how} for seed, how in enumerate(protocols)]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return file
+
+
+def test_what_two_arms_measured_is_not_compared_where_only_the_first_could_stand_beside_both(
+    tmp_path: Path, undrawn: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first has no such features, and so contradicts neither."""
+    files = [later(tmp_path / f"{n}.jsonl", "x", [protocol(split="val", fd_lite0=LITE0[n])] * 2) for n in (0, 1)]
+    text = page(tmp_path, *suite(tmp_path, base=BASE, sd=BETTER), *files)
+    assert "FID down" in text and not [row for row in text.splitlines() if row.startswith("| 1: x | FD-Lite0")]
+    assert "1: x is not compared with base: fd_lite0.weights one and another" in capsys.readouterr().err
+    tables = [part for part in text.split("\n\n") if "FD-Lite0 down" in part and "x-seed" in part]
+    assert len(tables) == 2 and "0: x-seed0" in tables[0] and "1: x-seed0" in tables[1]
+
+
+def test_seeds_of_an_arm_that_were_measured_in_unlike_ways_are_no_arm(
+    tmp_path: Path, undrawn: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = later(tmp_path / "x.jsonl", "x", [protocol(split="test", fd_lite0=way) for way in LITE0])
+    other = later(tmp_path / "y.jsonl", "y", [protocol(split="test", fd_lite0=LITE0[0])] * 2)
+    assert "told apart" not in page(tmp_path, other, file)
+    assert "x: x is left out, its seeds are unlike: fd_lite0.weights one and another" in capsys.readouterr().err
+
+
 def test_roughness_is_two_for_noise_small_for_a_curve_and_of_the_last_stage(tmp_path: Path) -> None:
     draw = random.Random(0)
     noise = [draw.gauss(0, 1) for _ in range(4000)]

@@ -11,9 +11,9 @@ import statistics
 from collections.abc import Mapping, Sequence
 
 from sdtrain.commands.material import missing_seeds
-from sdtrain.commands.results import METRICS, Row, Written, chosen, grouped, heading, printed
+from sdtrain.commands.results import METRICS, Row, Written, chosen, comparable, grouped, heading, printed
 from sdtrain.commands.tables import Table
-from sdtrain.metrics.protocol import conflicts
+from sdtrain.metrics.protocol import conflicts, whole
 
 # quantiles 0.975 and 0.8 of Student's t, by degrees of freedom from 1; beyond them the normal ones
 T = (
@@ -59,11 +59,13 @@ def table_of_arms(split: str, arms: dict[str, dict[int, Written]], notes: list[s
     for name, members in arms.items():
         found = {seed: row for seed, run in members.items() if (row := result(run, split))}
         rows |= {name: found} if len(found) > 1 else {}
-    first = next(iter(rows), "")
-    for name in list(rows):
-        if unlike := conflicts(next(iter(rows[first].values())).protocol, next(iter(rows[name].values())).protocol):
-            notes.append(f"{name} is not compared with {first}: {unlike[0]}")
-            del rows[name]
+    every = [(name, row.protocol) for name, found in rows.items() for row in found.values()]
+    alike, *others = comparable(every, lambda one: one[1]) or [[]]
+    first, way = next(iter(rows), ""), whole(protocol for _, protocol in alike)
+    for name, protocol in dict(one for part in others for one in part).items():
+        said = "is left out, its seeds are unlike" if name in dict(alike) else f"is not compared with {first}"
+        notes.append(f"{name} {said}: {conflicts(way, protocol)[0]}")
+        del rows[name]
     measured: dict[str, dict[str, Values]] = {key: {} for key in METRICS}
     columns: dict[str, str] = {}
     for key, arms_of_key in measured.items():

@@ -13,7 +13,7 @@ from sdtrain.commands.results import Written, comparable
 from sdtrain.commands.source import config_of
 from sdtrain.engine.positions import complete
 from sdtrain.errors import ConfigError, RunError, UserError
-from sdtrain.metrics.protocol import conflicts
+from sdtrain.metrics.protocol import conflicts, whole
 
 SHARES = "20,40,60,80,100"  # percent of training
 T = TypeVar("T")
@@ -83,11 +83,12 @@ class Material:
             if len(comparable(rows, dict)) > 1:
                 self.notes.append(f"{what} of {run.name} is left out: its evaluations were measured in several ways")
             elif rows:
-                protocols[run.name] = rows[0]
+                protocols[run.name] = whole(rows)
                 kept.append((run, config))
         parts = sorted(comparable(kept, lambda item: protocols[item[0].name]), key=len, reverse=True)
         for part in parts[1:]:
-            why = "; ".join(conflicts(*(protocols[one[0][0].name] for one in (parts[0], part)))[:2])
+            ways = [whole(protocols[run.name] for run, _ in one) for one in (parts[0], part)]
+            why = "; ".join(conflicts(*ways)[:2])
             names = ", ".join(run.name for run, _ in part)
             self.notes.append(f"{what} of {names} is left out, measured otherwise: {why}")
         return parts[0] if parts else []

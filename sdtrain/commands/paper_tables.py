@@ -12,7 +12,7 @@ from sdtrain.commands.material import Material, missing_seeds
 from sdtrain.commands.papers import LAST, Paper, Words
 from sdtrain.commands.results import Row, Written, chosen, comparable, heading, printed
 from sdtrain.commands.tables import Table
-from sdtrain.metrics.protocol import conflicts, fingerprint
+from sdtrain.metrics.protocol import conflicts, fingerprint, whole
 
 RESULTS = ("G_ema", "student")
 
@@ -78,7 +78,7 @@ def alike(paper: Paper, numbers: list[Measured], notes: list[str]) -> list[Measu
         parts = sorted(comparable(column, lambda one: one.row.protocol), key=len, reverse=True)
         kept += parts[0]
         for part in parts[1:]:
-            why = conflicts(parts[0][0].row.protocol, part[0].row.protocol)
+            why = conflicts(*(whole(one.row.protocol for one in ways) for ways in (parts[0], part)))
             notes.append(f"{place[0]} of {names_of(part)} is left out, measured otherwise: {'; '.join(why[:2])}")
     return kept
 

@@ -32,7 +32,6 @@ from sdtrain.commands.results import (
     called,
     chosen,
     comparable,
-    conflicts,
     heading,
     judge,
     printed,
@@ -43,6 +42,7 @@ from sdtrain.commands.roughness import tables_of_roughness
 from sdtrain.commands.speed_rows import sizes_of
 from sdtrain.commands.tables import Table
 from sdtrain.errors import EXIT_OK, ConfigError, UserError
+from sdtrain.metrics.protocol import conflicts, whole
 
 if TYPE_CHECKING:
     from sdtrain.commands.snapshots import Variation
@@ -144,7 +144,7 @@ def tables_of_metrics(runs: Sequence[Written], notes: list[str]) -> list[Table]:
     for split in sorted(splits, key=lambda split: (split != "val", split)):
         entries = without_repeats([Entry(run, row) for run in runs for row in chosen(run, split)])
         parts = comparable(entries, lambda entry: entry.row.protocol)
-        note_conflicts([(part[0].run.name, part[0].row.protocol) for part in parts], notes)
+        note_conflicts([(part[0].run.name, whole(entry.row.protocol for entry in part)) for part in parts], notes)
         found += [table_of_metrics(split, part) for part in parts]
     if not found:
         notes.append("No run has been evaluated (eval_img is 0, or the first evaluation is still to come).")
@@ -237,7 +237,7 @@ def tables_of_variation(runs: Sequence[Written], args: argparse.Namespace, notes
     shares = shares_of(args.shares)
     found = of_each(runs, lambda run: variation(run, shares, args, notes), notes)
     parts = comparable(found, lambda item: item[1].protocol)
-    note_conflicts([(part[0][0].name, part[0][1].protocol) for part in parts], notes)
+    note_conflicts([(part[0][0].name, whole(v.protocol for _, v in part)) for part in parts], notes)
     text = f"between {args.pairs.replace('_', ' ')} weights, {args.latents} latents: mean over latents +- "
     text += "standard deviation with n."
     head = ["Run", "at % of training", "at images", "variation down"]

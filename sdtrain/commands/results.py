@@ -17,7 +17,7 @@ from sdtrain.engine.positions import saved_img
 from sdtrain.errors import RunError
 from sdtrain.files import read_json, read_rows
 from sdtrain.metrics import table
-from sdtrain.metrics.protocol import conflicts
+from sdtrain.metrics.protocol import conflicts, whole
 
 T = TypeVar("T")
 METRICS: dict[str, str] = table.merged(dict(metric.labels) for metric in table.METRICS.values())
@@ -282,12 +282,16 @@ def better(key: str) -> Any:
 def comparable(items: Iterable[T], protocol: Callable[[T], dict[str, Any]]) -> list[list[T]]:
     """The items in lists whose members were all measured in one way."""
     lists: list[list[T]] = []
+    ways: list[dict[str, Any]] = []  # of each list
     for item in items:
-        home = next((part for part in lists if not conflicts(protocol(part[0]), protocol(item))), None)
+        way = protocol(item)
+        home = next((number for number, known in enumerate(ways) if not conflicts(known, way)), None)
         if home is None:
             lists.append([item])
+            ways.append(way)
         else:
-            home.append(item)
+            lists[home].append(item)
+            ways[home] = whole((ways[home], way))
     return lists
 
 

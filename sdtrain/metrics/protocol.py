@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from typing import Any
 
 from sdtrain.errors import ConfigError
 
 # says where, not how: free to differ
 DESCRIPTIVE = ("real_source", "fake_source", "split", "sdtrain")
-# whoever has no such entry did not measure what it is about
 NETWORKS = ("lite0", "dinov2", "clip")
 OF_NETWORKS = (*NETWORKS, *(f"fd_{network}" for network in NETWORKS))  # of generators, of super-resolution
+# whoever has no such entry did not measure what it is about
 OPTIONAL = ("metrics", "features", "kid", "pr_k", "pr_precision", "rfid", "fid", "lpips", *OF_NETWORKS)
 
 
@@ -56,6 +57,14 @@ def conflicts(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
             found += [f"{key}.{phrase}" for phrase in conflicts(a, b)]
         else:
             found.append(f"{key} {short(a)} and {short(b)}")
+    return found
+
+
+def whole(protocols: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """What any of several that do not conflict says: a third may conflict with the one and not with the other."""
+    found: dict[str, Any] = {}
+    for protocol in protocols:
+        found = {**protocol, **{key: value for key, value in found.items() if value is not None}}
     return found
 
 
