@@ -41,6 +41,7 @@ def forecast(out: Path | None, end_img: Mapping[str, int]) -> dict[str, Any]:
         return {}
     stage = rows[-1].get("stage")
     rows = [row for row in rows if row.get("stage") == stage]
+    # by comparison, since the stage of a damaged row may be no name
     end = next((end for name, end in end_img.items() if name == stage), max(end_img.values(), default=0))
     speed = median(row["sec_per_kimg"] for row in rows)
     whole = speed + mean(row.get("sec/evaluate", 0.0) for row in rows)

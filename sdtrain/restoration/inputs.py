@@ -18,6 +18,7 @@ from sdtrain.data.degrade.chain import Degradation, flip_images, usm
 from sdtrain.data.degrade.noise import eight_bit
 from sdtrain.data.degrade.pair_pool import pool_for
 from sdtrain.data.degrade.resize_matlab import draw_factors, gcfsr_train_input, imresize
+from sdtrain.models.layout import for_convolutions
 from sdtrain.rng import Draws
 
 if TYPE_CHECKING:
@@ -89,10 +90,7 @@ class Photos:
         return usm(x.real) if self.sharp_target else x.real
 
     def __call__(self, G: Any, x: Chunk, draws: Draws, layers: Sequence[str] = ()) -> Any:
-        lq = x.inputs["lq"]
-        if lq.is_cpu:  # up to a quarter less time there
-            lq = lq.contiguous(memory_format=torch.channels_last)
-        return G(lq, layers=layers)
+        return G(for_convolutions(x.inputs["lq"]), layers=layers)
 
     def state(self) -> dict[int, dict[str, Tensor]]:
         """The pool, {ghost: {name: [...]}}, {} without one."""

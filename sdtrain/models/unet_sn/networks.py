@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sdtrain.models.ghost import SpectralConv2d
+from sdtrain.models.layout import for_convolutions
 from sdtrain.models.unet_sn.options import DiscriminatorOptions
 
 
@@ -46,9 +46,7 @@ class Discriminator(nn.Module):
         """
         if x.shape[-2] % 8 or x.shape[-1] % 8:
             raise ValueError(f"UNetDiscriminatorSN needs sides that are multiples of 8, got {tuple(x.shape[-2:])}")
-        if x.is_cpu:  # a tenth to a third less time there
-            x = x.contiguous(memory_format=torch.channels_last)
-        x0 = _lrelu(self.conv0(x))
+        x0 = _lrelu(self.conv0(for_convolutions(x)))
         x1 = _lrelu(self.conv1(x0))
         x2 = _lrelu(self.conv2(x1))
         x3 = _lrelu(self.conv3(x2))
