@@ -152,9 +152,16 @@ def test_a_row_of_evaluate_belongs_to_the_split_its_protocol_names(tmp_path, und
     file.write_text("".join(json.dumps({**row, "protocol": protocol(split="test")}) + "\n" for row in (one, two)))
     said = page(tmp_path, file)
     assert "Split val" not in said and "Split test: last evaluation" in said
-    assert "| rows: runs/a | G_ema | - | - | 9.000 |" in said
-    assert "| rows: runs/a | bicubic | - | - | 99.000 |" in said
-    assert "| rows: runs/b | G | - | - | 8.000 |" in said
+    assert "| rows: a | G_ema | - | - | 9.000 |" in said
+    assert "| rows: a | bicubic | - | - | 99.000 |" in said
+    assert "| rows: b | G | - | - | 8.000 |" in said
+
+
+def test_subjects_of_a_file_are_called_by_as_many_last_parts_as_tell_them_apart(tmp_path):
+    file, paths = tmp_path / "rows.jsonl", ("x/a/one", "x/a/one/", "y/a/one", "two")
+    rows = ({"kind": "eval", "measured": path, "seen_img": 10, "fid": 9.0, "protocol": protocol()} for path in paths)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [run.name for run in results.read_runs([file])[0]] == ["rows: x/a/one", "rows: y/a/one", "rows: two"]
 
 
 def test_the_report_has_the_best_evaluation_of_each_run_and_a_picture(tmp_path):

@@ -101,7 +101,8 @@ def read_runs(paths: Sequence[Path]) -> tuple[list[Written], list[str]]:
     """The runs under names that differ, and notes on what was left out. Raises RunError when nothing is left."""
     notes: list[str] = []
     files = {path.resolve(): file_of(path) for path in paths}
-    names = dict(zip(files, distinct(list(files))))
+    parts = [(*path.parts[:-1], path.name if path.is_dir() else path.stem) for path in files]
+    names = dict(zip(files, distinct(parts)))
     runs = [run for path, file in files.items() for run in read(path, file, names[path], notes)]
     if not runs:
         raise RunError("; ".join(notes) or "there is nothing to report")
@@ -119,14 +120,13 @@ def file_of(path: Path) -> Path:
     raise RunError(f"{path} is no run: it has no metrics.jsonl; give run folders, or files of `evaluate --json`")
 
 
-def distinct(paths: list[Path]) -> list[str]:
+def distinct(parts: Sequence[tuple[str, ...]]) -> list[str]:
     """The last part of each path, or as many of the last parts as make all of them different."""
-    parts = [(*path.parts[:-1], path.name if path.is_dir() else path.stem) for path in paths]
-    for depth in range(1, max(map(len, parts)) + 1):
+    for depth in range(1, max(map(len, parts), default=0) + 1):
         names = ["/".join(part[-depth:]) for part in parts]
         if len(set(names)) == len(names):
             return names
-    return [str(path) for path in paths]
+    return ["/".join(part) for part in parts]
 
 
 def read(path: Path, file: Path, name: str, notes: list[str]) -> list[Written]:
@@ -137,11 +137,11 @@ def read(path: Path, file: Path, name: str, notes: list[str]) -> list[Written]:
         total, select_by = planned(path)
         found = [collect(Written(path, name, [], {}, total, select_by, saved_img(path)), rows, left_out)]
     else:
-        subjects: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        subjects: dict[tuple[str, ...], list[dict[str, Any]]] = defaultdict(list)
         for row in rows:
-            subjects[row.get("measured", "")].append(row)
-        titles = {about: f"{name}: {about}" if len(subjects) > 1 else name for about in subjects}
-        found = [collect(Written(path, titles[about]), part, left_out) for about, part in subjects.items()]
+            subjects[Path(row.get("measured", "")).parts].append(row)
+        titles = [f"{name}: {about}" for about in distinct(list(subjects))] if len(subjects) > 1 else [name]
+        found = [collect(Written(path, title), part, left_out) for title, part in zip(titles, subjects.values())]
     if left_out:
         notes.append(f"{name}: left out {', '.join(f'{what} ({count})' for what, count in left_out.items())}")
     kept = [run for run in found if run.rows or run.curves or run.speeds]
