@@ -30,6 +30,7 @@ from typing import Any
 
 import numpy as np
 import yaml
+from forks import renew_threads
 from PIL import Image
 
 SIDE, SAMPLES, SHARDS = 32, 48, 3
@@ -442,6 +443,7 @@ def started(job: dict[str, Any], log: Path, rank: int = 0) -> int:
     pid = os.fork()
     if pid:
         return pid
+    renew_threads()
     fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(fd, 1)
     os.dup2(fd, 2)

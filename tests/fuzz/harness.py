@@ -33,6 +33,8 @@ from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
 
+from forks import renew_threads
+
 from sdtrain.errors import EXIT_USER_ERROR, RankFailed, UserError
 
 BLOCK = 50  # inputs a child reads, unless one ends it
@@ -163,6 +165,7 @@ def _child(name: str, inputs: Inputs, numbers: list[int], seed: int, room: Path,
     try:
         os.setsid()
         faulthandler.disable()
+        renew_threads()
         _seclude(room, inputs)
         for number in numbers:
             why, grown_mb = _one(Random(f"{seed} {name} {number}"), inputs, room, number)
