@@ -104,7 +104,8 @@ def missing_seeds(seeds: Mapping[str, set[int]], notes: list[str]) -> None:
     every = set().union(*seeds.values())
     for words, found in sorted(seeds.items()):
         if missing := sorted(every - found):
-            notes.append(f"{words}: seeds {', '.join(map(str, missing))} are missing, which other rows have")
+            these = f"seeds {', '.join(map(str, missing))} are" if len(missing) > 1 else f"seed {missing[0]} is"
+            notes.append(f"{words}: {these} missing, which other rows have")
 
 
 def shares_of(text: str) -> list[float]:
