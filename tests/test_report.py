@@ -164,6 +164,13 @@ def test_subjects_of_a_file_are_called_by_as_many_last_parts_as_tell_them_apart(
     assert [run.name for run in results.read_runs([file])[0]] == ["rows: x/a/one", "rows: y/a/one", "rows: two"]
 
 
+def test_a_run_and_files_that_are_called_like_it_stay_apart(tmp_path):
+    run, files = gan(tmp_path / "x", [5.0]), [tmp_path / "x.jsonl", tmp_path / "x.json"]
+    for file in files:
+        file.write_text(json.dumps({"kind": "eval", "measured": "run", "fid": 3.0, "protocol": protocol()}))
+    assert [found.name for found in results.read_runs([run, *files])[0]] == ["x", "x.jsonl", "x.json"]
+
+
 def test_the_report_has_the_best_evaluation_of_each_run_and_a_picture(tmp_path):
     said = page(tmp_path, gan(tmp_path / "sd", [9.0, 3.25, 4.0]), gan(tmp_path / "baseline", [9.0, 8.0, 7.5]))
     assert "Split val: best evaluation of each run by FID, 100 generated against 50 real images." in said

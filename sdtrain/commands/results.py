@@ -102,6 +102,8 @@ def read_runs(paths: Sequence[Path]) -> tuple[list[Written], list[str]]:
     notes: list[str] = []
     files = {path.resolve(): file_of(path) for path in paths}
     parts = [(*path.parts[:-1], path.name if path.is_dir() else path.stem) for path in files]
+    if len(set(parts)) < len(parts):  # of a run `x` and a file `x.jsonl`, or of two such files
+        parts = [path.parts for path in files]
     names = dict(zip(files, distinct(parts)))
     runs = [run for path, file in files.items() for run in read(path, file, names[path], notes)]
     if not runs:
@@ -121,12 +123,10 @@ def file_of(path: Path) -> Path:
 
 
 def distinct(parts: Sequence[tuple[str, ...]]) -> list[str]:
-    """The last part of each path, or as many of the last parts as make all of them different."""
-    for depth in range(1, max(map(len, parts), default=0) + 1):
-        names = ["/".join(part[-depth:]) for part in parts]
-        if len(set(names)) == len(names):
-            return names
-    return ["/".join(part) for part in parts]
+    """Of paths that differ the last part of each, or as many of the last parts as make all of them different."""
+    depths = range(1, max(map(len, parts), default=1) + 1)
+    spellings = ([str(Path(*part[-depth:])) for part in parts] for depth in depths)
+    return next(names for names in spellings if len(set(names)) == len(names))
 
 
 def read(path: Path, file: Path, name: str, notes: list[str]) -> list[Written]:
