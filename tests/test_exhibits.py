@@ -66,7 +66,7 @@ def test_seconds_are_the_median_after_the_first_tick_and_memory_is_that_before_a
     assert line(text, "SD-GAN")[1:5] == ["63.00 +- 1.41 (2)", "28.33 s", "6.00 +- 0.00 (2)", "9.38 GB"]
     assert line(text, "SD-GAN overhead")[1:5] == ["+200.0%", "+50.9%", "+50.0%", "+25.9%"]
     assert line(text, "SD-GAN_L1 overhead")[1:5] == ["+100.0%", "+18.2%", "+25.0%", "+18.3%"]
-    assert "a baseline: seeds 1 are missing" in text and H100 in text
+    assert "a baseline: seed 1 is missing" in text and H100 in text
 
 
 UNLIKE = {
@@ -160,7 +160,7 @@ def test_figure_3_has_the_best_of_each_curve_and_when_it_reaches_the_baselines(t
         ["baseline", "5.000", "400", "1", "-", "-"],
         ["SD", "3.500", "300", "2", "50%", "~32%"],
     ]
-    assert any("baseline: seeds 1 are missing" in note for note in notes)
+    assert any("baseline: seed 1 is missing" in note for note in notes)
     (ax,) = [ax for ax in figure.draw().axes if ax.get_visible()]
     assert ax.get_yscale() == "log"
     dashed = [shown for shown in ax.get_lines() if shown.get_linestyle() == "--"]
