@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 from test_report import command, gan, of_split, page, protocol, refusal, undrawn, write  # noqa: F401
 
-from sdtrain.commands.material import missing_seeds
 from sdtrain.commands.papers import PAPERS
 from sdtrain.config.compare import dump
 from sdtrain.config.load import load_config
@@ -62,9 +61,6 @@ def test_seeds_are_averaged_and_those_that_a_row_lacks_are_named(tmp_path):
     text = page(tmp_path, "table1", "--runs", *runs)
     assert line(text, "FFHQ", "ProjectedGAN+SD")[2] == "4.000 +- 1.000 (3)"
     assert "FFHQ ProjectedGAN: seeds 1, 2 are missing, which other rows have" in text
-    notes: list[str] = []
-    missing_seeds({"one": {0, 1}, "other": {1}}, notes)
-    assert notes == ["other: seed 0 is missing, which other rows have"]
 
 
 def test_a_mean_over_runs_that_share_a_seed_is_told(tmp_path):
